@@ -1,0 +1,171 @@
+"""`Pruner`, `PruningPath` and `PruneResult`: what every pruning method gives."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from lightning_cap.allocation import budget_of
+from lightning_cap.patterns import Pattern, Unstructured
+from lightning_cap.solver import Progress
+from lightning_cap.targets import BlockLayout, Targets
+
+#: Gradient rows in chunks: ``{target name: (n, *weight.shape)}``. Re-iterable if it is to be read more than once.
+GradientSource = Iterable[Mapping[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """Weights and masks at one sparsity. Nothing in the model changes until it is applied.
+
+    Attributes:
+        weights: ``{target: (*shape)}`` in the targets' dtype, zero where pruned.
+        masks: ``{target: (*shape)}`` bool, True = kept.
+        predicted_loss: Predicted increase of the loss (the pruner's own unit where it has no loss model).
+        sparsity: Zeros over all weights of the targets.
+        stats: Numbers for logs, such as blocks solved in float64.
+    """
+
+    weights: Mapping[str, Tensor]
+    masks: Mapping[str, Tensor]
+    predicted_loss: float
+    sparsity: float
+    stats: Mapping[str, float] = field(default_factory=dict)
+
+    @torch.no_grad()
+    def apply(self, targets: Targets) -> None:
+        """Write the weights into the model, in place."""
+        for name, weight in self.weights.items():
+            targets[name].copy_(weight)
+
+
+class PruningPath(ABC):
+    """What one pass over the gradients yields: every sparsity can be read from it. A context manager."""
+
+    def __init__(self, targets: Targets, layout: BlockLayout, masks: Mapping[str, Tensor] | None) -> None:
+        self._layout = layout
+        self._dtypes = {name: weight.dtype for name, weight in targets.items()}
+        self._numel = targets.numel
+        device = next(iter(targets.values())).device
+        full = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in targets.items()}
+        self._alive = layout.pack({**full, **(masks or {})}, torch.bool, device)
+
+    @abstractmethod
+    def at(self, sparsity: float) -> PruneResult:
+        """Weights and masks with exactly ``floor(sparsity·n + 0.5)`` zeros, those already masked included.
+
+        Raises:
+            PatternError: The sparsity is not in [0, 1) or not one that the pattern gives.
+        """
+
+    @abstractmethod
+    def curve(self, sparsities: Sequence[float]) -> list[float]:
+        """Predicted loss increase at each sparsity, without building the weights."""
+
+    def close(self) -> None:  # noqa: B027 - optional
+        """Free what the path holds (the Fisher). Using it afterwards is an error."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def sparsity(self) -> float:
+        """Sparsity before pruning: masked weights over all."""
+        return 1 - int(self._alive.sum()) / self._numel
+
+    def _existing(self) -> dict[str, int]:
+        return {
+            name: size - int(self._alive[span].sum())
+            for (name, span), size in zip(self._layout.spans.items(), self._layout.sizes.values(), strict=True)
+        }
+
+    def _budget(self, sparsity: float) -> int | None:
+        """Zeros in all, or None (with a warning) if the model has more already."""
+        zeros = budget_of(sparsity, self._numel)
+        existing = self._numel - int(self._alive.sum())
+        if existing > zeros:
+            warnings.warn(
+                f"sparsity={sparsity:g}: the model is already at {self.sparsity:.4g}. Nothing is changed; ask for a higher "
+                "sparsity to prune further.",
+                stacklevel=3,
+            )
+            return None
+        return zeros
+
+    def _result(self, weights: Tensor, kept: Tensor, predicted_loss: float, stats: Mapping[str, float]) -> PruneResult:
+        unpacked = self._layout.unpack(weights)
+        return PruneResult(
+            weights={name: weight.to(self._dtypes[name]) for name, weight in unpacked.items()},
+            masks=self._layout.unpack(kept),
+            predicted_loss=predicted_loss,
+            sparsity=1 - int(kept.sum()) / self._numel,
+            stats=stats,
+        )
+
+
+class Pruner(ABC):
+    """A pruning method. Subclasses are plain classes; YAML names them by class path.
+
+    Attributes:
+        num_gradients: Gradient samples that the method wants, 0 for none.
+        samples_per_gradient: Inputs whose mean loss gives one gradient sample.
+        pattern: Which masks it gives.
+    """
+
+    num_gradients: int = 0
+    samples_per_gradient: int = 1
+    pattern: Pattern = Unstructured()
+
+    def check(self, targets: Targets) -> None:  # noqa: B027 - optional
+        """Refuse targets that do not fit, before anything runs.
+
+        Raises:
+            TargetError: A target does not fit the method or its pattern.
+        """
+
+    def check_sparsity(self, sparsity: float) -> None:
+        """Refuse a sparsity that the method cannot give, before anything runs.
+
+        Raises:
+            PatternError: ``sparsity`` is not in [0, 1) or not the pattern's own.
+        """
+        Unstructured().check_sparsity(sparsity)
+
+    def peak_bytes(self, targets: Targets) -> int:
+        """Peak extra memory of `path` in bytes, for the plan."""
+        return 0
+
+    @abstractmethod
+    def path(
+        self,
+        targets: Targets,
+        gradients: GradientSource,
+        masks: Mapping[str, Tensor] | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> PruningPath:
+        """Read the gradients and order the weights.
+
+        Args:
+            targets: The weights; not changed.
+            gradients: Chunks ``{target: (n, *shape)}`` of gradient samples of the mean loss.
+            masks: ``{target: (*shape)}`` bool, False = already pruned and to stay so.
+            progress: ``progress(phase, done, total)``.
+        """
+
+    def __repr__(self) -> str:
+        settings: dict[str, Any] = {k: v for k, v in vars(self).items() if not k.startswith("_")}
+        return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in settings.items())})"
