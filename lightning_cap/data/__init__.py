@@ -1,0 +1,9 @@
+"""Data modules and the paper's training recipes."""
+
+from __future__ import annotations
+
+from lightning_cap.data.digits import DigitsDataModule
+from lightning_cap.data.imagenet import ImageNetDataModule
+from lightning_cap.data.recipes import Recipe, get_recipe
+
+__all__ = ["DigitsDataModule", "ImageNetDataModule", "Recipe", "get_recipe"]

@@ -1,0 +1,246 @@
+"""ImageNet-like data over timm: folder trees, tars, `hfds/` and `wds/`, augmented by the paper's recipes."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+import torch
+from lightning.pytorch.utilities import rank_zero_warn
+from timm.data.dataset_factory import create_dataset
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from lightning_cap.data.augment import Crop, Interpolation, MixupCollate, Transform, eval_transform, train_transform
+from lightning_cap.data.base import ClassificationDataModule, Collate
+from lightning_cap.data.reading import (
+    OnBadImage,
+    ReadableImages,
+    check_name,
+    check_same_classes,
+    is_stream,
+    open_reader,
+    reader_classes,
+    verify,
+)
+from lightning_cap.data.recipes import Recipe, get_recipe
+from lightning_cap.errors import ConfigError, DataError
+
+
+class ImageNetDataModule(ClassificationDataModule):
+    """Images in class folders (a tree or a tar), or a named `hfds/` or `wds/` set, with a training recipe.
+
+    Batches are (images (batch_size, 3, img_size, img_size), targets): targets are class indices (batch_size,), or soft
+    (batch_size, num_classes) in training with mixup or cutmix, then with the label smoothing already in them.
+
+    Args:
+        root: folder with the splits: `train/` or `train.tar`, and `val/`, `validation/` or `val.tar`. For `wds/` the
+            folder or address of the shards, for `hfds/` the cache folder.
+        name: "" for a folder tree or a tar; else a name for `timm.data.create_dataset` starting with `hfds/`, `hfids/`
+            or `wds/`.
+        train_split: name of the training split, or its folder or .tar, relative to `root` or absolute.
+        val_split: the same of the validation split, on which testing and prediction run, too.
+        num_classes: number of classes; None: that of the class folders. Needed for streams (`wds/`, `hfids/`).
+        recipe: `deit` or `light1` (paper, Table 5); each of the next eight arguments takes the recipe's if None.
+        label_smoothing: of the soft targets; without mixup and cutmix the loss has to do it.
+        hflip: probability of a horizontal flip.
+        crop_scale: smallest and largest share of the area taken by a random resized crop.
+        rand_augment: timm's RandAugment string, "none" for none.
+        mixup: alpha of mixup, 0 for none.
+        cutmix: alpha of cutmix, 0 for none.
+        erasing_prob: probability of random erasing.
+        test_crop_ratio: side of the evaluation's centre crop over the side of the resized image; 1.0 for images that
+            are of `img_size` already.
+        crop: "rrc", random resized crops, or "pad", zero padding and a random crop, for images of CIFAR's size.
+        crop_padding: pixels of padding on every side for `crop="pad"`.
+        img_size: height and width in pixels.
+        mean: of the normalisation, per channel.
+        std: of the normalisation, per channel.
+        interpolation: of every resize.
+        batch_size: images a step and process.
+        num_workers: worker processes a loader.
+        pin_memory: page-locked batches; None: when CUDA is available.
+        seed: of the shuffling across processes, of the calibration loader and of streams.
+        on_bad_image: "error" stops at an image that cannot be decoded; "skip" takes the next readable index, counts it
+            in `bad_images` and warns once. Streams always skip: timm's reader does it, and logs.
+        verify_up_to: a split of at most so many images is decoded once before training, so that a broken image is
+            found at the start; in larger ones it is found when its turn comes. 0 never looks.
+        calibration_augmentation: whether `calibration_dataloader` augments as in training or transforms as in
+            evaluation (paper, appendix O).
+
+    Raises:
+        ConfigError: an argument is unknown or out of range.
+        DataError: in `setup`: a path or split is missing, a class is empty, the classes of the splits differ, an image
+            cannot be decoded, or a package is missing.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        name: str = "",
+        train_split: str = "train",
+        val_split: str = "validation",
+        num_classes: int | None = None,
+        recipe: str = "deit",
+        label_smoothing: float | None = None,
+        hflip: float | None = None,
+        crop_scale: tuple[float, float] | None = None,
+        rand_augment: str | None = None,
+        mixup: float | None = None,
+        cutmix: float | None = None,
+        erasing_prob: float | None = None,
+        test_crop_ratio: float | None = None,
+        crop: Crop = "rrc",
+        crop_padding: int = 4,
+        img_size: int = 224,
+        mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
+        std: tuple[float, float, float] = (0.229, 0.224, 0.225),
+        interpolation: Interpolation = "bicubic",
+        batch_size: int = 128,
+        num_workers: int = 4,
+        pin_memory: bool | None = None,
+        seed: int = 0,
+        on_bad_image: OnBadImage = "error",
+        verify_up_to: int = 20_000,
+        calibration_augmentation: bool = True,
+    ) -> None:
+        super().__init__(batch_size, num_workers, pin_memory, seed, calibration_augmentation)
+        self.root = root
+        self.dataset_name = name
+        self.splits = {"train_split": train_split, "val_split": val_split}
+        self.on_bad_image = on_bad_image
+        self.verify_up_to = verify_up_to
+        self.recipe = get_recipe(recipe).override(
+            label_smoothing=label_smoothing,
+            hflip=hflip,
+            crop_scale=None if crop_scale is None else tuple(crop_scale),
+            rand_augment=rand_augment,
+            mixup=mixup,
+            cutmix=cutmix,
+            erasing_prob=erasing_prob,
+            test_crop_ratio=test_crop_ratio,
+        )
+        _check_recipe(self.recipe)
+        _check_choice("crop", crop, get_args(Crop))
+        _check_choice("on_bad_image", on_bad_image, get_args(OnBadImage))
+        _check_choice("interpolation", interpolation, get_args(Interpolation))
+        if img_size < 1 or crop_padding < 0:
+            raise ConfigError(f"img_size={img_size} must be at least 1 and crop_padding={crop_padding} at least 0.")
+        self._train_transform = train_transform(self.recipe, img_size, mean, std, interpolation, crop, crop_padding)
+        self._eval_transform = eval_transform(self.recipe, img_size, mean, std, interpolation)
+        self._num_classes = num_classes
+        self._readers: dict[str, Any] = {}
+        self._bad: dict[str, Tensor] = {}
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes: the argument, or what the class folders say (read when first asked)."""
+        if self._num_classes is not None:
+            return self._num_classes
+        self._require_num_classes()
+        known = self._readers.get("train_split") or self._readers.get("val_split") or self._reader("train_split")
+        return len(reader_classes(known))
+
+    @property
+    def bad_images(self) -> int:
+        """How many images could not be decoded and were skipped so far, each counted once, over all workers."""
+        return sum(int(marks.sum()) for marks in self._bad.values())
+
+    def setup(self, stage: str) -> None:
+        """Open the splits that the stage needs and check them, on every process alike."""
+        check_name(self.dataset_name)
+        if is_stream(self.dataset_name):
+            self._require_num_classes()
+            if self.on_bad_image == "error":
+                rank_zero_warn(
+                    f"on_bad_image='error' has no effect on the stream name={self.dataset_name!r}: timm's reader skips "
+                    "what it cannot decode and logs it. Set on_bad_image='skip' to accept that."
+                )
+            return
+        val = self._reader("val_split")
+        if stage == "fit":
+            check_same_classes(reader_classes(self._reader("train_split")), reader_classes(val))
+        for split, reader in self._readers.items():
+            found = len(reader_classes(reader))
+            if found != self.num_classes:
+                raise DataError(
+                    f"num_classes={self.num_classes}, but {split}={self.splits[split]!r} has {found} classes: leave "
+                    "num_classes out or correct it."
+                )
+
+    def training_set(self, augment: bool) -> Dataset[Any]:
+        """Return the training images, opening the split if `setup` has not."""
+        return self._images("train_split", self._train_transform if augment else self._eval_transform, training=True)
+
+    def validation_set(self) -> Dataset[Any]:
+        """Return the validation images, opening the split if `setup` has not."""
+        return self._images("val_split", self._eval_transform, training=False)
+
+    def training_collate(self) -> Collate:
+        """Return timm's mixup/cutmix as a collate function if the recipe has either."""
+        recipe = self.recipe
+        if recipe.mixup == 0 and recipe.cutmix == 0:
+            return super().training_collate()
+        return MixupCollate(recipe.mixup, recipe.cutmix, recipe.label_smoothing, self.num_classes)
+
+    def _images(self, split: str, transform: Transform, training: bool) -> Dataset[Any]:
+        check_name(self.dataset_name)
+        if is_stream(self.dataset_name):
+            return self._stream(split, transform, training)
+        reader = self._reader(split)
+        return ReadableImages(reader, transform, self.on_bad_image, self._bad[split])
+
+    def _reader(self, split: str) -> Any:
+        """Return timm's reader of a split; opened, and if it is small verified, once."""
+        if split not in self._readers:
+            check_name(self.dataset_name)
+            reader = open_reader(self.dataset_name, self.root, self.splits[split])
+            bad: Tensor = torch.zeros(len(reader), dtype=torch.bool).share_memory_()
+            if len(reader) <= self.verify_up_to:
+                verify(ReadableImages(reader, None, self.on_bad_image, bad), self.num_workers)
+            self._readers[split], self._bad[split] = reader, bad
+        return self._readers[split]
+
+    def _stream(self, split: str, transform: Transform, training: bool) -> Dataset[Any]:
+        """Return timm's iterable data set, which shares its shards out over processes and workers."""
+        try:
+            stream: Any = create_dataset(
+                self.dataset_name,
+                root=self.root,
+                split=self.splits[split],
+                is_training=training,
+                batch_size=self.batch_size,
+                seed=self.seed,
+                transform=transform,
+            )
+        except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
+            raise DataError(
+                f"{split}={self.splits[split]!r} of {self.dataset_name!r} could not be opened: {error}"
+            ) from error
+        stream.set_loader_cfg(num_workers=self.num_workers)
+        dataset: Dataset[Any] = stream
+        return dataset
+
+    def _require_num_classes(self) -> None:
+        if is_stream(self.dataset_name) and self._num_classes is None:
+            raise ConfigError(
+                f"num_classes is needed with name={self.dataset_name!r}: a stream does not say how many it has."
+            )
+
+
+def _check_recipe(recipe: Recipe) -> None:
+    """Refuse values of a recipe that cannot work."""
+    for name in ("label_smoothing", "hflip", "erasing_prob"):
+        value = getattr(recipe, name)
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{name}={value} must be between 0 and 1.")
+    for name in ("mixup", "cutmix"):
+        value = getattr(recipe, name)
+        if value < 0:
+            raise ConfigError(f"{name}={value} must be 0 (off) or more.")
+    if not 0 < recipe.test_crop_ratio <= 1:
+        raise ConfigError(f"test_crop_ratio={recipe.test_crop_ratio} must be above 0 and at most 1.")
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} is unknown: choose one of {', '.join(choices)}.")

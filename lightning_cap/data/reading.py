@@ -1,0 +1,305 @@
+"""Where the images of a split are, whether they can be used, and a data set that never hides a broken one."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import os
+import struct
+import tarfile
+import warnings
+from collections.abc import Collection, Iterable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+import torch
+from PIL import Image
+from timm.data.dataset_factory import create_dataset
+from timm.data.readers.img_extensions import get_img_extensions
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from lightning_cap.data.augment import Transform
+from lightning_cap.errors import ConfigError, DataError
+
+OnBadImage = Literal["error", "skip"]
+
+_SYNONYMS = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"))
+_PACKAGES = {"hfds": "datasets", "hfids": "datasets", "wds": "webdataset"}
+_STREAMS = ("hfids", "wds")
+
+# What PIL, tarfile and the file system raise on an image that is cut short, garbled, gone or a decompression bomb.
+_UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, tarfile.TarError, Image.DecompressionBombError)
+
+
+def _extensions() -> tuple[str, ...]:
+    """Return the file name endings that timm takes for images."""
+    return tuple(get_img_extensions())  # type: ignore[no-untyped-call]
+
+
+def check_name(name: str) -> None:
+    """Refuse a data set name that timm cannot serve here, and say which package a known one lacks.
+
+    Raises:
+        ConfigError: the name's prefix is not one that is supported.
+        DataError: the package that reads such data sets is not installed.
+    """
+    prefix = _prefix(name)
+    if not name:
+        return
+    if prefix not in _PACKAGES:
+        raise ConfigError(
+            f"name={name!r} is not a supported data set: leave it empty for a folder tree or a .tar under `root`, or "
+            f"start it with one of {', '.join(f'{known}/' for known in _PACKAGES)}."
+        )
+    package = _PACKAGES[prefix]
+    if importlib.util.find_spec(package) is None:
+        raise DataError(f"name={name!r} needs the package {package}, not installed here: pip install {package}.")
+
+
+def is_stream(name: str) -> bool:
+    """Tell whether the data set of that name is read as a stream, without random access (`wds/`, `hfids/`)."""
+    return _prefix(name) in _STREAMS
+
+
+def _prefix(name: str) -> str:
+    head, slash, _ = name.partition("/")
+    return head.lower() if slash else ""
+
+
+def open_reader(name: str, root: str | None, split: str) -> Any:
+    """Return timm's reader (random access) of a split, after checking that every class has images.
+
+    Args:
+        name: "" for a folder tree or a tar of class folders, or an `hfds/` name, which is passed through.
+        root: folder that holds the splits; for `hfds/` the cache folder.
+        split: a split's name, or its folder or .tar, relative to `root` or absolute.
+
+    Raises:
+        DataError: the split cannot be found or opened, or a class folder holds no image.
+    """
+    path = root if name else str(find_split(root, split))
+    if not name:
+        (_check_tar if os.path.isfile(str(path)) else _check_folder)(Path(str(path)))
+    try:
+        return create_dataset(name, root=path, split=split, search_split=False).reader
+    except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
+        raise DataError(f"split {split!r} of {name or path!r} could not be opened: {error}") from error
+
+
+def reader_classes(reader: Any) -> dict[str, int]:
+    """Return {class name: index} of one of timm's readers, which spell the attribute in two ways."""
+    names = getattr(reader, "class_to_idx", None)
+    return dict(names if names is not None else reader.class_name_to_idx)
+
+
+def find_split(root: str | None, split: str) -> Path:
+    """Return the folder or .tar of a split: `root/split`, `root/split.tar`, or those of a synonym (val, validation).
+
+    Raises:
+        DataError: `root` does not exist, or nothing in it is that split; the message says what was found.
+    """
+    base = Path(root or ".").expanduser()
+    if not base.exists():
+        raise DataError(f"root={root!r} does not exist: give the folder that holds the splits.")
+    if base.is_file():
+        raise DataError(
+            f"root={root!r} is a file: give the folder that holds {base.name} and name the splits in it, "
+            f"as in train_split='{base.name}'."
+        )
+    names = next((group for group in _SYNONYMS if split in group), (split,))
+    for candidate in (split, *(name for name in names if name != split)):
+        folder, tar = base / candidate, base / f"{candidate}.tar"
+        if folder.is_dir() or (folder.is_file() and folder.suffix == ".tar"):
+            return folder
+        if tar.is_file():
+            return tar
+    found = ", ".join(sorted(entry.name for entry in base.iterdir())[:12]) or "nothing"
+    raise DataError(
+        f"split {split!r} is missing in root={str(base)!r}: looked for {', '.join(names)} as a folder or .tar, found "
+        f"{found}. Set train_split / val_split to the folder or .tar to use."
+    )
+
+
+def _check_folder(root: Path) -> None:
+    """Refuse class folders without images, which timm would leave out silently, and images outside of any class."""
+    extensions = set(_extensions())
+    empty: list[str] = []
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        has_image = any(os.path.splitext(name)[1].lower() in extensions for name in files)
+        if has_image and Path(folder) == root:
+            raise DataError(f"{str(root)!r} holds images outside of class folders: sort them into one folder a class.")
+        hidden = os.path.basename(folder).startswith(".")
+        if not has_image and not subfolders and not hidden and Path(folder) != root:
+            empty.append(os.path.relpath(folder, root))
+    _refuse_empty(root, empty)
+
+
+def _check_tar(path: Path) -> None:
+    """Refuse a broken archive, class folders without images in it, and images outside of any class."""
+    extensions = set(_extensions())
+    folders: set[PurePosixPath] = set()
+    filled: set[PurePosixPath] = set()
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                entry = PurePosixPath(member.name)
+                if member.isdir():
+                    folders.add(entry)
+                elif member.isfile() and entry.suffix.lower() in extensions | {".tar"}:
+                    filled.update((entry, *entry.parents))
+                    if entry.suffix.lower() != ".tar" and entry.parent == PurePosixPath("."):
+                        raise DataError(f"{str(path)!r} holds {entry} outside of a class folder: one folder a class.")
+    except tarfile.TarError as error:
+        raise DataError(f"{str(path)!r} is no complete .tar archive ({error}): write or copy it again.") from error
+    if not filled:
+        raise DataError(f"{str(path)!r} holds no image ({', '.join(_extensions())}): is it the right archive?")
+    hidden = {folder for folder in folders if any(part.startswith(".") for part in folder.parts)}
+    parents = {parent for folder in folders for parent in folder.parents}
+    _refuse_empty(path, sorted(str(folder) for folder in folders - filled - hidden - parents))
+
+
+def _refuse_empty(path: Path, empty: Sequence[str]) -> None:
+    if empty:
+        raise DataError(
+            f"{str(path)!r} has class folders without an image: {some(empty)}. Remove them or add images "
+            f"({', '.join(_extensions())})."
+        )
+
+
+def check_same_classes(train: Collection[str], val: Collection[str]) -> None:
+    """Refuse a validation set whose classes are not those of the training set: the class indices would differ.
+
+    Raises:
+        DataError: names the classes that only one of the two has.
+    """
+    only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
+    if only_train or only_val:
+        raise DataError(
+            f"the classes of the splits differ: only in training {some(only_train)}; only in validation "
+            f"{some(only_val)}. Give both splits the same class folders."
+        )
+
+
+def some(names: Sequence[str], limit: int = 8) -> str:
+    """Return the first few names for a message, and how many more there are."""
+    shown = ", ".join(names[:limit]) or "none"
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+class ReadableImages(Dataset[tuple[Any, int]]):
+    """Images of one of timm's readers, read without timm's own retry, which would hide broken files.
+
+    Args:
+        reader: timm's reader with random access; may be shared by several of these.
+        transform: PIL image -> tensor.
+        on_bad_image: "error" raises on an image that cannot be decoded; "skip" takes the next readable index.
+        bad: bool tensor (length of the reader,) in shared memory, in which every process marks what it had to skip.
+    """
+
+    def __init__(self, reader: Any, transform: Transform | None, on_bad_image: OnBadImage, bad: Tensor) -> None:
+        self.reader = reader
+        self.transform = transform
+        self.on_bad_image = on_bad_image
+        self.bad = bad
+        self._pid = os.getpid()
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """Return (image, class index) of the sample, or of the next readable one.
+
+        Raises:
+            DataError: the image cannot be decoded and may not be skipped, or no image at all can be.
+        """
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        for offset in range(len(self)):
+            position = (index + offset) % len(self)
+            try:
+                image, target = self.read(position)
+            except _UNREADABLE as error:
+                self._refuse_or_skip(position, error)
+                continue
+            return (image if self.transform is None else self.transform(image)), target
+        raise DataError(f"none of the {len(self)} images can be decoded, the first is {self.filename(0)!r}.")
+
+    def read(self, index: int) -> tuple[Image.Image, int]:
+        """Return (decoded RGB image, class index), or raise whatever is wrong with the file."""
+        if self._pid != os.getpid():  # forked: a tar opened before shares its file offset with the parent
+            _close_tars(self.reader)
+            self._pid = os.getpid()
+        stream, target = self.reader[index]
+        with stream, Image.open(stream) as image:
+            return image.convert("RGB"), int(target)
+
+    def _refuse_or_skip(self, index: int, error: BaseException) -> None:
+        if self.on_bad_image == "error":
+            raise DataError(
+                f"image {self.filename(index)!r} (index {index}) cannot be decoded: {error}. Replace it, or set "
+                "on_bad_image='skip' to take the next one instead."
+            ) from error
+        first = not bool(self.bad.any())
+        self.bad[index] = True
+        if first:
+            warnings.warn(
+                f"image {self.filename(index)!r} (index {index}) cannot be decoded ({error}) and is skipped; further "
+                "ones are only counted, see `bad_images` of the data module.",
+                stacklevel=2,
+            )
+
+    def filename(self, index: int) -> str:
+        """Return the name of an image's file, relative to the split."""
+        return str(self.reader.filename(index))
+
+    def __getstate__(self) -> dict[str, Any]:
+        _close_tars(self.reader)  # open files do not travel to a spawned worker
+        return self.__dict__
+
+
+def _close_tars(reader: Any) -> None:
+    """Make timm's tar reader open its file anew at the next read."""
+    state = getattr(reader, "tar_state", None)
+    if state is not None:
+        for part in (state, *state.children.values()):
+            part.reset()
+
+
+class _Verdicts(Dataset[str]):
+    """What is wrong with each image, "" if nothing is."""
+
+    def __init__(self, images: ReadableImages) -> None:
+        self.images = images
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> str:
+        try:
+            self.images.read(index)
+        except _UNREADABLE as error:
+            return str(error) or type(error).__name__
+        return ""
+
+
+def verify(images: ReadableImages, num_workers: int) -> None:
+    """Decode every image once, so that broken ones are found now; leaves the global random state alone.
+
+    Raises:
+        DataError: images cannot be decoded and `on_bad_image` is "error"; the message lists them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    loader: Iterable[list[str]] = DataLoader(
+        _Verdicts(images), batch_size=256, num_workers=num_workers, collate_fn=list, generator=generator
+    )
+    verdicts = itertools.chain.from_iterable(loader)
+    broken = {index: verdict for index, verdict in enumerate(verdicts) if verdict}
+    if not broken:
+        return
+    listed = some([f"{images.filename(index)} ({verdict})" for index, verdict in broken.items()])
+    message = f"{len(broken)} of {len(images)} images cannot be decoded: {listed}"
+    if images.on_bad_image == "error":
+        raise DataError(f"{message}. Replace them, or set on_bad_image='skip' to take the next readable ones instead.")
+    images.bad[list(broken)] = True
+    warnings.warn(f"{message}; they are skipped.", stacklevel=2)
