@@ -1,0 +1,141 @@
+"""Cyclic learning rate: one linear decay per pruning cycle (Kuznedelev et al. 2023, equation 8)."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from lightning_cap.errors import ConfigError
+
+
+class CyclicLinearLR(LRScheduler):
+    """Decay the learning rate linearly from its maximum, again and again, once per pruning cycle.
+
+    ``lr = max - (max - min) * (t mod T) / T`` (equation 8), where ``t`` counts the calls of :meth:`step` since the
+    cycle began and ``max`` is the learning rate each parameter group had at the start. The value depends on ``t``
+    alone, nothing accumulates, so a restored scheduler continues exactly.
+
+    Args:
+        optimizer: The optimizer whose parameter groups are driven; their own ``lr`` is the maximum.
+        min_lr: The value that the decay runs towards; at most every group's ``lr``.
+        period: ``T``, in calls of :meth:`step`: optimizer steps or epochs, as the ``interval`` of Lightning's
+            scheduler configuration says. ``None`` leaves it to ``CAPPruningCallback``, which sets it to each gap
+            between two pruning events.
+        last_epoch: As in every torch scheduler: the index of the last call of :meth:`step`, -1 for a new run.
+
+    Attributes:
+        auto_period: Whether the period was left open, so that whoever restarts the cycle should also set it.
+
+    Raises:
+        ConfigError: If ``min_lr`` is negative, not finite or above a group's learning rate, or ``period`` is not an
+            integer >= 1.
+    """
+
+    def __init__(
+        self, optimizer: Optimizer, min_lr: float = 0.0, period: int | None = None, last_epoch: int = -1
+    ) -> None:
+        if not (math.isfinite(min_lr) and min_lr >= 0):
+            raise ConfigError(f"min_lr={min_lr!r} is not a learning rate; give a finite number >= 0")
+        self.min_lr = float(min_lr)
+        self.auto_period = period is None
+        self._period = None if period is None else _checked_period(period)
+        self._cycle_start = 0
+        super().__init__(optimizer, last_epoch)  # takes the initial step
+        lowest = min(float(lr) for lr in self.base_lrs)
+        if lowest < self.min_lr:
+            raise ConfigError(
+                f"min_lr={min_lr!r} is above the learning rate of a parameter group ({lowest!r}), from which the decay "
+                f"starts; lower min_lr or raise the optimizer's lr"
+            )
+
+    @property
+    def period(self) -> int | None:
+        """``T``, the length of a cycle in calls of :meth:`step`; ``None`` until somebody sets it."""
+        return self._period
+
+    @property
+    def cycle_step(self) -> int:
+        """Calls of :meth:`step` since the current cycle began, in ``[0, period)``."""
+        return 0 if self._period is None else (self.last_epoch - self._cycle_start) % self._period
+
+    def restart(self, period: int | None = None) -> None:
+        """Begin a new cycle now: ``t = 0``, and the learning rate is at its maximum at once.
+
+        Args:
+            period: The length of the cycles from here on, in calls of :meth:`step`; ``None`` keeps the present one.
+
+        Raises:
+            ConfigError: If ``period`` is not an integer >= 1.
+        """
+        if period is not None:
+            self._period = _checked_period(period)
+        self._cycle_start = self.last_epoch
+        self._write_lrs()
+
+    def get_lr(self) -> list[float | torch.Tensor]:
+        """The learning rate of each parameter group at the present step (equation 8)."""
+        decayed = 0.0 if self._period is None else self.cycle_step / self._period
+        return [float(top) - (float(top) - self.min_lr) * decayed for top in self.base_lrs]
+
+    def step(self, epoch: int | None = None) -> None:
+        """Advance by one step and set the learning rates.
+
+        Args:
+            epoch: torch's deprecated way to jump to a step; leave it out.
+
+        Raises:
+            ConfigError: If no period is known yet.
+        """
+        if self._period is None and self.last_epoch >= 0:
+            raise ConfigError(
+                "period=None: CyclicLinearLR cannot decay before the length of a cycle is known; give period= (in "
+                "scheduler steps), add CAPPruningCallback to the Trainer, or call restart(period)"
+            )
+        super().step(epoch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as plain Python values, loadable with ``weights_only=True``."""
+        return {
+            "last_epoch": self.last_epoch,
+            "step_count": self._step_count,
+            "base_lrs": [float(lr) for lr in self.base_lrs],
+            "min_lr": self.min_lr,
+            "period": self._period,
+            "auto_period": self.auto_period,
+            "cycle_start": self._cycle_start,
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore what :meth:`state_dict` gave, and set the optimizer's learning rates to it.
+
+        Args:
+            state_dict: The state, of a scheduler with as many parameter groups.
+        """
+        self.last_epoch = state_dict["last_epoch"]
+        self._step_count = state_dict["step_count"]
+        self.base_lrs = list(state_dict["base_lrs"])
+        self.min_lr = state_dict["min_lr"]
+        self._period = state_dict["period"]
+        self.auto_period = state_dict["auto_period"]
+        self._cycle_start = state_dict["cycle_start"]
+        self._write_lrs()
+
+    def _write_lrs(self) -> None:
+        """Put the present learning rates into the optimizer, outside of :meth:`step`."""
+        lrs = self.get_lr()
+        for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
+            if isinstance(group["lr"], torch.Tensor):
+                group["lr"].fill_(lr)
+            else:
+                group["lr"] = lr
+        self._last_lr = lrs
+
+
+def _checked_period(period: int) -> int:
+    if isinstance(period, bool) or not isinstance(period, int) or period < 1:
+        raise ConfigError(f"period={period!r} is not a number of steps; give an integer >= 1")
+    return period
