@@ -1,0 +1,75 @@
+"""What a pruning cycle leaves behind: checkpoints at the requested sparsities and the rows of the final table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
+from torch import nn
+
+from lightning_cap.ema import averaged_models
+from lightning_cap.storage import plain_model, save_plain_weights
+from lightning_cap.targets import Targets
+
+#: One line of the final table; plain Python values, so that it can live in a checkpoint.
+Row = dict[str, Any]
+
+
+def sparsity_stem(sparsity: float) -> str:
+    """File stem of a sparsity: ``sparsity=0.50``, with more digits where two do not tell it."""
+    short = f"{sparsity:.2f}"
+    return f"sparsity={short if float(short) == sparsity else f'{sparsity:.6g}'}"
+
+
+def checkpoint_dir(trainer: pl.Trainer, dirpath: str | None) -> Path:
+    """``dirpath``, or ``checkpoints`` in the logger's folder, or in ``default_root_dir``. Call it on every rank."""
+    if dirpath is not None:
+        return Path(dirpath)
+    return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+
+
+def monitored(trainer: pl.Trainer, monitor: str | None) -> tuple[str | None, float | None]:
+    """Name and latest value of the monitored metric; ``monitor=None`` takes the logged validation accuracy."""
+    metrics = trainer.callback_metrics
+    if monitor is None:
+        names = [name for name in metrics if "val" in name.lower() and "acc" in name.lower()]
+        monitor = min(names, key=len, default=None)
+    if monitor is None or monitor not in metrics:
+        return monitor, None
+    return monitor, float(metrics[monitor])
+
+
+def is_better(value: float | None, best: float | None, mode: Literal["min", "max"]) -> bool:
+    """Whether ``value`` improves on ``best`` (which may not exist yet)."""
+    if value is None or value != value:
+        return False
+    return best is None or (value > best if mode == "max" else value < best)
+
+
+def save_cycle(trainer: pl.Trainer, module: pl.LightningModule, targets: Targets, row: Row) -> None:
+    """Write ``<row["checkpoint"]>`` (the Trainer's) and ``<row["weights"]>`` (plain safetensors). Call it on every rank."""
+    trainer.save_checkpoint(row["checkpoint"], weights_only=False)
+    _save_weights(trainer, module, targets, row)
+
+
+@rank_zero_only
+def _save_weights(trainer: pl.Trainer, module: pl.LightningModule, targets: Targets, row: Row) -> None:
+    averages = averaged_models(trainer)
+    source: nn.Module = getattr(averages[0], "module", averages[0]) if averages else module
+    model, _ = plain_model(source, list(targets))
+    state = {name.replace("_orig_mod.", ""): value for name, value in model.state_dict().items()}
+    architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", "")
+    save_plain_weights(
+        Path(row["weights"]),
+        {name: value for name, value in state.items() if isinstance(value, torch.Tensor)},
+        {"architecture": str(architecture), "sparsity": f"{row['sparsity']:.6f}", "target": f"{row['target']:g}"},
+    )
+
+
+def measured_sparsity(targets: Targets) -> float:
+    """Zeros among the targets' weights as they are, whatever the masks say."""
+    zeros = sum(weight.numel() - int(weight.count_nonzero()) for weight in targets.weights().values())
+    return zeros / targets.numel

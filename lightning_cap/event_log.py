@@ -1,0 +1,57 @@
+"""What a pruning event tells the loggers, the event file and the console."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+
+from lightning_cap.event import EventReport
+from lightning_cap.masks import MaskSet
+from lightning_cap.storage import append_json_line
+
+
+def log_event(
+    trainer: pl.Trainer,
+    masks: MaskSet,
+    report: EventReport,
+    when: dict[str, float],
+    before: dict[str, float],
+    after: dict[str, float],
+    folder: Path | None,
+) -> None:
+    """Log an event to every logger as ``cap/...``, to ``events.jsonl`` and, in one line, to the console.
+
+    Args:
+        trainer: Whose loggers are told.
+        masks: In force now; their sparsity is logged for each layer.
+        report: What the event did.
+        when: ``epoch`` and ``target`` of the event.
+        before: Validation metrics right before the event.
+        after: Validation metrics right after it.
+        folder: Where ``events.jsonl`` is, None to write none.
+    """
+    row = {
+        "sparsity": report.sparsity,
+        "predicted_loss": report.predicted_loss,
+        "gradients": report.gradients,
+        "gradients_skipped": report.skipped,
+        "peak_bytes": report.peak_bytes,
+        **report.stats,
+        **{f"seconds/{phase}": seconds for phase, seconds in report.seconds.items()},
+        **{f"before/{name}": value for name, value in before.items()},
+        **{f"after/{name}": value for name, value in after.items()},
+        **{f"sparsity/{name}": value for name, value in masks.sparsity().items()},
+    }
+    for logger in trainer.loggers:
+        logger.log_metrics({f"cap/{name}": float(value) for name, value in row.items()}, step=trainer.global_step)
+    if trainer.is_global_zero and folder is not None:
+        append_json_line(folder / "events.jsonl", {**when, **row})
+    changes = [f"{name} {before[name]:.4f} -> {after[name]:.4f}" for name in before if name in after]
+    skipped = f", {report.skipped} skipped" if report.skipped else ""
+    rank_zero_info(
+        f"Epoch {when['epoch']:g}: pruned to {report.sparsity:.2%} ({report.gradients} gradients{skipped}, "
+        f"{sum(report.seconds.values()):.1f} s), predicted loss increase {report.predicted_loss:.4g}"
+        + (f"; {', '.join(changes)}" if changes else "")
+    )

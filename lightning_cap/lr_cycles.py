@@ -1,0 +1,58 @@
+"""Begins a new learning-rate cycle in a running Trainer."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Iterable
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_cap.errors import ConfigError
+
+
+def restart_schedulers(trainer: pl.Trainer, event_epochs: Iterable[int], warned: set[str]) -> None:
+    """Restart every scheduler that has ``restart()``; a `CyclicLinearLR` without a period gets the gap to the next event.
+
+    Args:
+        trainer: In ``fit``, at the start of a cycle.
+        event_epochs: Epochs of all events.
+        warned: Names of schedulers without ``restart()``, each warned about once; added to.
+
+    Raises:
+        ConfigError: The length of the last cycle cannot be told.
+    """
+    for config in trainer.lr_scheduler_configs:
+        restart = getattr(config.scheduler, "restart", None)
+        if not callable(restart):
+            name = type(config.scheduler).__name__
+            if name not in warned:
+                rank_zero_warn(
+                    f"{name} has no restart(), so its learning rate goes on as if nothing were pruned. Use "
+                    "lightning_cap.CyclicLinearLR for a new cycle after each event (equation 8 of the paper)."
+                )
+            warned.add(name)
+        elif getattr(config.scheduler, "auto_period", False) and "period" in inspect.signature(restart).parameters:
+            restart(period=max(1, _gap(trainer, event_epochs, config.interval) // config.frequency))
+        else:
+            restart()
+
+
+def _gap(trainer: pl.Trainer, event_epochs: Iterable[int], interval: str) -> int:
+    """Optimizer steps or epochs from now to the next event, or to the end of training."""
+    epoch = trainer.current_epoch
+    last = None if trainer.max_epochs in (None, -1) else trainer.max_epochs
+    end = min((e for e in event_epochs if e > epoch), default=last)
+    steps_left = math.inf if trainer.max_steps == -1 else trainer.max_steps - trainer.global_step
+    per_epoch = trainer.num_training_batches / trainer.accumulate_grad_batches
+    steps = (
+        math.inf if end is None else (end - epoch) * (math.ceil(per_epoch) if math.isfinite(per_epoch) else math.inf)
+    )
+    gap = (math.inf if end is None else end - epoch) if interval == "epoch" else min(steps, steps_left)
+    if not math.isfinite(gap):
+        raise ConfigError(
+            "period=None: CyclicLinearLR cannot tell how many steps there are to the next event or the end of training. Give it a "
+            "period=, or the Trainer max_epochs and a training loader with a length, or max_steps."
+        )
+    return max(1, int(gap))

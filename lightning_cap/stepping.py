@@ -1,0 +1,197 @@
+"""Calling a LightningModule's steps outside its loop, without a trace in the run."""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import Tensor, nn
+from torchmetrics import Metric, MetricCollection
+
+from lightning_cap import distributed, rng
+
+_LOGGING = ("log", "log_dict", "print")
+
+
+@contextmanager
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """Eval mode and eager execution inside; afterwards train/eval flags, buffers and random state are as they were."""
+    modes = {layer: layer.training for layer in module.modules()}
+    buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+    module.eval()
+    try:
+        with rng.preserved(), torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        for layer, training in modes.items():
+            layer.training = training
+        with torch.no_grad():
+            for name, buffer in module.named_buffers():
+                if name in buffers and not torch.equal(buffer, buffers[name]):
+                    buffer.copy_(buffers[name])
+
+
+@contextmanager
+def quiet(module: nn.Module) -> Iterator[None]:
+    """Logging is suppressed and metrics stand still inside: ``self.log(on_step=True)`` raises in most hooks."""
+    with _logging(module, _ignore), _metrics(module, _StandingMetric):
+        yield
+
+
+def calibration_loss(module: pl.LightningModule) -> Callable[[nn.Module, Any], Tensor]:
+    """``loss(model, batch)``: the module's ``calibration_step(batch, batch_idx)``, else its ``training_step``.
+
+    To be called inside `quiet`.
+    """
+
+    def loss(_: nn.Module, batch: Any) -> Any:
+        step = getattr(module, "calibration_step", None) or module.training_step
+        out = step(*_arguments(step, batch, 0))
+        return out["loss"] if isinstance(out, Mapping) and "loss" in out else out
+
+    return loss
+
+
+def ready_batches(
+    trainer: pl.Trainer, module: pl.LightningModule, batches: Iterable[Any], key: tuple[int, ...]
+) -> Iterator[Any]:
+    """Batches after the batch-transfer hooks, each computed on under generators seeded by its number."""
+    for number, batch in enumerate(batches):
+        rng.seed_by(*key, number * distributed.world_size() + distributed.rank())
+        yield to_device(trainer, module, batch)
+
+
+def to_device(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Any:
+    """What Lightning does to a training batch before its step: precision, transfer hooks, device."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def evaluate(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
+    """One pass over the validation data: whatever ``validation_step`` logs, averaged or computed as Lightning would.
+
+    Callbacks and loggers see nothing of it; metrics are updated in copies. Empty if there is nothing to validate with.
+    """
+    loaders = trainer.val_dataloaders
+    if loaders is None or not trainer.limit_val_batches or not trainer.num_val_batches:
+        return {}
+    record = _Record()
+    with undisturbed(module), torch.no_grad(), _metrics(module, copy.deepcopy), _logging(module, record):
+        for index, loader in enumerate(CombinedLoader(loaders, "sequential").flattened):
+            for number, raw in enumerate(loader):
+                if number >= trainer.num_val_batches[index]:
+                    break
+                batch = to_device(trainer, module, raw)
+                record.batch_size = _size_of(batch)
+                with trainer.precision_plugin.val_step_context():
+                    module.validation_step(*_arguments(module.validation_step, batch, number, index))
+        return record.results(module.device)
+
+
+class _Record:
+    """Stands in for ``self.log`` and keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.batch_size = 1
+        self._sums: dict[str, Tensor] = {}
+        self._metrics: dict[str, Metric] = {}
+
+    def __call__(self, name: Any, value: Any = None, *_: Any, batch_size: int | None = None, **__: Any) -> None:
+        if not isinstance(name, str):  # log_dict
+            for key, entry in name.items():
+                self(key, entry, batch_size=batch_size)
+        elif isinstance(value, Metric):
+            self._metrics[name] = value
+        elif isinstance(value, (int, float, Tensor)):
+            weight = float(batch_size or self.batch_size)
+            entry = torch.tensor([float(value) * weight, weight], dtype=torch.float64)
+            self._sums[name] = self._sums.get(name, torch.zeros(2, dtype=torch.float64)) + entry
+
+    def results(self, device: torch.device) -> dict[str, float]:
+        out = {name: float(metric.compute()) for name, metric in self._metrics.items()}
+        for name, entry in self._sums.items():
+            total = distributed.sum_over_ranks(entry.float().to(device))
+            out[name] = float(total[0] / total[1])
+        return out
+
+
+class _StandingMetric(nn.Module):
+    """Takes a metric's place and does nothing."""
+
+    def __init__(self, metric: nn.Module) -> None:
+        super().__init__()
+        self._collection = isinstance(metric, MetricCollection)
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        """Zero, or for a collection a mapping of zeros."""
+        return defaultdict(lambda: torch.zeros(())) if self._collection else torch.zeros(())
+
+    compute = forward
+
+    def update(self, *_: Any, **__: Any) -> None:
+        """Nothing."""
+
+    def reset(self) -> None:
+        """Nothing."""
+
+
+@contextmanager
+def _metrics(module: nn.Module, replacement: Callable[[Any], nn.Module]) -> Iterator[None]:
+    """Swap every metric of the module for a replacement."""
+    found = [
+        (parent, name, child)
+        for parent in module.modules()
+        if not isinstance(parent, (Metric, MetricCollection))
+        for name, child in parent._modules.items()
+        if isinstance(child, (Metric, MetricCollection))
+    ]
+    for parent, name, metric in found:
+        parent._modules[name] = replacement(metric)
+    try:
+        yield
+    finally:
+        for parent, name, metric in found:
+            parent._modules[name] = metric
+
+
+@contextmanager
+def _logging(module: nn.Module, log: Callable[..., None]) -> Iterator[None]:
+    """Swap the logging methods of a LightningModule and those inside it."""
+    modules = [m for m in module.modules() if isinstance(m, pl.LightningModule)]
+    before = [{name: m.__dict__[name] for name in _LOGGING if name in m.__dict__} for m in modules]
+    for m in modules:
+        m.__dict__.update({"log": log, "log_dict": log, "print": _ignore})
+    try:
+        yield
+    finally:
+        for m, saved in zip(modules, before, strict=True):
+            for name in _LOGGING:
+                del m.__dict__[name]
+            m.__dict__.update(saved)
+
+
+def _ignore(*_: Any, **__: Any) -> None:
+    """In place of ``self.log``."""
+
+
+def _arguments(step: Callable[..., Any], *values: Any) -> list[Any]:
+    """Those of (batch, batch_idx, dataloader_idx) that a step takes."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = [p for p in inspect.signature(step).parameters.values() if p.kind in kinds]
+    wanted = [p for p in parameters if p.default is p.empty or p.name in ("batch_idx", "dataloader_idx")]
+    return [value for value, _ in zip((*values, 0), wanted, strict=False)]
+
+
+def _size_of(batch: Any) -> int:
+    for leaf in torch.utils._pytree.tree_leaves(batch):
+        if isinstance(leaf, Tensor) and leaf.dim() > 0:
+            return leaf.shape[0]
+    return 1
