@@ -16,6 +16,7 @@ from torch.utils.data.distributed import DistributedSampler
 from lightning_cap import distributed, rng
 from lightning_cap.errors import DataError
 
+_BATCH_SIZE = 32  # where a loader does not tell its own
 _DRAW, _SAMPLE, _COLLATE, _STREAM = range(4)  # domains of the keys
 
 
@@ -49,6 +50,11 @@ class CalibrationBatches:
     def __iter__(self) -> Iterator[Any]:
         if not isinstance(self._source, DataLoader):
             return itertools.islice(iter(self._source), distributed.rank(), None, distributed.world_size())
+        if self._source.batch_sampler is None and self._source.batch_size is None:
+            raise DataError(
+                "calibration data: the loader has batch_size=None, so its data set gives whole batches and single samples "
+                "cannot be drawn. Define calibration_dataloader() with a batch_size."
+            )
         if isinstance(self._source.dataset, IterableDataset):
             return self._stream(self._source)
         return iter(self._keyed_loader(self._source))
@@ -57,7 +63,9 @@ class CalibrationBatches:
     def batch_size(self) -> int:
         """Samples in one batch (of a DataLoader source)."""
         per_gradient = self._samples_per_gradient
-        own = getattr(self._source, "batch_size", None) or per_gradient
+        own = getattr(self._source, "batch_size", None)
+        if own is None:  # a batch sampler of the user's
+            own = getattr(getattr(self._source, "batch_sampler", None), "batch_size", None) or _BATCH_SIZE
         return per_gradient * max(1, int(own) // per_gradient)
 
     def _keyed_loader(self, loader: DataLoader[Any]) -> DataLoader[Any]:

@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_cap import distributed, rng
-from lightning_cap.cycle import Row, checkpoint_dir, is_better, measured_sparsity, monitored, save_cycle, sparsity_stem
+from lightning_cap.cycle import Row, checkpoint_dir, is_better, make_row, measured_sparsity, monitored, save_cycle
 from lightning_cap.ema import mask_averages, restart_averages
 from lightning_cap.errors import ConfigError, ScheduleError, UnsupportedError
 from lightning_cap.event import PruningEvent
@@ -95,9 +95,8 @@ class CAPPruningCallback(pl.Callback):
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what belongs to one run, so that copies and pickles do not carry the model."""
-        kept = {
-            k: v for k, v in self.__dict__.items() if k not in ("log", "log_dict")
-        }  # Lightning attaches the model's
+        attached = ("log", "log_dict")  # by Lightning, the model's own
+        kept = {name: value for name, value in self.__dict__.items() if name not in attached}
         return {**kept, "_run": None, "_packed": self._packed_masks()}
 
     def state_dict(self) -> dict[str, Any]:
@@ -116,7 +115,8 @@ class CAPPruningCallback(pl.Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state; it is put in force when ``fit`` goes on."""
-        self._restored = state_dict
+        self._restored = dict(state_dict)
+        self._run = None
         self._packed = state_dict["masks"]
         self._done, self._position = list(state_dict["done"]), state_dict["position"]
         self._cycle, self.history = dict(state_dict["cycle"]), [dict(row) for row in state_dict["history"]]
@@ -162,7 +162,7 @@ class CAPPruningCallback(pl.Callback):
         if not self._restored:
             self._done = [epoch for epoch in self._done if epoch < trainer.current_epoch]
             if trainer.current_epoch == 0:
-                self.history, self._cycle = [], {}
+                self.history, self._cycle, self._position = [], {}, 0
         masks.apply_to_weights()
         self._run = _Run(targets, masks, self._events(trainer), checkpoint_dir(trainer, self.dirpath))
         mask_averages(trainer, masks)
@@ -191,12 +191,14 @@ class CAPPruningCallback(pl.Callback):
         if resumed:
             _reiterate(trainer)
 
-    def _prune(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int) -> None:
+    def _prune(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int) -> dict[str, float]:
         run, target = self._active, self._active.events[epoch]
         before = evaluate(trainer, module) if self.evaluate else {}
+        known = {**trainer.callback_metrics, **before}
+        self._end_cycle(trainer, module, known)  # a run that was stopped at its last epoch's validation has not yet
         if not self.history:
-            name, value = monitored(trainer, self.monitor)
-            self.history.append(self._row(0.0, epoch, before.get(name or "", value), measured_sparsity(run.targets)))
+            value = monitored(known, self.monitor)[1]
+            self.history.append(make_row(0.0, epoch, value, measured_sparsity(run.targets)))
         start = run.masks.global_sparsity
         steps = [start + (target - start) * (i + 1) / self.num_recomputations for i in range(self.num_recomputations)]
         with event_progress(trainer, f"Pruning to {target:.4g}") as progress:
@@ -213,6 +215,7 @@ class CAPPruningCallback(pl.Callback):
         report = event.report
         folder = None if _dry(trainer) or self.save == "none" else run.folder
         log_event(trainer, run.masks, report, {"epoch": epoch, "target": target}, before, after, folder)
+        return after
 
     def _event(self, trainer: pl.Trainer, module: pl.LightningModule, progress: Any = None) -> PruningEvent:
         run = self._active
@@ -233,59 +236,52 @@ class CAPPruningCallback(pl.Callback):
         self._active.masks.apply_to_weights()
         mask_averages(trainer, self._active.masks)
 
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the cycle's best so far."""
+        if trainer.state.fn != "fit" or trainer.sanity_checking or not self._cycle or self.save not in ("best", "both"):
+            return
+        value = monitored(trainer.callback_metrics, self.monitor)[1]
+        if is_better(value, self._cycle["best"], self.mode):
+            self._cycle["best"] = value
+            self._save_cycle(trainer, pl_module, trainer.callback_metrics, best=True)
+
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the cycle's best so far, and its end before the next event."""
+        """Save the end of the cycle before the next event."""
         following = trainer.current_epoch + 1
-        if self._cycle and self.save in ("best", "both"):
-            _, value = monitored(trainer, self.monitor)
-            if is_better(value, self._cycle["best"], self.mode):
-                self._cycle["best"] = value
-                self._save_cycle(trainer, pl_module, "-best")
         if following in self._active.events or following == trainer.max_epochs:
-            self._end_cycle(trainer, pl_module)
+            self._end_cycle(trainer, pl_module, trainer.callback_metrics)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The event at the end of training, if there is one; save the last cycle if training stopped early."""
         epoch = trainer.current_epoch
         if epoch == trainer.max_epochs and epoch in self._active.events and epoch not in self._done:
-            self._prune(trainer, pl_module, epoch)
-        self._end_cycle(trainer, pl_module)
+            self._end_cycle(trainer, pl_module, trainer.callback_metrics)
+            self._end_cycle(trainer, pl_module, self._prune(trainer, pl_module, epoch))
+        self._end_cycle(trainer, pl_module, trainer.callback_metrics)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the table: dense accuracy, and accuracy, real sparsity and checkpoint of each target."""
         self._restored = {}
         if trainer.is_global_zero and self.history:
-            print_table(self.history, monitored(trainer, self.monitor)[0])
+            print_table(self.history, monitored(trainer.callback_metrics, self.monitor)[0])
 
-    def _end_cycle(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    def _end_cycle(self, trainer: pl.Trainer, module: pl.LightningModule, metrics: Any) -> None:
         if self._cycle and not self._cycle["saved"]:
             self._cycle["saved"] = True
-            self._save_cycle(trainer, module, "")
+            self._save_cycle(trainer, module, metrics)
 
-    def _save_cycle(self, trainer: pl.Trainer, module: pl.LightningModule, suffix: str) -> None:
+    def _save_cycle(self, trainer: pl.Trainer, module: pl.LightningModule, metrics: Any, best: bool = False) -> None:
         target = self._cycle["target"]
         if self.save_sparsities is not None and target not in self.save_sparsities:
             return
-        row = self._row(target, trainer.current_epoch, monitored(trainer, self.monitor)[1], 0.0)
-        row["sparsity"], row["best"] = measured_sparsity(self._active.targets), bool(suffix)
-        writes = (self.save != "none" and bool(suffix)) or self.save in ("last", "both")
-        if writes and not _dry(trainer):
-            stem = self._active.folder / (sparsity_stem(target) + suffix)
-            row["checkpoint"], row["weights"] = f"{stem}.ckpt", f"{stem}.safetensors"
-        self.history = [r for r in self.history if (r["target"], r["best"]) != (target, bool(suffix))] + [row]
-        if row["checkpoint"]:
-            save_cycle(trainer, module, self._active.targets, row)
-
-    def _row(self, target: float, epoch: int, value: float | None, sparsity: float) -> Row:
-        return {
-            "target": target,
-            "epoch": epoch,
-            "value": value,
-            "sparsity": sparsity,
-            "best": False,
-            "checkpoint": "",
-            "weights": "",
-        }
+        run = self._active
+        writes = not _dry(trainer) and self.save in (("best", "both") if best else ("last", "both"))
+        value = monitored(metrics, self.monitor)[1]
+        sparsity = measured_sparsity(run.targets)
+        row = make_row(target, trainer.current_epoch, value, sparsity, best=best, folder=run.folder if writes else None)
+        self.history = [r for r in self.history if (r["target"], r["best"]) != (target, best)] + [row]
+        if writes:
+            save_cycle(trainer, module, run.targets, row)
 
     # ---------------------------------------------------------------- helpers
 
@@ -309,11 +305,7 @@ class CAPPruningCallback(pl.Callback):
         events = self.schedule.events(max_epochs)
         for sparsity in events.values():
             self.pruner.check_sparsity(sparsity)
-        if (
-            self.num_recomputations > 1
-            and getattr(self.pruner, "pattern", None)
-            and self.pruner.pattern.sparsity is not None
-        ):
+        if self.num_recomputations > 1 and self.pruner.pattern.sparsity is not None:
             raise ConfigError(
                 f"num_recomputations={self.num_recomputations}: {self.pruner.pattern} has only one sparsity, so its events "
                 "cannot be split. Leave num_recomputations at 1."

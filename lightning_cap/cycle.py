@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,15 +32,30 @@ def checkpoint_dir(trainer: pl.Trainer, dirpath: str | None) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
 
 
-def monitored(trainer: pl.Trainer, monitor: str | None) -> tuple[str | None, float | None]:
-    """Name and latest value of the monitored metric; ``monitor=None`` takes the logged validation accuracy."""
-    metrics = trainer.callback_metrics
+def monitored(metrics: Mapping[str, Any], monitor: str | None) -> tuple[str | None, float | None]:
+    """Name and value of the monitored metric; ``monitor=None`` takes the logged validation accuracy, if there is one."""
     if monitor is None:
         names = [name for name in metrics if "val" in name.lower() and "acc" in name.lower()]
         monitor = min(names, key=len, default=None)
     if monitor is None or monitor not in metrics:
         return monitor, None
     return monitor, float(metrics[monitor])
+
+
+def make_row(
+    target: float, epoch: int, value: float | None, sparsity: float, *, best: bool = False, folder: Path | None = None
+) -> Row:
+    """A row of the table; with a ``folder``, the files that it stands for are named there."""
+    stem = "" if folder is None else str(folder / (sparsity_stem(target) + ("-best" if best else "")))
+    return {
+        "target": target,
+        "epoch": epoch,
+        "value": value,
+        "sparsity": sparsity,
+        "best": best,
+        "checkpoint": stem and f"{stem}.ckpt",
+        "weights": stem and f"{stem}.safetensors",
+    }
 
 
 def is_better(value: float | None, best: float | None, mode: Literal["min", "max"]) -> bool:

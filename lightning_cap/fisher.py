@@ -37,8 +37,20 @@ class EmpiricalFisher:
         self._rows = torch.zeros(row_chunk, layout.num_blocks, layout.block_size, device=device)
         self._filled = 0
 
+    @torch.no_grad()
     def update(self, chunk: Mapping[str, Tensor]) -> None:
-        """Take in ``{target name: (n, *weight.shape)}`` gradient rows of any float dtype."""
+        """Take in ``{target name: (n, *weight.shape)}`` gradient rows of any float dtype.
+
+        Raises:
+            GradientError: A target is missing in the chunk or its rows do not have the weight's shape.
+        """
+        for name, shape in self.layout.shapes.items():
+            got = tuple(chunk[name].shape[1:]) if name in chunk else None
+            if got != shape:
+                raise GradientError(
+                    f"gradients: the rows of {name!r} have shape {got}, its weight has {shape}. Give a chunk "
+                    "{target name: (n, *weight.shape)} with every target in it."
+                )
         rows = self.layout.pack_rows(chunk, torch.float32, self._sums.device)
         start = 0
         while start < rows.shape[0]:
@@ -59,7 +71,7 @@ class EmpiricalFisher:
         """The Fisher blocks ``(K, B, B)``, float32, symmetric, without damp. Ends the accumulation.
 
         Raises:
-            GradientError: No gradient row was taken in.
+            GradientError: No gradient row was taken in, or one was not finite or too large to be squared in float32.
         """
         if self.count == 0:
             raise GradientError("gradients: the source gave no gradient row. Check that the calibration batches are not "
@@ -67,7 +79,15 @@ class EmpiricalFisher:
         if self._filled:
             self._flush()
         del self._rows
-        return self._sums.div_(self.count)
+        self._sums.div_(self.count)
+        bad = ~torch.isfinite(self._sums.diagonal(dim1=-2, dim2=-1)).all(-1)
+        if bool(bad.any()):
+            names = [name for name, span in self.layout.spans.items() if bool(bad[span].any())]
+            raise GradientError(
+                f"gradients: those of {len(names)} targets, first {names[0]!r}, are not finite, or their squares are beyond "
+                "float32. Leave non-finite samples out, or scale the loss down."
+            )
+        return self._sums
 
     def _flush(self) -> None:
         rows = self._rows[: self._filled].transpose(0, 1)  # (K, n, B)

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import _pytree as pytree
 
 from lightning_cap import distributed
 from lightning_cap.errors import GradientError
 from lightning_cap.solver import Progress
 from lightning_cap.targets import Targets
+from lightning_cap.vmap_support import vmap_friendly
 
 #: ``loss(model, batch)`` -> scalar mean loss over the batch.
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -239,8 +239,7 @@ class GradientCollector:
             )
             return value.reshape(()) * self._scale  # type: ignore[no-any-return]
 
-        # vmap has no rule for fused attention kernels and would loop over samples inside them; plain attention it can batch
-        with torch.inference_mode(False), torch.enable_grad(), self._context(), sdpa_kernel(SDPBackend.MATH):
+        with torch.inference_mode(False), torch.enable_grad(), self._context(), vmap_friendly():
             weights = [weight.detach() for weight in self._targets.values()]
             rows = vmap(grad(loss), in_dims=(None, 0), randomness="different")(weights, tensors)
         return {name: row.detach().float().div_(self._scale) for name, row in zip(names, rows, strict=True)}

@@ -7,7 +7,8 @@ inside MKL for batches of n >= 160 (an upstream defect).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,16 +21,36 @@ FLOAT64_CONDITION = 1e13
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """Float32 matrix products at full precision (no TF32, no bf16) inside, the caller's setting restored after."""
-    before = torch.get_float32_matmul_precision()
-    if before == "highest":
+    """Float32 matrix products at full precision inside (no TF32, bf16 or autocast), the caller's settings restored after."""
+    with ExitStack() as stack:
+        for device in ("cpu", "cuda"):
+            stack.enter_context(torch.autocast(device, enabled=False))
+        stack.enter_context(_ieee_products())
         yield
-        return
-    torch.set_float32_matmul_precision("highest")
+
+
+@contextmanager
+def _ieee_products() -> Iterator[None]:
+    switches = _precision_switches()
+    before = [switch.fp32_precision for switch in switches]
+    legacy = None if switches else torch.get_float32_matmul_precision()  # would raise where both ways are mixed
     try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        if legacy is not None:
+            torch.set_float32_matmul_precision("highest")
         yield
     finally:
-        torch.set_float32_matmul_precision(before)
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = value
+        if legacy is not None:
+            torch.set_float32_matmul_precision(legacy)
+
+
+def _precision_switches() -> list[Any]:
+    """The settings of each backend in releases of torch that have them; one global setting serves the others."""
+    found = [getattr(backend, "matmul", None) for backend in (torch.backends.cuda, torch.backends.mkldnn)]
+    return found if all(hasattr(switch, "fp32_precision") for switch in found) else []
 
 
 def restrict(fisher: Tensor, alive: Tensor, damp: Tensor) -> Tensor:

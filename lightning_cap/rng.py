@@ -33,7 +33,7 @@ def restore(state: dict[str, Any]) -> None:
     """Set every generator to a captured state. CUDA states are set on as many devices as there are here."""
     python, numpy = state["python"], state["numpy"]
     random.setstate((python["version"], tuple(python["words"]), python["gauss"]))
-    keys = numpy["keys"].numpy().astype(np.uint32)
+    keys = numpy["keys"].cpu().numpy().astype(np.uint32)
     np.random.set_state((numpy["name"], keys, numpy["position"], numpy["has_gauss"], numpy["cached"]))
     torch.set_rng_state(state["torch"].cpu())
     if torch.cuda.is_available():

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -194,7 +193,7 @@ class BlockLayout:
         n, B = first.shape[0], self.block_size
         packed = torch.zeros(n, self.num_blocks * B, dtype=dtype, device=device or first.device)
         for name, span in self.spans.items():
-            flat = self._to_layout(rows[name], self.shapes[name]).reshape(n, -1)
+            flat = self._to_layout(rows[name], self.shapes[name]).flatten(1)
             packed[:, span.start * B : span.start * B + flat.shape[1]] = flat
         return packed.view(n, self.num_blocks, B)
 
@@ -265,7 +264,7 @@ def _timm_ends(model: nn.Module, prunable: list[str]) -> list[str]:
             continue
         prefix = plain_name(path + ".") if path else ""
         inside = [name for name in prunable if name.startswith(prefix)]
-        for key, fallback in (("first_conv", inside[:1]), ("classifier", inside[-1:])):
+        for key, fallback in (("first_conv", inside[:1]), ("classifier", prunable[-1:])):
             value = cfg.get(key) or ()
             names = [f"{prefix}{v}.weight" for v in ((value,) if isinstance(value, str) else value)]
             found = [name for name in names if name in prunable]
@@ -317,18 +316,22 @@ def _refuse_frozen_and_tied(
                 f"target {name!r} is frozen (requires_grad=False), so it has no gradient. Unfreeze it or leave it out "
                 f"with exclude=[{name!r}]."
             )
-        if name in shared and _share_memory([parameters[n][1] for n in shared[name]]):
-            others = [other for other in shared[name] if other != name]
+        others = [n for n in shared.get(name, ()) if n != name and _overlap(parameters[n][1], parameter)]
+        if others:
             raise TargetError(
                 f"target {name!r} is tied: it shares its memory with {_some(others)}. Untie the weights or leave them "
                 f"out with exclude=[{name!r}]."
             )
 
 
-def _share_memory(parameters: Sequence[nn.Parameter]) -> bool:
-    """Whether tensors of one storage really overlap (flattened parameters share a storage without overlap)."""
-    ranges = sorted((p.data_ptr(), p.data_ptr() + p.numel() * p.element_size()) for p in parameters)
-    return any(after[0] < before[1] for before, after in itertools.pairwise(ranges))
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one storage really overlap (flattened parameters share a storage without overlap)."""
+    return a.data_ptr() < _end(b) and b.data_ptr() < _end(a)
+
+
+def _end(tensor: Tensor) -> int:
+    reach = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr() + (reach + 1) * tensor.element_size()
 
 
 def _some(names: Sequence[str], limit: int = 4) -> str:

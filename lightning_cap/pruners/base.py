@@ -14,6 +14,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_cap.allocation import budget_of
+from lightning_cap.errors import ConfigError
 from lightning_cap.patterns import Pattern, Unstructured
 from lightning_cap.solver import Progress
 from lightning_cap.targets import BlockLayout, Targets
@@ -51,6 +52,7 @@ class PruningPath(ABC):
     """What one pass over the gradients yields: every sparsity can be read from it. A context manager."""
 
     def __init__(self, targets: Targets, layout: BlockLayout, masks: Mapping[str, Tensor] | None) -> None:
+        check_masks(targets, masks or {})
         self._layout = layout
         self._dtypes = {name: weight.dtype for name, weight in targets.items()}
         self._numel = targets.numel
@@ -114,6 +116,35 @@ class PruningPath(ABC):
             sparsity=1 - int(kept.sum()) / self._numel,
             stats=stats,
         )
+
+
+def check_masks(targets: Targets, masks: Mapping[str, Tensor]) -> None:
+    """Refuse masks that are not those of the targets.
+
+    Raises:
+        ConfigError: A name is not a target's, or a shape not that of its weight.
+    """
+    for name, mask in masks.items():
+        if name not in targets or mask.shape != targets[name].shape:
+            want = f"its weight has {tuple(targets[name].shape)}" if name in targets else "there is no such target"
+            raise ConfigError(
+                f"masks: {name!r} has shape {tuple(mask.shape)}, but {want}. Give {{target name: bool of the weight's shape}}."
+            )
+
+
+def pack_weights(targets: Targets, layout: BlockLayout, alive: Tensor) -> Tensor:
+    """The weights as ``(K, B)``, zero where not ``alive``; float64 if a target is, else float32.
+
+    Raises:
+        ConfigError: A weight is not finite.
+    """
+    weights = targets.weights()
+    for name, weight in weights.items():
+        if not bool(torch.isfinite(weight).all()):
+            raise ConfigError(f"model: the weight {name!r} is not finite (NaN or inf). Load a sound checkpoint.")
+    double = any(weight.dtype == torch.float64 for weight in weights.values())
+    packed = layout.pack(weights, torch.float64 if double else torch.float32, alive.device)
+    return packed.masked_fill_(~alive, 0.0)
 
 
 class Pruner(ABC):

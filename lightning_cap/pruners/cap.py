@@ -13,7 +13,7 @@ from lightning_cap.allocation import Allocation, Global, block_scores, smallest
 from lightning_cap.errors import ConfigError, GradientError
 from lightning_cap.fisher import EmpiricalFisher
 from lightning_cap.patterns import Pattern, as_pattern
-from lightning_cap.pruners.base import GradientSource, Pruner, PruneResult, PruningPath
+from lightning_cap.pruners.base import GradientSource, Pruner, PruneResult, PruningPath, pack_weights
 from lightning_cap.solver import Elimination, Progress, eliminate, reconstruct
 from lightning_cap.targets import BlockLayout, Targets
 
@@ -121,10 +121,9 @@ class CAPPath(PruningPath):
         super().__init__(targets, layout, masks)
         self._pruner = pruner
         self._fisher: Tensor | None = fisher
-        weights = layout.pack(targets.weights(), torch.float32, fisher.device)
-        self._weights = weights.masked_fill_(~self._alive, 0.0)
+        self._weights = pack_weights(targets, layout, self._alive)
         self.elimination: Elimination = eliminate(
-            fisher, self._weights, self._alive, pruner.damp, pruner.pattern, progress
+            fisher, self._weights.float(), self._alive, pruner.damp, pruner.pattern, progress
         )
         self._scores = block_scores(self.elimination.losses, pruner.ranking)
 

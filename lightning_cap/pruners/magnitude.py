@@ -9,7 +9,7 @@ from torch import Tensor
 
 from lightning_cap.allocation import Allocation, Global, smallest
 from lightning_cap.patterns import Unstructured
-from lightning_cap.pruners.base import GradientSource, Pruner, PruneResult, PruningPath
+from lightning_cap.pruners.base import GradientSource, Pruner, PruneResult, PruningPath, pack_weights
 from lightning_cap.solver import Progress
 from lightning_cap.targets import Targets
 
@@ -42,8 +42,7 @@ class MagnitudePath(PruningPath):
     def __init__(self, pruner: Magnitude, targets: Targets, masks: Mapping[str, Tensor] | None) -> None:
         super().__init__(targets, targets.blocks(1), masks)
         self._allocation = pruner.allocation
-        weights = self._layout.pack(targets.weights(), torch.float32, self._alive.device)
-        self._weights = weights.masked_fill_(~self._alive, 0.0)
+        self._weights = pack_weights(targets, self._layout, self._alive)
 
     def at(self, sparsity: float) -> PruneResult:
         """See `PruningPath.at`; ``predicted_loss`` is half the squared norm of what is removed."""

@@ -19,14 +19,15 @@ def reconstruct(
 
     Args:
         fisher: ``(K, B, B)`` float32 without damp.
-        weights: ``(K, B)`` float32.
+        weights: ``(K, B)`` float32 or float64.
         alive: ``(K, B)`` bool, eligible before pruning.
         pruned: ``(K, B)`` bool, a subset of ``alive``.
         damp: ``(K,)`` float64.
         precise: ``(K,)`` bool, solve this block in float64.
 
     Returns:
-        ``(K, B)`` float32: zero where pruned or never alive, the input bit for bit in blocks with nothing pruned.
+        ``(K, B)``, dtype of ``weights``: zero where pruned or never alive, the input bit for bit in blocks with nothing
+        pruned.
     """
     B = weights.shape[1]
     kept = alive & ~pruned
@@ -36,8 +37,8 @@ def reconstruct(
         for dtype, choice in ((torch.float32, touched & ~precise), (torch.float64, touched & precise)):
             for blocks in choice.nonzero().squeeze(1).split(max(1, _CHUNK_FLOATS // B**2)):
                 keep, gone = kept[blocks], pruned[blocks]
-                matrix, w = fisher[blocks].to(dtype), weights[blocks].to(dtype)
-                rhs = torch.bmm(matrix, torch.where(gone, w, 0.0).unsqueeze(-1)).squeeze(-1)
+                matrix, w = fisher[blocks].to(dtype), weights[blocks]
+                rhs = torch.bmm(matrix, torch.where(gone, w, 0.0).to(dtype).unsqueeze(-1)).squeeze(-1)
                 shift = spd_solve(restrict(matrix, keep, damp[blocks]), torch.where(keep, rhs, 0.0))
-                result[blocks] = torch.where(keep, w + shift, 0.0).float()
+                result[blocks] = torch.where(keep, w + shift, 0.0).to(result.dtype)
     return result

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from lightning_cap.patterns import Pattern
+if TYPE_CHECKING:
+    from lightning_cap.patterns import Pattern
 
 
 def eliminate_left_looking(
