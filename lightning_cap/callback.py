@@ -71,6 +71,9 @@ class CAPPruningCallback(pl.Callback):
             raise ConfigError(f"num_recomputations={num_recomputations}: give a whole number of at least 1.")
         if save in ("best", "both") and monitor is None:
             raise ConfigError(f"save={save!r} needs monitor=..., the name of a logged metric such as 'val/acc'.")
+        for name, value, choices in (("save", save, ("last", "best", "both", "none")), ("mode", mode, ("min", "max"))):
+            if value not in choices:
+                raise ConfigError(f"{name}={value!r}: choose one of {choices}.")
         if seed < 0:
             raise ConfigError(f"seed={seed}: give a whole number of at least 0.")
         self.schedule = schedule
@@ -174,8 +177,8 @@ class CAPPruningCallback(pl.Callback):
             run.masks.apply_to_optimizer(optimizer)
         if not self._restored:
             restart_schedulers(trainer, list(self._active.events), self._warned)
-        if self.pruner.num_gradients and any(epoch not in self._done for epoch in run.events):
-            self._event(trainer, pl_module).probe(self._position)
+        if any(epoch not in self._done for epoch in run.events):
+            self._event(trainer, pl_module).rehearse(self._position)
         if self._restored and getattr(trainer.fit_loop, "restarted_mid_epoch", False):
             self._restore_random_state()
 

@@ -112,10 +112,7 @@ class PruningEvent:
         pruner, report = self._pruner, self.report
         started = time.perf_counter()
         device = next(iter(self._targets.values())).device
-        plan = plan_event(pruner.peak_bytes(self._targets), device)
-        with distributed.agreed("Planning the pruning event"):
-            plan.check()
-        report.peak_bytes = plan.peak_bytes
+        report.peak_bytes = self._plan()
         report.seconds["plan"] += time.perf_counter() - started
         with undisturbed(self._module), quiet(self._module), torch.inference_mode(False):
             collector = self.collector(position) if pruner.num_gradients else None
@@ -130,8 +127,11 @@ class PruningEvent:
             report.skipped += collector.skipped
         return path
 
-    def probe(self, position: int) -> None:
-        """One gradient, thrown away: what cannot work is to fail before training begins."""
+    def rehearse(self, position: int) -> None:
+        """Plan, and compute one gradient that is thrown away: what cannot work is to fail before training begins."""
+        self._plan()
+        if not self._pruner.num_gradients:
+            return
         with undisturbed(self._module), quiet(self._module):
             collector = self.collector(position)
             with distributed.agreed("The first gradient"):
@@ -168,6 +168,13 @@ class PruningEvent:
             self._seed,
             position,
         )
+
+    def _plan(self) -> int:
+        device = next(iter(self._targets.values())).device
+        plan = plan_event(self._pruner.peak_bytes(self._targets), device)
+        with distributed.agreed("Planning the pruning event"):
+            plan.check()
+        return plan.peak_bytes
 
     def _prune(self, sparsity: float, position: int, masks: Mapping[str, Tensor]) -> PruneResult:
         with self.path(position, masks) as path:

@@ -12,6 +12,7 @@ from lightning_cap.linalg import full_float32
 from lightning_cap.targets import BlockLayout
 
 _ROW_CHUNK = 32
+_CHUNK_FLOATS = 2**22
 
 
 class EmpiricalFisher:
@@ -80,6 +81,8 @@ class EmpiricalFisher:
             self._flush()
         del self._rows
         self._sums.div_(self.count)
+        for blocks in self._sums.split(max(1, _CHUNK_FLOATS // self.layout.block_size**2)):
+            blocks.copy_((blocks + blocks.mT) / 2)  # products round their two triangles differently
         bad = ~torch.isfinite(self._sums.diagonal(dim1=-2, dim2=-1)).all(-1)
         if bool(bad.any()):
             names = [name for name, span in self.layout.spans.items() if bool(bad[span].any())]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterable
+from collections.abc import Collection
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -12,7 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from lightning_cap.errors import ConfigError
 
 
-def restart_schedulers(trainer: pl.Trainer, event_epochs: Iterable[int], warned: set[str]) -> None:
+def restart_schedulers(trainer: pl.Trainer, event_epochs: Collection[int], warned: set[str]) -> None:
     """Restart every scheduler that has ``restart()``; a `CyclicLinearLR` without a period gets the gap to the next event.
 
     Args:
@@ -34,14 +34,15 @@ def restart_schedulers(trainer: pl.Trainer, event_epochs: Iterable[int], warned:
                 )
             warned.add(name)
         elif getattr(config.scheduler, "auto_period", False) and "period" in inspect.signature(restart).parameters:
-            restart(period=max(1, _gap(trainer, event_epochs, config.interval) // config.frequency))
+            _gap(trainer, event_epochs, config.interval, max(event_epochs, default=0))  # fail now, not in the last cycle
+            gap = _gap(trainer, event_epochs, config.interval, trainer.current_epoch)
+            restart(period=max(1, gap // config.frequency))
         else:
             restart()
 
 
-def _gap(trainer: pl.Trainer, event_epochs: Iterable[int], interval: str) -> int:
-    """Optimizer steps or epochs from now to the next event, or to the end of training."""
-    epoch = trainer.current_epoch
+def _gap(trainer: pl.Trainer, event_epochs: Collection[int], interval: str, epoch: int) -> int:
+    """Optimizer steps or epochs from an epoch's start to the next event, or to the end of training."""
     last = None if trainer.max_epochs in (None, -1) else trainer.max_epochs
     end = min((e for e in event_epochs if e > epoch), default=last)
     steps_left = math.inf if trainer.max_steps == -1 else trainer.max_steps - trainer.global_step

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -41,7 +40,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
 @contextmanager
 def quiet(module: nn.Module) -> Iterator[None]:
     """Logging is suppressed and metrics stand still inside: ``self.log(on_step=True)`` raises in most hooks."""
-    with _logging(module, _ignore), _metrics(module, _StandingMetric):
+    with _logging(module, _ignore), _metrics(module, _stand):
         yield
 
 
@@ -124,15 +123,11 @@ class _Record:
 
 
 class _StandingMetric(nn.Module):
-    """Takes a metric's place and does nothing."""
+    """Takes a metric's place and does nothing; its value is zero."""
 
-    def __init__(self, metric: nn.Module) -> None:
-        super().__init__()
-        self._collection = isinstance(metric, MetricCollection)
-
-    def forward(self, *_: Any, **__: Any) -> Any:
-        """Zero, or for a collection a mapping of zeros."""
-        return defaultdict(lambda: torch.zeros(())) if self._collection else torch.zeros(())
+    def forward(self, *_: Any, **__: Any) -> Tensor:
+        """Zero."""
+        return torch.zeros(())
 
     compute = forward
 
@@ -141,6 +136,38 @@ class _StandingMetric(nn.Module):
 
     def reset(self) -> None:
         """Nothing."""
+
+
+class _StandingCollection(_StandingMetric):
+    """The same for a collection."""
+
+    def __init__(self, collection: MetricCollection) -> None:
+        super().__init__()
+        self._standing = {str(name): _StandingMetric() for name in collection.keys(keep_base=False)}
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        """Zeros by name."""
+        return {name: torch.zeros(()) for name in self._standing}
+
+    compute = forward
+
+    def __getitem__(self, name: str) -> _StandingMetric:
+        return self._standing.get(name, _StandingMetric())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._standing)
+
+    def keys(self) -> Any:
+        """Names."""
+        return self._standing.keys()
+
+    def items(self) -> Any:
+        """Names and standing metrics."""
+        return self._standing.items()
+
+
+def _stand(metric: nn.Module) -> nn.Module:
+    return _StandingCollection(metric) if isinstance(metric, MetricCollection) else _StandingMetric()
 
 
 @contextmanager

@@ -93,7 +93,7 @@ def test_a_run_with_a_no_op_event_sees_the_same_batches(tmp_path: Path, monkeypa
 
     pruned = run()
     monkeypatch.setattr(callback_module.PruningEvent, "run", lambda self, sparsities, position: position)
-    monkeypatch.setattr(callback_module.PruningEvent, "probe", lambda self, position: None)
+    monkeypatch.setattr(callback_module.PruningEvent, "rehearse", lambda self, position: None)
     monkeypatch.setattr(callback_module, "evaluate", lambda trainer, module: {})
     plain = run()
     assert zeros(pruned).float().mean() == 0.75
@@ -193,7 +193,13 @@ def test_logs_go_to_every_logger(tmp_path: Path) -> None:
     trainer(tmp_path, callback(), logger=logger).fit(Toy(), **loaders())
     text = Path(logger.log_dir, "metrics.csv").read_text()
     header = text.splitlines()[0]
-    for name in ("cap/sparsity", "cap/sparsity/net.4.weight", "cap/predicted_loss", "cap/after/val_acc", "cap/seconds/solve"):
+    for name in (
+        "cap/sparsity",
+        "cap/sparsity/net.4.weight",
+        "cap/predicted_loss",
+        "cap/after/val_acc",
+        "cap/seconds/solve",
+    ):
         assert name in header.split(",")
     assert Path(logger.log_dir, "checkpoints", "sparsity=0.50.ckpt").exists()
 
@@ -266,10 +272,14 @@ def test_second_fit_goes_on(tmp_path: Path) -> None:
     assert cb._done == [1, 3]
     mask = cb.masks["net.4.weight"].clone()
     with pytest.warns(UserWarning, match=r"sparsity=0.5: the model is already at 0.75"):
-        trainer(tmp_path, cb, max_epochs=4).fit(module, **loaders())  # a new Trainer: masks stay, the schedule begins anew
+        trainer(tmp_path, cb, max_epochs=4).fit(
+            module, **loaders()
+        )  # a new Trainer: masks stay, the schedule begins anew
     assert not (cb.masks["net.4.weight"] & ~mask).any()
     other = Toy()
-    trainer(tmp_path, cb, max_epochs=4, limit_train_batches=1).fit(other, **loaders())  # another model: nothing carries over
+    trainer(tmp_path, cb, max_epochs=4, limit_train_batches=1).fit(
+        other, **loaders()
+    )  # another model: nothing carries over
     assert zeros(other).float().mean() == 0.75
     assert cb._position == 2
 

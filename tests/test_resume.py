@@ -67,7 +67,9 @@ def test_resume_from_every_epoch_end(tmp_path: Path, epoch: int) -> None:
     assert_same(whole, resumed)
     assert whole.batches[-4:] == resumed.batches[-4:]
     assert zeros(resumed).float().mean() == 0.75
-    rows = [[{**row, "checkpoint": Path(row["checkpoint"]).name, "weights": ""} for row in c.history] for c in (cb, again)]
+    rows = [
+        [{**row, "checkpoint": Path(row["checkpoint"]).name, "weights": ""} for row in c.history] for c in (cb, again)
+    ]
     assert rows[0] == rows[1]  # the table is whole, too
     assert {p.name for p in (tmp_path / "whole/pruned").glob("*.ckpt")} == {
         p.name for p in (tmp_path / "cut/pruned").glob("*.ckpt")
