@@ -31,7 +31,8 @@ def block_scores(losses: Tensor, ranking: Ranking) -> Tensor:
         ``(K, B)`` float32, infinite where ``losses`` is.
     """
     if ranking == "cumulative":
-        return losses.double().cumsum(-1).float()
+        # on the CPU: torch refuses a floating-point cumsum on CUDA where deterministic algorithms are asked for
+        return losses.cpu().double().cumsum(-1).float().to(losses.device)
     return torch.cat([pool_adjacent_violators(chunk) for chunk in losses.split(2**15)])
 
 
@@ -62,8 +63,8 @@ def pool_adjacent_violators(values: Tensor) -> Tensor:
         top = top + push.long() - merge.long()
         taken = taken + push.long()
     used = torch.arange(B + 2, device=values.device) <= top.unsqueeze(-1)
-    ends = torch.where(used, counts, 0.0).cumsum(-1)
-    position = torch.arange(B, device=values.device, dtype=torch.float64).expand(k, B).contiguous()
+    ends = torch.where(used, counts, 0.0).long().cumsum(-1)
+    position = torch.arange(B, device=values.device).expand(k, B).contiguous()
     pool = torch.searchsorted(ends, position, right=True).clamp_max(B + 1)
     return torch.where(valid, (sums / counts).gather(1, pool), torch.inf).float()
 
@@ -132,7 +133,9 @@ def smallest(scores: Tensor, count: int) -> Tensor:
     flat = scores.reshape(-1)
     if count <= 0:
         return torch.zeros_like(scores, dtype=torch.bool)
-    threshold = flat.kthvalue(min(count, flat.numel())).values
+    k = min(count, flat.numel())
+    # kthvalue is faster on the CPU, and older releases of torch have no deterministic form of it on CUDA
+    threshold = flat.sort().values[k - 1] if flat.is_cuda else flat.kthvalue(k).values
     chosen = flat < threshold
     ties = (flat == threshold).nonzero().squeeze(1)
     chosen[ties[: count - int(chosen.sum())]] = True

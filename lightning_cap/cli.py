@@ -78,7 +78,11 @@ class CAPCLI(LightningCLI):
         return {**LightningCLI.subcommands(), "oneshot": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Data decides how many classes the model has; one seed serves all."""
+        """A recipe is given once, with the data: the model takes its regularisation from the same."""
+        parser.link_arguments("data.init_args.recipe", "model.init_args.recipe")
+
+    def _parse_ckpt_path(self) -> None:
+        """The configuration describes the model; hyperparameters in a checkpoint do not change it."""
 
 
 def main(args: list[str] | None = None) -> None:
@@ -89,8 +93,18 @@ def main(args: list[str] | None = None) -> None:
     """
     try:
         CAPCLI(trainer_class=CAPTrainer, args=args, save_config_kwargs={"overwrite": True})
-    except CAPError as error:
-        sys.exit(f"lightning-cap: error: {error}")
+    except Exception as error:
+        ours = _our_error(error)
+        if ours is None:
+            raise
+        sys.exit(f"lightning-cap: error: {ours}")
+
+
+def _our_error(error: BaseException | None) -> CAPError | None:
+    """The exception of this package behind ``error``, which jsonargparse may have wrapped."""
+    while error is not None and not isinstance(error, CAPError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 if __name__ == "__main__":

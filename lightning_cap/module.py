@@ -80,8 +80,9 @@ class VisionClassifier(LightningModule):
             "drop_path_rate": drop_path_rate,
             "gradient_clip": gradient_clip,
         }
-        self._save_plain({"model": model, "num_classes": num_classes, "model_kwargs": model_kwargs, "recipe": recipe})
-        self._save_plain(given)
+        # hyperparameters are to load with weights_only=True: plain values alone, and none that a checkpoint makes obsolete
+        complex_ones = [n for n, v in (("model", model), ("model_kwargs", model_kwargs)) if not _is_plain(v)]
+        self.save_hyperparameters(ignore=["pretrained", "checkpoint", "optimizer", "lr_scheduler", *complex_ones])
         values = _with_recipe(given, recipe)
         self.label_smoothing, self.weight_decay = values["label_smoothing"], values["weight_decay"]
         self.gradient_clip = values["gradient_clip"]
@@ -100,10 +101,6 @@ class VisionClassifier(LightningModule):
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         self.val_metrics = _accuracies(self.num_classes, "val/")
         self.test_metrics = _accuracies(self.num_classes, "test/")
-
-    def _save_plain(self, arguments: dict[str, Any]) -> None:
-        """Save as hyperparameters what loads with ``weights_only=True``: plain values, no classes or modules."""
-        self.save_hyperparameters({name: value for name, value in arguments.items() if _is_plain(value)})
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits ``(b, num_classes)`` of images ``(b, C, H, W)``."""

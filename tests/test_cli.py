@@ -1,0 +1,134 @@
+"""The `lightning-cap` command on the digits, shortened."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_cap.cli import CAPCLI, CAPTrainer, main
+
+ROOT = Path(__file__).resolve().parent.parent
+GRADUAL = str(ROOT / "configs/digits_gradual.yaml")
+SMALL = [  # a tiny model
+    "--model.init_args.model.init_args.embed_dim=16",
+    "--model.init_args.model.init_args.depth=2",
+    "--model.init_args.model.init_args.num_heads=2",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.accelerator=cpu",
+]
+
+
+@pytest.fixture(autouse=True)
+def _as_from_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["lightning-cap"])  # not pytest's, which Lightning would warn about
+
+
+def shortened(folder: Path) -> list[str]:
+    """The gradual config with few epochs, gradients and batches."""
+    config = yaml.safe_load(Path(GRADUAL).read_text())
+    callback = config["trainer"]["callbacks"][0]["init_args"]
+    callback["schedule"]["init_args"]["steps"] = {1: 0.5, 2: 0.75, 3: 0.9}
+    callback["pruner"]["init_args"].update(num_gradients=64, block_size=16)
+    config["trainer"].update(max_epochs=4, limit_train_batches=2)
+    config["trainer"]["logger"]["init_args"]["save_dir"] = str(folder / "runs")
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return ["--config", str(path), *SMALL]
+
+
+def test_fit_prunes_and_prints_the_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["fit", *shortened(tmp_path)])
+    out = capsys.readouterr().out
+    for text in ("dense", "50.00 %", "75.00 %", "90 %", "sparsity=0.90.ckpt", "val/acc"):
+        assert text in out
+    folder = next((tmp_path / "runs").rglob("checkpoints"))
+    assert len(list(folder.glob("*.ckpt"))) == len(list(folder.glob("sparsity=*.safetensors"))) + 1  # and Lightning's own
+    saved = yaml.safe_load((folder.parent / "config.yaml").read_text())
+    assert saved["trainer"]["max_epochs"] == 4
+
+    capsys.readouterr()
+    checkpoint = str(folder / "sparsity=0.90.ckpt")
+    main(["validate", *shortened(tmp_path), "--ckpt_path", checkpoint])
+    assert "val/acc" in capsys.readouterr().out
+    main(["test", *shortened(tmp_path), "--ckpt_path", checkpoint])
+    assert "test/acc" in capsys.readouterr().out
+    main(["predict", *shortened(tmp_path), "--ckpt_path", checkpoint])
+
+
+def test_oneshot_sweeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["fit", *shortened(tmp_path)])
+    checkpoint = next((tmp_path / "runs").rglob("sparsity=0.50.ckpt"))
+    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
+    sweep: dict[str, Any] = {
+        "model": config["model"],
+        "data": config["data"],
+        "pruner": config["trainer"]["callbacks"][0]["init_args"]["pruner"],
+        "trainer": {"logger": False},
+        "sparsities": [0.6, 0.9],
+        "ckpt_path": str(checkpoint),
+        "output_dir": str(tmp_path / "out"),
+    }
+    (tmp_path / "oneshot.yaml").write_text(yaml.safe_dump(sweep))
+    arguments = ["oneshot", "--config", str(tmp_path / "oneshot.yaml"), *SMALL]
+    capsys.readouterr()
+    main(arguments)
+    out = capsys.readouterr().out
+    assert "predicted loss" in out
+    assert "0.90" in out
+    rows = json.loads((tmp_path / "out/results.json").read_text())
+    assert [row["target"] for row in rows] == [0.0, 0.6, 0.9]
+    assert rows[0]["sparsity"] == 0.5  # the checkpoint was sparse already
+    assert rows[1]["predicted_loss"] < rows[2]["predicted_loss"]
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "results.json", "sweep.png", "sparsity=0.60.safetensors", "sparsity=0.90.safetensors",
+    }  # fmt: skip
+    with pytest.raises(SystemExit, match=r"num_recomputations=2: the one-shot sweep"):
+        main([*arguments, "--num_recomputations=2"])
+
+
+def test_our_errors_end_the_command_with_one_line(tmp_path: Path) -> None:
+    arguments = [*shortened(tmp_path), "--trainer.max_epochs=2"]
+    with pytest.raises(SystemExit, match=r"lightning-cap: error: .*max_epochs=2"):
+        main(["fit", *arguments])
+    assert not list((tmp_path / "runs").rglob("*.*"))
+
+
+@pytest.mark.parametrize(
+    ("pattern", "message"),
+    [("2:4", "124 is what YAML makes of an unquoted 2:4"), ('"2:4"', "pattern=124"), ("{class_path: lightning_cap.patterns.NofM, init_args: {n: 2:4}}", "unquoted 2:4")],
+)  # fmt: skip
+def test_n_of_m_written_wrongly_in_yaml_is_explained(
+    tmp_path: Path, pattern: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = shortened(tmp_path)
+    path = tmp_path / "config.yaml"
+    path.write_text(path.read_text().replace("num_gradients: 64", f"num_gradients: 64\n          pattern: {pattern}"))
+    with pytest.raises(SystemExit) as caught:
+        main(["fit", *arguments])
+    assert message in str(caught.value) + capsys.readouterr().err
+
+
+def test_print_config_and_help() -> None:
+    command = [sys.executable, "-m", "lightning_cap.cli"]
+    shown = subprocess.run([*command, "fit", "--config", GRADUAL, "--print_config"], capture_output=True, text=True)
+    assert shown.returncode == 0, shown.stderr
+    assert yaml.safe_load(shown.stdout)["trainer"]["max_epochs"] > 3
+    usage = subprocess.run([*command, "oneshot", "--help"], capture_output=True, text=True)
+    assert usage.returncode == 0, usage.stderr
+    assert "--sparsities" in usage.stdout
+
+
+def test_the_recipe_of_the_data_is_the_models_too() -> None:
+    arguments = ["--model=VisionClassifier", "--model.model=vit_tiny_patch16_224", "--model.num_classes=3", "--data=ImageNetDataModule"]
+    for recipe, decay in (("deit", 0.05), ("light1", 0.03)):
+        cli = CAPCLI(trainer_class=CAPTrainer, run=False, args=[*arguments, f"--data.recipe={recipe}"])
+        assert cli.model.weight_decay == decay
+        assert cli.datamodule.recipe.weight_decay == decay
+    cli = CAPCLI(trainer_class=CAPTrainer, run=False, args=[*arguments, "--data.recipe=deit", "--model.weight_decay=0.2"])
+    assert cli.model.weight_decay == 0.2

@@ -1,0 +1,117 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_cap import CAPPruningCallback
+from lightning_cap.cli import CAPCLI, CAPTrainer, main
+from lightning_cap.patterns import NofM
+from lightning_cap.pruners import CAP
+
+ROOT = Path(__file__).parents[1]
+CONFIGS = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "examples").glob("*.yaml")])
+ONESHOT = [path for path in CONFIGS if "sparsities" in yaml.safe_load(path.read_text())]
+FIT = [path for path in CONFIGS if path not in ONESHOT]
+NO_DOWNLOAD = ["--model.pretrained=false", "--model.checkpoint=null"]
+
+
+@pytest.fixture(autouse=True)
+def _no_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """LightningCLI warns if it is given arguments while the process has some of its own, as pytest has."""
+    monkeypatch.setattr("sys.argv", ["lightning-cap"])
+
+
+def _name(path: Path) -> str:
+    return path.stem
+
+
+def _instantiated(path: Path, *arguments: str) -> CAPCLI:
+    config = yaml.safe_load(path.read_text())
+    if "VisionClassifier" in config["model"]["class_path"]:
+        arguments = (*NO_DOWNLOAD, *arguments)
+    return CAPCLI(trainer_class=CAPTrainer, run=False, args=[f"--config={path}", *arguments], save_config_callback=None)
+
+
+def _callback(cli: CAPCLI) -> CAPPruningCallback | None:
+    return next((c for c in cli.trainer.callbacks if isinstance(c, CAPPruningCallback)), None)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=_name)
+def test_print_config(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = "oneshot" if path in ONESHOT else "fit"
+    with pytest.raises(SystemExit) as end:
+        main([command, f"--config={path}", "--print_config"])
+    assert end.value.code == 0
+    printed = yaml.safe_load(capsys.readouterr().out)
+    given = yaml.safe_load(path.read_text())
+    assert given.keys() <= printed.keys()
+    assert printed["data"]["class_path"] == given["data"]["class_path"]
+
+
+@pytest.mark.parametrize("path", FIT, ids=_name)
+def test_classes_can_be_made_and_the_schedule_fits(path: Path, tmp_path: Path) -> None:
+    cli = _instantiated(path, f"--trainer.default_root_dir={tmp_path}")
+    callback = _callback(cli)
+    if callback is None:
+        return
+    events = callback.schedule.events(cli.trainer.max_epochs)
+    for sparsity in events.values():
+        callback.pruner.check_sparsity(sparsity)
+    assert set(callback.save_sparsities or ()) <= set(events.values())
+
+
+@pytest.mark.parametrize("name", ["tiny", "small"])
+def test_imagenet_recipes_are_the_papers(name: str, tmp_path: Path) -> None:
+    """Tables 5 and 6, section 4.2 and appendix I."""
+    cli = _instantiated(ROOT / "configs" / f"deit_{name}_imagenet.yaml", "--data.root=/data/imagenet")
+    callback, pruner = _callback(cli), _callback(cli).pruner  # type: ignore[union-attr]
+    assert callback is not None
+    assert isinstance(pruner, CAP)
+    assert (pruner.block_size, pruner.num_gradients, pruner.damp, pruner.ranking) == (192, 4096, 1e-8, "cumulative")
+    events = callback.schedule.events(cli.trainer.max_epochs)
+    assert cli.trainer.max_epochs == 300
+    assert list(events) == list(range(0, 300, 20))
+    assert (events[0], events[280]) == (0.4, 0.9)
+    assert callback.save_sparsities == [0.5, 0.6, 0.75, 0.8, 0.9]
+    assert cli.datamodule.batch_size * cli.trainer.num_devices == 1024
+    assert cli.datamodule.root == "/data/imagenet"
+    assert cli.datamodule.recipe.name == {"tiny": "light1", "small": "deit"}[name]
+    assert cli.model.weight_decay == {"tiny": 0.03, "small": 0.05}[name]
+    assert cli.model.gradient_clip == {"tiny": 1.0, "small": None}[name]
+    optimization: Any = cli.model.configure_optimizers()
+    scheduler = optimization["lr_scheduler"]["scheduler"]
+    assert {group["lr"] for group in optimization["optimizer"].param_groups} == {5e-4}
+    assert scheduler.min_lr == 1e-5
+
+
+def test_nm_is_2_of_4() -> None:
+    callback = _callback(_instantiated(ROOT / "configs" / "digits_nm.yaml"))
+    assert callback is not None
+    assert callback.pruner.pattern == NofM(2, 4)
+
+
+def test_digits_share_model_and_pruner() -> None:
+    """The files repeat them, so that each can be read by itself."""
+    configs = {path.stem: yaml.safe_load(path.read_text()) for path in CONFIGS if path.stem.startswith("digits_")}
+    gradual = configs["digits_gradual"]
+    for config in configs.values():
+        assert config["model"]["init_args"]["model"] == gradual["model"]["init_args"]["model"]
+        assert config["data"] == gradual["data"]
+    pruner = gradual["trainer"]["callbacks"][0]["init_args"]["pruner"]
+    assert configs["digits_oneshot"]["pruner"] == pruner
+
+
+def test_dense_then_oneshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint that the one file leaves is the one that the other prunes."""
+    monkeypatch.chdir(tmp_path)
+    limits = ["--trainer.limit_val_batches=1", "--trainer.enable_progress_bar=false", "--trainer.accelerator=cpu"]
+    dense = ["fit", f"--config={ROOT / 'configs' / 'digits_dense.yaml'}", "--trainer.max_epochs=1"]
+    main([*dense, *limits, "--trainer.limit_train_batches=1"])
+    assert (tmp_path / "runs/digits_dense/dense.ckpt").is_file()
+    oneshot = ["oneshot", f"--config={ROOT / 'configs' / 'digits_oneshot.yaml'}", "--pruner.num_gradients=8"]
+    main([*oneshot, *limits, "--sparsities=[0.5]"])
+    written = {path.name for path in (tmp_path / "runs/digits_oneshot").iterdir()}
+    assert {"results.json", "sweep.png", "sparsity=0.50.safetensors"} <= written

@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+EXAMPLE = Path(__file__).parents[1] / "examples" / "existing_trainer.py"
+
+
+def test_the_example_is_short() -> None:
+    assert len(EXAMPLE.read_text().splitlines()) <= 40
+
+
+def test_its_module_knows_nothing_of_us() -> None:
+    tree = ast.parse(EXAMPLE.read_text())
+    ours = {
+        alias.asname or alias.name
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ImportFrom) and str(node.module).split(".")[0] == "lightning_cap"
+        for alias in node.names
+    }
+    assert ours == {"CAPPruningCallback", "CAP", "SparsitySteps"}
+    classes = [node for node in ast.walk(tree) if isinstance(node, ast.ClassDef)]
+    assert [ast.unparse(base) for cls in classes for base in cls.bases] == ["pl.LightningModule"]
+    used = {node.id for cls in classes for node in ast.walk(cls) if isinstance(node, ast.Name)}
+    assert not used & (ours | {"lightning_cap"})
+    assert "calibration_step" not in EXAMPLE.read_text()
+
+
+def test_the_example_runs(tmp_path: Path) -> None:
+    run = subprocess.run(
+        [sys.executable, str(EXAMPLE), "6"], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    result = re.search(r"([\d.]+)% right with 90\.0% of the weights at zero", run.stdout)
+    assert result is not None, run.stdout
+    assert float(result.group(1)) > 50  # ten classes; chance is 10
+    saved = {path.name for path in tmp_path.rglob("sparsity=*")}
+    assert {f"sparsity={s}.{kind}" for s in ("0.50", "0.75", "0.90") for kind in ("ckpt", "safetensors")} <= saved

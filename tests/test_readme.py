@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+import ast
+import importlib
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+from jsonargparse import ArgumentParser
+
+from lightning_cap.patterns import NofM, Pattern
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+CI = (ROOT / ".ci" / "run").read_text()
+
+
+def _blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+
+
+def _ci_commands() -> dict[str, str]:
+    return dict(re.findall(r"^(INSTALL|TRAIN|TEST)='(.*)'$", CI, re.MULTILINE))
+
+
+def test_the_two_commands_are_those_that_ci_runs() -> None:
+    ci = _ci_commands()
+    assert [block.strip() for block in _blocks("bash")[:2]] == [
+        f"{ci['INSTALL']} && {ci['TRAIN']}",
+        f"{ci['INSTALL']} && {ci['TEST']}",
+    ]
+    stages = re.findall(r"^.*\bstage (\w+) (.*)$", CI, re.MULTILINE)
+    commands = dict(stages)
+    assert commands["install"].startswith('"$INSTALL')
+    assert commands["train"].startswith('"$TRAIN ')
+    assert commands["tests"] == '"$TEST"'
+    assert ci["TRAIN"].startswith("lightning-cap fit")
+
+
+def test_ci_is_valid_bash() -> None:
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+    subprocess.run(["bash", "-n", str(ROOT / ".ci" / "run")], check=True)
+
+
+@pytest.mark.parametrize("code", _blocks("python"), ids=lambda code: code.splitlines()[0])
+def test_python_blocks_compile_and_their_imports_resolve(code: str) -> None:
+    tree = ast.parse(code)
+    compile(tree, "README.md", "exec")
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                importlib.import_module(alias.name)
+        elif isinstance(node, ast.ImportFrom):
+            module = importlib.import_module(str(node.module))
+            assert [alias.name for alias in node.names if not hasattr(module, alias.name)] == []
+
+
+def test_the_callback_takes_at_most_15_lines() -> None:
+    block = next(block for block in _blocks("python") if "CAPPruningCallback" in block)
+    assert len(block.splitlines()) <= 15
+
+
+def test_the_one_shot_block_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    block = next(block for block in _blocks("python") if "prune(model" in block)
+    exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
+    assert capsys.readouterr().out.splitlines()[-1].startswith("0.75 ")
+
+
+def test_the_pattern_block_is_2_of_4() -> None:
+    parser = ArgumentParser()
+    parser.add_argument("--pattern", type=Pattern)
+    block = next(block for block in _blocks("yaml") if "NofM" in block)
+    pattern = parser.instantiate_classes(parser.parse_object(yaml.safe_load(block))).pattern
+    assert pattern == NofM(2, 4)
+
+
+def test_named_files_exist() -> None:
+    names = set(re.findall(r"\bconfigs/\w+\.yaml", README)) | set(re.findall(r"\]\((?!http)([^)]+)\)", README))
+    names |= {f"configs/{name}" for name in re.findall(r"`(\w+\.yaml)`", README)}
+    assert {name for name in names if not (ROOT / name).is_file()} == set()
+    assert {f"configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")} <= names
