@@ -18,10 +18,10 @@ from lightning_cap import distributed
 from lightning_cap.calibration import CalibrationBatches
 from lightning_cap.errors import ConfigError
 from lightning_cap.gradients import GradientCollector
+from lightning_cap.hooks import Progress
 from lightning_cap.masks import MaskSet
 from lightning_cap.planning import plan_event
 from lightning_cap.pruners.base import Pruner, PruneResult
-from lightning_cap.solver import Progress
 from lightning_cap.stepping import calibration_loss, quiet, ready_batches, undisturbed
 from lightning_cap.targets import Targets
 

@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from lightning_cap import distributed
 from lightning_cap.errors import GradientError
-from lightning_cap.solver import Progress
+from lightning_cap.hooks import Progress
 from lightning_cap.targets import Targets
 from lightning_cap.vmap_support import vmap_friendly
 

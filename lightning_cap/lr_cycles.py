@@ -34,7 +34,9 @@ def restart_schedulers(trainer: pl.Trainer, event_epochs: Collection[int], warne
                 )
             warned.add(name)
         elif getattr(config.scheduler, "auto_period", False) and "period" in inspect.signature(restart).parameters:
-            _gap(trainer, event_epochs, config.interval, max(event_epochs, default=0))  # fail now, not in the last cycle
+            _gap(
+                trainer, event_epochs, config.interval, max(event_epochs, default=0)
+            )  # fail now, not in the last cycle
             gap = _gap(trainer, event_epochs, config.interval, trainer.current_epoch)
             restart(period=max(1, gap // config.frequency))
         else:

@@ -18,10 +18,10 @@ from lightning_cap.cycle import measured_sparsity, sparsity_stem
 from lightning_cap.errors import ConfigError
 from lightning_cap.event import PruningEvent
 from lightning_cap.gradients import GradientCollector
+from lightning_cap.hooks import Progress
 from lightning_cap.masks import MaskSet
 from lightning_cap.progress import event_progress
 from lightning_cap.pruners import CAP, Pruner, PruneResult, PruningPath
-from lightning_cap.solver import Progress
 from lightning_cap.stepping import undisturbed
 from lightning_cap.storage import plain_model, save_plain_weights
 from lightning_cap.targets import Targets

@@ -97,6 +97,8 @@ class NofM(Pattern):
         for name, value in (("n", self.n), ("m", self.m)):
             if isinstance(value, bool) or not isinstance(value, int):
                 raise PatternError(f"{name}={value!r}: give two integers. {how_to_write(value)}")
+        if (self.n, self.m) == (2, 124):  # "m: 2:4"
+            raise PatternError(f"m={self.m}: {how_to_write(self.m)}")
         if not 1 <= self.n < self.m:
             raise PatternError(
                 f"n={self.n}, m={self.m}: a group of m weights keeps n of them, 1 <= n < m. {how_to_write(self.n)}"

@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from lightning_cap.solver import Progress
+from lightning_cap.hooks import Progress
 
 
 def _silent(phase: str, done: int, total: int) -> None:

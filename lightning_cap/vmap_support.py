@@ -39,7 +39,7 @@ class _PlainBatchNorm(TorchFunctionMode):
 
 
 def _batch_norm(
-    input: Tensor,  # noqa: A002 - torch's own names
+    input: Tensor,
     running_mean: Tensor | None,
     running_var: Tensor | None,
     weight: Tensor | None = None,

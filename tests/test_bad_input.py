@@ -9,9 +9,9 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
-from toy import FEATURES, Toy, ToyData, callback, cap, loaders, trainer
 from torch import nn
 from torch.utils.data import DataLoader
+from toy import FEATURES, Toy, ToyData, callback, cap, loaders, trainer
 
 from lightning_cap import CAPPruningCallback
 from lightning_cap.errors import CAPError, ConfigError, GradientError, ScheduleError, TargetError, UnsupportedError

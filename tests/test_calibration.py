@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from toy import ToyData
 from torch.utils.data import DataLoader, IterableDataset, Subset, WeightedRandomSampler
+from toy import ToyData
 
 from lightning_cap import distributed
 from lightning_cap.calibration import CalibrationBatches

@@ -12,9 +12,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
 from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
-from toy import FEATURES, Toy, ToyData, callback, cap, loaders, trainer, zeros
 from torch import nn
 from torch.utils.data import DataLoader
+from toy import FEATURES, Toy, ToyData, callback, cap, loaders, trainer, zeros
 
 import lightning_cap.callback as callback_module
 from lightning_cap import CAPPruningCallback, CyclicLinearLR

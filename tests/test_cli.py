@@ -48,7 +48,9 @@ def test_fit_prunes_and_prints_the_table(tmp_path: Path, capsys: pytest.CaptureF
     for text in ("dense", "50.00 %", "75.00 %", "90 %", "sparsity=0.90.ckpt", "val/acc"):
         assert text in out
     folder = next((tmp_path / "runs").rglob("checkpoints"))
-    assert len(list(folder.glob("*.ckpt"))) == len(list(folder.glob("sparsity=*.safetensors"))) + 1  # and Lightning's own
+    assert (
+        len(list(folder.glob("*.ckpt"))) == len(list(folder.glob("sparsity=*.safetensors"))) + 1
+    )  # and Lightning's own
     saved = yaml.safe_load((folder.parent / "config.yaml").read_text())
     assert saved["trainer"]["max_epochs"] == 4
 
@@ -101,7 +103,11 @@ def test_our_errors_end_the_command_with_one_line(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("pattern", "message"),
-    [("2:4", "124 is what YAML makes of an unquoted 2:4"), ('"2:4"', "pattern=124"), ("{class_path: lightning_cap.patterns.NofM, init_args: {n: 2:4}}", "unquoted 2:4")],
+    [
+        ("2:4", "124 is what YAML makes of an unquoted 2:4"),
+        ('"2:4"', "pattern=124"),
+        ("{class_path: lightning_cap.patterns.NofM, init_args: {n: 2:4}}", "unquoted 2:4"),
+    ],
 )  # fmt: skip
 def test_n_of_m_written_wrongly_in_yaml_is_explained(
     tmp_path: Path, pattern: str, message: str, capsys: pytest.CaptureFixture[str]
@@ -125,10 +131,17 @@ def test_print_config_and_help() -> None:
 
 
 def test_the_recipe_of_the_data_is_the_models_too() -> None:
-    arguments = ["--model=VisionClassifier", "--model.model=vit_tiny_patch16_224", "--model.num_classes=3", "--data=ImageNetDataModule"]
+    arguments = [
+        "--model=VisionClassifier",
+        "--model.model=vit_tiny_patch16_224",
+        "--model.num_classes=3",
+        "--data=ImageNetDataModule",
+    ]
     for recipe, decay in (("deit", 0.05), ("light1", 0.03)):
         cli = CAPCLI(trainer_class=CAPTrainer, run=False, args=[*arguments, f"--data.recipe={recipe}"])
         assert cli.model.weight_decay == decay
         assert cli.datamodule.recipe.weight_decay == decay
-    cli = CAPCLI(trainer_class=CAPTrainer, run=False, args=[*arguments, "--data.recipe=deit", "--model.weight_decay=0.2"])
+    cli = CAPCLI(
+        trainer_class=CAPTrainer, run=False, args=[*arguments, "--data.recipe=deit", "--model.weight_decay=0.2"]
+    )
     assert cli.model.weight_decay == 0.2

@@ -8,9 +8,9 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from toy import Toy, ToyData, callback, cap, loaders, trainer
 from torch import nn
 from torch.utils.data import DataLoader
+from toy import Toy, ToyData, callback, cap, loaders, trainer
 
 from lightning_cap.errors import CAPError
 

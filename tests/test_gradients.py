@@ -200,8 +200,8 @@ def test_batches_may_be_nested_and_hold_other_things() -> None:
     unpack = lambda m, b: loss(m, (b["x"]["image"], b["y"][0])) * b["scale"]  # noqa: E731
     got = rows(GradientCollector(model, targets, unpack, nested, 24))
     assert torch.equal(got["2.weight"], rows(GradientCollector(model, targets, loss, batches(), 24))["2.weight"])
+    always = lambda m, b: loss(m, batches()[0])  # noqa: E731
     with pytest.raises(GradientError, match="no tensor with a batch dimension"):
-        always = lambda m, b: loss(m, batches()[0])  # noqa: E731
         list(GradientCollector(model, targets, always, ["text"], 4))
 
 

@@ -9,9 +9,9 @@ import pytest
 import rich
 import torch
 from safetensors.torch import load_file
-from toy import FEATURES, Toy, ToyData, cap, trainer, zeros
 from torch import nn
 from torch.utils.data import DataLoader
+from toy import FEATURES, Toy, ToyData, cap, trainer, zeros
 
 from lightning_cap import prune
 from lightning_cap.errors import ConfigError, GradientError, PatternError, TargetError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -34,14 +35,12 @@ def run(
     if stop is not None:
         extra = [*extra, _StopAfter(stop)]
     t = trainer(folder, cb, saver, *extra, max_epochs=6, enable_checkpointing=True, **kwargs)
-    try:
+    with contextlib.suppress(CrashError):
         t.fit(module, **(data or loaders()), ckpt_path=ckpt)
-    except _Crash:
-        pass
     return module, cb
 
 
-class _Crash(Exception):
+class CrashError(Exception):
     """Ends a run without any of Lightning's closing hooks."""
 
 
@@ -51,7 +50,7 @@ class _StopAfter(pl.Callback):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         if trainer.current_epoch == self.epochs:
-            raise _Crash
+            raise CrashError
 
 
 def assert_same(a: torch.nn.Module, b: torch.nn.Module) -> None:
@@ -188,7 +187,7 @@ def test_averaged_weights_are_masked_and_restarted(tmp_path: Path) -> None:
             equal = torch.equal(average.net[4].weight, pl_module.net[4].weight)
             seen.append((leak, float(pruned.float().mean()), equal))
 
-    module, cb = run(tmp_path, callbacks=[ema, Watch()])
+    module, _ = run(tmp_path, callbacks=[ema, Watch()])
     assert max(leak for leak, _, _ in seen) == 0
     assert [s for _, s, _ in seen] == [0.0] * 4 + [0.5] * 12 + [0.75] * 8
     # the first update after an event starts the average anew, from the pruned model

@@ -8,11 +8,11 @@ import lightning.pytorch as pl
 import numpy as np
 import pytest
 import torch
-from toy import Toy, ToyData, loaders, trainer
 from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
+from toy import Toy, ToyData, loaders, trainer
 
 from lightning_cap.stepping import calibration_loss, evaluate, quiet, undisturbed
 
@@ -27,12 +27,17 @@ def test_undisturbed_restores_flags_buffers_and_generators() -> None:
     flags = [m.training for m in module.modules()]
     buffers = {name: b.clone() for name, b in module.named_buffers()}
     state = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())
-    with pytest.raises(RuntimeError, match="stop"), undisturbed(module):
-        assert not any(m.training for m in module.modules())
-        module.train()
-        module(torch.randn(8, 12))  # BatchNorm counts it
-        torch.rand(3), random.random(), np.random.rand(3)
-        raise RuntimeError("stop")
+
+    def disturb() -> None:
+        with undisturbed(module):
+            assert not any(m.training for m in module.modules())
+            module.train()
+            module(torch.randn(8, 12))  # BatchNorm counts it
+            torch.rand(3), random.random(), np.random.rand(3)
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        disturb()
     assert [m.training for m in module.modules()] == flags
     assert all(torch.equal(b, buffers[name]) for name, b in module.named_buffers())
     assert torch.equal(state[0], torch.get_rng_state())
@@ -50,7 +55,7 @@ def test_calibration_loss_takes_training_step_without_logs_and_metrics() -> None
             value = super().training_step(batch, batch_idx)
             self.many(self(batch[0]), batch[1])
             self.log_dict({"x": 1.0}, on_step=True)
-            self.log("b", self.many["b"] if "b" in self.many else 0.0)
+            self.log("b", self.many["b"])
             return {"loss": value, "other": 1}
 
     module = Dict()

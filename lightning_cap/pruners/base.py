@@ -15,8 +15,8 @@ from typing_extensions import Self
 
 from lightning_cap.allocation import budget_of
 from lightning_cap.errors import ConfigError
+from lightning_cap.hooks import Progress
 from lightning_cap.patterns import Pattern, Unstructured
-from lightning_cap.solver import Progress
 from lightning_cap.targets import BlockLayout, Targets
 
 #: Gradient rows in chunks: ``{target name: (n, *weight.shape)}``. Re-iterable if it is to be read more than once.

@@ -12,9 +12,10 @@ from torch import Tensor
 from lightning_cap.allocation import Allocation, Global, block_scores, smallest
 from lightning_cap.errors import ConfigError, GradientError
 from lightning_cap.fisher import EmpiricalFisher
+from lightning_cap.hooks import Progress
 from lightning_cap.patterns import Pattern, as_pattern
 from lightning_cap.pruners.base import GradientSource, Pruner, PruneResult, PruningPath, pack_weights
-from lightning_cap.solver import Elimination, Progress, eliminate, reconstruct
+from lightning_cap.solver import Elimination, eliminate, reconstruct
 from lightning_cap.targets import BlockLayout, Targets
 
 

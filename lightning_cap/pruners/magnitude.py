@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from lightning_cap.allocation import Allocation, Global, smallest
+from lightning_cap.hooks import Progress
 from lightning_cap.patterns import Unstructured
 from lightning_cap.pruners.base import GradientSource, Pruner, PruneResult, PruningPath, pack_weights
-from lightning_cap.solver import Progress
 from lightning_cap.targets import Targets
 
 

@@ -1,6 +1,6 @@
 """OBS elimination and reconstruction of blocks; one file a backend, one `eliminate` in front."""
 
-from lightning_cap.solver.eliminate import Elimination, Progress, eliminate
+from lightning_cap.solver.eliminate import Elimination, eliminate
 from lightning_cap.solver.reconstruct import reconstruct
 
-__all__ = ["Elimination", "Progress", "eliminate", "reconstruct"]
+__all__ = ["Elimination", "eliminate", "reconstruct"]

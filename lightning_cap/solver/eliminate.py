@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lightning_cap.hooks import Progress
 from lightning_cap.linalg import full_float32, restrict, spd_inverse
 from lightning_cap.solver.torch_backend import eliminate_left_looking
 
 if TYPE_CHECKING:  # the solver asks a pattern for candidates and knows no more of it
     from lightning_cap.patterns import Pattern
-
-#: ``progress(phase, done, total)``, called now and then during long work.
-Progress = Callable[[str, int, int], None]
 
 _CHUNK_FLOATS = 2**22  # floats in one (k, B, B) work array: small enough for caches, large enough to amortise calls
 _DAMP_STEP = 10.0

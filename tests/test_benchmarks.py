@@ -1,0 +1,152 @@
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from timm.models.vision_transformer import VisionTransformer
+
+from lightning_cap.cli import main as lightning_cap
+from lightning_cap.targets import Targets
+
+ROOT = Path(__file__).parents[1]
+PER_CLASS = 3
+SPARSITIES = [0.5, 0.9]
+
+
+def write_tar(path: Path, seed: int) -> None:
+    pixels = np.random.default_rng(seed)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for k in range(10):
+            for i in range(PER_CLASS):
+                stream = io.BytesIO()
+                Image.fromarray(pixels.integers(0, 256, (32, 32, 3), dtype=np.uint8)).save(stream, format="JPEG")
+                entry = tarfile.TarInfo(f"class{k}/{i}.jpg")
+                entry.size = stream.tell()
+                stream.seek(0)
+                archive.addfile(entry, stream)
+
+
+@pytest.fixture
+def oneshot(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import cifar10_oneshot
+
+    small = cifar10_oneshot.Case(
+        lambda: VisionTransformer(img_size=32, patch_size=16, embed_dim=16, depth=1, num_heads=2, num_classes=10), 16
+    )
+    monkeypatch.setitem(cifar10_oneshot.CASES, "small", small)
+    return cifar10_oneshot
+
+
+@pytest.fixture
+def data(tmp_path: Path, oneshot: Any) -> Path:
+    write_tar(tmp_path / "data/cifar10/train.tar", 0)
+    write_tar(tmp_path / "data/cifar10/val.tar", 1)
+    (tmp_path / "data/weights").mkdir()
+    torch.manual_seed(0)
+    for name in ("resnet20", "small"):
+        state = oneshot.CASES[name].make().state_dict()
+        save_file(state, tmp_path / f"data/weights/{name}_cifar10.safetensors")
+    return tmp_path / "data"
+
+
+def test_resnet20_is_the_published_one(oneshot: Any) -> None:
+    model = oneshot.ResNet20().eval()
+    targets = Targets.from_model(model)
+    assert sum(p.numel() for p in model.parameters()) == 269_722  # 0.27 M, He et al. 2016, table 6
+    assert (len(targets), targets.numel) == (18, 267_264)
+    assert {"conv1.weight", "linear.weight"}.isdisjoint(targets)
+    x = torch.randn(2, 16, 8, 8)
+    block = model.layer2[0]
+    torch.nn.init.zeros_(block.bn2.weight)  # leaves the shortcut: subsampled, 8 zero channels before and after
+    shortcut = block(x)
+    torch.testing.assert_close(shortcut[:, 8:24], x[:, :, ::2, ::2].relu())
+    assert shortcut[:, :8].abs().sum() == shortcut[:, 24:].abs().sum() == 0
+
+
+def test_vit_prunes_the_24_block_weights(oneshot: Any) -> None:
+    targets = Targets.from_model(oneshot.CASES["vit"].make())
+    assert (len(targets), targets.numel) == (24, 1_179_648)
+    assert all(name.startswith("blocks.") for name in targets)
+
+
+@pytest.mark.parametrize(
+    ("model", "extra", "samples", "targets", "weights"),
+    [("resnet20", ["--block-size", "8"], 64, 18, 267_264), ("small", ["--per-sample"], 1, 4, 12 * 16 * 16)],
+)
+def test_oneshot_writes_json_and_table(
+    oneshot: Any, data: Path, model: str, extra: list[str], samples: int, targets: int, weights: int,
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    output = tmp_path / "out" / "result.json"
+    command = ["--data", str(data), "--model", model, "--seeds", "0", "7", "--num-gradients", "2", "--val-images", "20",
+               "--sparsities", *map(str, SPARSITIES), "--output", str(output), *extra]  # fmt: skip
+    returned = oneshot.main(command)
+    results = json.loads(output.read_text())
+    assert results == returned
+    assert results["settings"]["samples_per_gradient"] == samples
+    assert results["settings"]["damp"] == 1e-8
+    assert (results["targets"], results["weights"], results["val_images"]) == (targets, weights, 20)
+    assert {"date", "cpu", "cores", "threads", "torch", "lightning_cap"} <= set(results["machine"])
+    assert {"gradients", "evaluation", "validation images"} <= set(results["seconds"])
+    assert min(results["seconds"].values()) >= 0
+
+    seeds = {method: [r["seed"] for r in results["runs"] if r["method"] == method] for method in oneshot.METHODS}
+    assert seeds == {"magnitude": [None] * 2, "CAP cumulative": [0, 0, 7, 7], "CAP marginal": [0, 0, 7, 7]}
+    for run in results["runs"]:
+        assert run["sparsity"] == pytest.approx(run["target"], abs=1 / weights)
+        assert 0 <= run["accuracy"] <= 100
+        assert run["predicted_loss"] > 0
+    cumulative, marginal = (
+        [r["predicted_loss"] for r in results["runs"] if r["method"] == f"CAP {ranking}"]
+        for ranking in ("cumulative", "marginal")
+    )
+    assert all(m <= c * (1 + 1e-6) for m, c in zip(marginal, cumulative, strict=True))  # same gradients, least in all
+    cell = results["summary"]["CAP marginal"]["0.9"]
+    assert cell["seeds"] == 2
+    assert cell["sd"] >= 0
+
+    table = capsys.readouterr().out.splitlines()
+    head = table.index("| top-1, %, at a sparsity of | 50 % | 90 % |")
+    assert [line.split("|")[1].strip() for line in table[head + 2 : head + 5]] == list(oneshot.METHODS)
+    assert all(line.count("|") == 4 for line in table[head : head + 5])
+
+
+def test_same_seed_gives_the_same_rows(oneshot: Any, data: Path, tmp_path: Path) -> None:
+    command = ["--data", str(data), "--model", "small", "--num-gradients", "2", "--val-images", "10", "--sparsities",
+               "0.8", "--output", str(tmp_path / "r.json"), "--seeds"]  # fmt: skip
+    first, second, other = (
+        [r["predicted_loss"] for r in oneshot.main([*command, seed])["runs"]] for seed in ("3", "3", "4")
+    )
+    assert first == second
+    assert first[1:] != other[1:]
+
+
+def test_gradual_config_runs_as_written(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.syspath_prepend(str(ROOT))
+    lightning_cap([
+        "fit", "--config", "examples/cifar10_gradual.yaml",
+        "--data.root", str(data / "cifar10"),
+        "--model.checkpoint", str(data / "weights/resnet20_cifar10.safetensors"),
+        "--data.batch_size", "10", "--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1",
+        "--trainer.callbacks.pruner.num_gradients", "2", "--trainer.callbacks.pruner.block_size", "8",
+        "--trainer.logger.init_args.save_dir", str(tmp_path / "runs"), "--trainer.enable_progress_bar", "false",
+        "--trainer.accelerator", "cpu",
+    ])  # fmt: skip
+    files = sorted((tmp_path / "runs").rglob("sparsity=*.safetensors"))
+    assert [file.stem for file in files] == [f"sparsity={s}" for s in ("0.50", "0.70", "0.80", "0.90")]
+    weights = load_file(files[-1])
+    pruned = [w for name, w in weights.items() if name.endswith((".conv1.weight", ".conv2.weight"))]
+    assert len(pruned) == 18
+    zeros = sum(int((w == 0).sum()) for w in pruned)
+    assert zeros == int(0.9 * 267_264 + 0.5)
