@@ -75,16 +75,17 @@ class CalibrationBatches:
             list(range(start, start + size))
             for start in range(distributed.rank() * size, count, distributed.world_size() * size)
         ]
+        workers = min(loader.num_workers, len(own_batches))
         return DataLoader(
             _KeyedDataset(loader.dataset, self._indices(loader, count), self._key),
             batch_sampler=own_batches,
             collate_fn=_KeyedCollate(loader.collate_fn, self._key),
-            num_workers=min(loader.num_workers, len(own_batches)),
+            num_workers=workers,
             pin_memory=loader.pin_memory,
-            timeout=loader.timeout,
+            timeout=loader.timeout if workers else 0,
             worker_init_fn=loader.worker_init_fn,
-            multiprocessing_context=loader.multiprocessing_context if loader.num_workers else None,
-            prefetch_factor=loader.prefetch_factor,
+            multiprocessing_context=loader.multiprocessing_context if workers else None,
+            prefetch_factor=loader.prefetch_factor if workers else None,
             generator=torch.Generator().manual_seed(0),  # else the workers' base seed is drawn from the run's own
         )
 

@@ -18,7 +18,7 @@ from lightning_cap.event import PruningEvent
 from lightning_cap.event_log import log_event
 from lightning_cap.lr_cycles import restart_schedulers
 from lightning_cap.masks import MaskSet
-from lightning_cap.progress import event_progress
+from lightning_cap.progress import end_bar, event_progress
 from lightning_cap.pruners import CAP, Pruner
 from lightning_cap.schedules import SparsitySchedule
 from lightning_cap.stepping import evaluate
@@ -217,7 +217,8 @@ class CAPPruningCallback(pl.Callback):
         after = evaluate(trainer, module) if self.evaluate else {}
         report = event.report
         folder = None if _dry(trainer) or self.save == "none" else run.folder
-        log_event(trainer, run.masks, report, {"epoch": epoch, "target": target}, before, after, folder)
+        shown = monitored(known, self.monitor)[0]
+        log_event(trainer, run.masks, report, {"epoch": epoch, "target": target}, before, after, shown, folder)
         return after
 
     def _event(self, trainer: pl.Trainer, module: pl.LightningModule, progress: Any = None) -> PruningEvent:
@@ -266,6 +267,7 @@ class CAPPruningCallback(pl.Callback):
         """Print the table: dense accuracy, and accuracy, real sparsity and checkpoint of each target."""
         self._restored = {}
         if trainer.is_global_zero and self.history:
+            end_bar(trainer, pl_module)
             print_table(self.history, monitored(trainer.callback_metrics, self.monitor)[0])
 
     def _end_cycle(self, trainer: pl.Trainer, module: pl.LightningModule, metrics: Any) -> None:

@@ -19,6 +19,7 @@ def log_event(
     when: dict[str, float],
     before: dict[str, float],
     after: dict[str, float],
+    shown: str | None,
     folder: Path | None,
 ) -> None:
     """Log an event to every logger as ``cap/...``, to ``events.jsonl`` and, in one line, to the console.
@@ -30,6 +31,7 @@ def log_event(
         when: ``epoch`` and ``target`` of the event.
         before: Validation metrics right before the event.
         after: Validation metrics right after it.
+        shown: The metric that the console line tells.
         folder: Where ``events.jsonl`` is, None to write none.
     """
     row = {
@@ -48,10 +50,9 @@ def log_event(
         logger.log_metrics({f"cap/{name}": float(value) for name, value in row.items()}, step=trainer.global_step)
     if trainer.is_global_zero and folder is not None:
         append_json_line(folder / "events.jsonl", {**when, **row})
-    changes = [f"{name} {before[name]:.4f} -> {after[name]:.4f}" for name in before if name in after]
+    change = f"; {shown} {before[shown]:.4f} -> {after[shown]:.4f}" if shown in before and shown in after else ""
     skipped = f", {report.skipped} skipped" if report.skipped else ""
     rank_zero_info(
         f"Epoch {when['epoch']:g}: pruned to {report.sparsity:.2%} ({report.gradients} gradients{skipped}, "
-        f"{sum(report.seconds.values()):.1f} s), predicted loss increase {report.predicted_loss:.4g}"
-        + (f"; {', '.join(changes)}" if changes else "")
+        f"{sum(report.seconds.values()):.1f} s), predicted loss increase {report.predicted_loss:.4g}{change}"
     )

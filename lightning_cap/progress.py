@@ -61,3 +61,9 @@ def event_progress(trainer: pl.Trainer, title: str) -> Iterator[Progress]:
             line.close()
     else:
         yield _silent
+
+
+def end_bar(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Let a Rich bar draw its last state now, so that what is printed next stands below it."""
+    if isinstance(trainer.progress_bar_callback, RichProgressBar):
+        trainer.progress_bar_callback.teardown(trainer, module, "fit")
