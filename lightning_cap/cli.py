@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -91,6 +92,8 @@ def main(args: list[str] | None = None) -> None:
     Args:
         args: Command line, None for that of the process.
     """
+    if "" not in sys.path and os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # class paths may name a file of the user's beside the configuration
     try:
         CAPCLI(trainer_class=CAPTrainer, args=args, save_config_kwargs={"overwrite": True})
     except Exception as error:

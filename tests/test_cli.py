@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -71,7 +72,7 @@ def test_oneshot_sweeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         "model": config["model"],
         "data": config["data"],
         "pruner": config["trainer"]["callbacks"][0]["init_args"]["pruner"],
-        "trainer": {"logger": False},
+        "trainer": {"logger": False, "default_root_dir": str(tmp_path)},
         "sparsities": [0.6, 0.9],
         "ckpt_path": str(checkpoint),
         "output_dir": str(tmp_path / "out"),
@@ -145,3 +146,16 @@ def test_the_recipe_of_the_data_is_the_models_too() -> None:
         trainer_class=CAPTrainer, run=False, args=[*arguments, "--data.recipe=deit", "--model.weight_decay=0.2"]
     )
     assert cli.model.weight_decay == 0.2
+
+
+def test_class_paths_may_name_files_in_the_working_folder(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from lightning_cap.pruners import Magnitude\n\n\nclass MyPruner(Magnitude):\n    pass\n"
+    )
+    script = Path(sys.executable).parent / "lightning-cap"
+    command = [str(script)] if script.exists() else [sys.executable, "-c", "from lightning_cap.cli import main; main()"]
+    arguments = ["fit", *shortened(tmp_path), "--trainer.callbacks.pruner=mine.MyPruner", "--print_config"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"}
+    shown = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert shown.returncode == 0, shown.stderr
+    assert "mine.MyPruner" in shown.stdout
