@@ -37,6 +37,13 @@ def save_plain_weights(path: Path, state: Mapping[str, Tensor], metadata: Mappin
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
     with atomic(path) as temporary:
         save_file(tensors, temporary, {"format": "pt", **metadata})
+        temporary.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def plain_model(module: nn.Module, target_names: list[str]) -> tuple[nn.Module, str]:

@@ -81,7 +81,10 @@ def test_vit_prunes_the_24_block_weights(oneshot: Any) -> None:
 
 @pytest.mark.parametrize(
     ("model", "extra", "samples", "targets", "weights"),
-    [("resnet20", ["--block-size", "8"], 64, 18, 267_264), ("small", ["--per-sample"], 1, 4, 12 * 16 * 16)],
+    [
+        ("resnet20", ["--block-size", "8"], 64, 18, 267_264),
+        ("small", ["--per-sample", "--pad", "mean"], 1, 4, 12 * 16 * 16),
+    ],
 )
 def test_oneshot_writes_json_and_table(
     oneshot: Any, data: Path, model: str, extra: list[str], samples: int, targets: int, weights: int,
@@ -116,7 +119,7 @@ def test_oneshot_writes_json_and_table(
     assert cell["sd"] >= 0
 
     table = capsys.readouterr().out.splitlines()
-    head = table.index("| top-1, %, at a sparsity of | 50 % | 90 % |")
+    head = table.index("| top-1 in % at a sparsity of | 50 % | 90 % |")
     assert [line.split("|")[1].strip() for line in table[head + 2 : head + 5]] == list(oneshot.METHODS)
     assert all(line.count("|") == 4 for line in table[head : head + 5])
 

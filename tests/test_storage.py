@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import suppress
 from pathlib import Path
 
@@ -81,3 +82,12 @@ def test_json(tmp_path: Path) -> None:
     with pytest.raises(TypeError):
         save_json(tmp_path / "r.json", object())
     assert json.loads((tmp_path / "r.json").read_text()) == [1, {"a": None}]
+
+
+def test_plain_weights_are_readable_by_others(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        save_plain_weights(tmp_path / "a.safetensors", {"w": torch.ones(2)}, {})
+    finally:
+        os.umask(before)
+    assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o644

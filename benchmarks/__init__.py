@@ -1,0 +1,1 @@
+"""Benchmark scripts; a package so that configs can name the models in it by class path."""
