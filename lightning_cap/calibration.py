@@ -144,9 +144,16 @@ class _KeyedCollate:
 
 def _special_order(loader: DataLoader[Any]) -> list[int] | None:
     """One pass of a sampler that is more than "all, in order or shuffled", such as a weighted or subset one."""
-    if type(loader.sampler) in (SequentialSampler, RandomSampler) or isinstance(loader.sampler, DistributedSampler):
+    source: Any = loader.sampler
+    if loader.batch_size is None:  # a batch sampler of the user's; the loader's own sampler means nothing then
+        source = getattr(loader.batch_sampler, "sampler", None) or itertools.chain.from_iterable(
+            loader.batch_sampler or ()
+        )
+    if isinstance(source, DistributedSampler):  # Lightning puts it around special samplers
+        source = getattr(source.dataset, "_sampler", None)
+    if source is None or type(source) in (SequentialSampler, RandomSampler):
         return None
-    drawn = [int(index) for index in loader.sampler]
+    drawn = [int(index) for index in source]
     if not drawn:
         raise DataError("calibration data: the loader's sampler gives no sample.")
     return drawn

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -11,21 +10,22 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_cap import distributed, rng
+from lightning_cap.allocation import budget_of
 from lightning_cap.cycle import Row, checkpoint_dir, is_better, make_row, measured_sparsity, monitored, save_cycle
 from lightning_cap.ema import mask_averages, restart_averages
-from lightning_cap.errors import ConfigError, ScheduleError, UnsupportedError
+from lightning_cap.errors import ConfigError, UnsupportedError
 from lightning_cap.event import PruningEvent
 from lightning_cap.event_log import log_event
-from lightning_cap.lr_cycles import restart_schedulers
+from lightning_cap.lr_cycles import refuse_beyond_max_steps, restart_schedulers
 from lightning_cap.masks import MaskSet
 from lightning_cap.progress import end_bar, event_progress
 from lightning_cap.pruners import CAP, Pruner
+from lightning_cap.resume import begin_epoch_anew, restore_random_state
+from lightning_cap.run import Run, is_dry, resolve_events
 from lightning_cap.schedules import SparsitySchedule
 from lightning_cap.stepping import evaluate
 from lightning_cap.summary import print_table
 from lightning_cap.targets import Targets
-
-_FAR = 10**9  # an epoch after the end of any schedule
 
 
 class CAPPruningCallback(pl.Callback):
@@ -91,7 +91,9 @@ class CAPPruningCallback(pl.Callback):
         self._cycle: Row = {}
         self._restored: dict[str, Any] = {}
         self._packed: dict[str, Any] | None = None
-        self._run: _Run | None = None
+        self._run: Run | None = None
+        self._previous: Run | None = None
+        self._validated = -1
         self._warned: set[str] = set()
 
     # ------------------------------------------------------------------ state
@@ -100,7 +102,7 @@ class CAPPruningCallback(pl.Callback):
         """Without what belongs to one run, so that copies and pickles do not carry the model."""
         attached = ("log", "log_dict")  # by Lightning, the model's own
         kept = {name: value for name, value in self.__dict__.items() if name not in attached}
-        return {**kept, "_run": None, "_packed": self._packed_masks()}
+        return {**kept, "_run": None, "_previous": None, "_packed": self._packed_masks()}
 
     def state_dict(self) -> dict[str, Any]:
         """Masks (bit-packed), schedule cursor, cycle, sampler position and every rank's random state.
@@ -119,8 +121,10 @@ class CAPPruningCallback(pl.Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the state; it is put in force when ``fit`` goes on."""
         self._restored = dict(state_dict)
-        self._run = None
         self._packed = state_dict["masks"]
+        if self._run is not None and self._packed is not None:  # in the middle of a fit: a tuner puts the start back
+            self._run.masks.load_state_dict(self._packed)
+            self._run.masks.apply_to_weights()
         self._done, self._position = list(state_dict["done"]), state_dict["position"]
         self._cycle, self.history = dict(state_dict["cycle"]), [dict(row) for row in state_dict["history"]]
 
@@ -133,6 +137,8 @@ class CAPPruningCallback(pl.Callback):
         """Refuse what cannot work before anything runs."""
         if stage != "fit":
             return
+        self._restored = {}  # of a fit that did not come to its end
+        self._previous, self._run = self._run or self._previous, None
         if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
             raise UnsupportedError(
                 f"strategy={type(trainer.strategy).__name__}: it shards parameters, and a pruning event needs whole weights. "
@@ -153,21 +159,24 @@ class CAPPruningCallback(pl.Callback):
         """Choose the targets, restore or begin the masks, and put them in force."""
         targets = Targets.from_model(pl_module, self.include, self.exclude)
         self.pruner.check(targets)
-        same_model = self._run is not None and all(
-            targets.get(name) is weight for name, weight in self._run.targets.items()
+        same_model = self._previous is not None and all(
+            targets.get(name) is weight for name, weight in self._previous.targets.items()
         )
-        packed = self._packed_masks() if self._restored or same_model or self._run is None else None
+        packed = self._packed if self._restored else None
+        if same_model and not self._restored and self._previous is not None:
+            packed = self._previous.masks.state_dict()
         masks = MaskSet(targets)
         if packed is not None:
             masks.load_state_dict(packed)
         elif self.existing_zeros:
             masks.mask_zeros()
+        self._previous, self._validated = None, -1
         if not self._restored:
             self._done = [epoch for epoch in self._done if epoch < trainer.current_epoch]
             if trainer.current_epoch == 0:
                 self.history, self._cycle, self._position = [], {}, 0
         masks.apply_to_weights()
-        self._run = _Run(targets, masks, self._events(trainer), checkpoint_dir(trainer, self.dirpath))
+        self._run = Run(targets, masks, self._events(trainer), checkpoint_dir(trainer, self.dirpath))
         mask_averages(trainer, masks)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -175,34 +184,44 @@ class CAPPruningCallback(pl.Callback):
         run = self._active
         for optimizer in trainer.optimizers:
             run.masks.apply_to_optimizer(optimizer)
-        if not self._restored:
-            restart_schedulers(trainer, list(self._active.events), self._warned)
+        restart_schedulers(trainer, list(run.events), self._warned, only_new=bool(self._restored))
+        refuse_beyond_max_steps(trainer, [epoch for epoch in run.events if epoch not in self._done])
         if any(epoch not in self._done for epoch in run.events):
             self._event(trainer, pl_module).rehearse(self._position)
         if self._restored and getattr(trainer.fit_loop, "restarted_mid_epoch", False):
-            self._restore_random_state()
+            restore_random_state(self._restored)
 
     # ----------------------------------------------------------------- events
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Run the event that is scheduled for this epoch, if it has not been run yet."""
-        resumed = self._restore_random_state()
+        resumed = restore_random_state(self._restored)
         epoch = trainer.current_epoch
         if epoch in self._active.events and epoch not in self._done:
             self._prune(trainer, pl_module, epoch)
         pl_module.log("sparsity", self._active.masks.global_sparsity, on_step=False, on_epoch=True)
         if resumed:
-            _reiterate(trainer)
+            begin_epoch_anew(trainer)
 
     def _prune(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int) -> dict[str, float]:
         run, target = self._active, self._active.events[epoch]
         before = evaluate(trainer, module) if self.evaluate else {}
-        known = {**trainer.callback_metrics, **before}
-        self._end_cycle(trainer, module, known)  # a run that was stopped at its last epoch's validation has not yet
+        known = {**(trainer.callback_metrics if self._validated == epoch - 1 else {}), **before}
+        self._end_cycle(
+            trainer, module, epoch - 1, known
+        )  # a run that was stopped at its last epoch's validation has not yet
         if not self.history:
             value = monitored(known, self.monitor)[1]
             self.history.append(make_row(0.0, epoch, value, measured_sparsity(run.targets)))
         start = run.masks.global_sparsity
+        free = self.pruner.pattern.sparsity is None
+        if free and budget_of(target, run.targets.numel) < round(start * run.targets.numel):
+            rank_zero_warn(
+                f"schedule: sparsity {target:g} at epoch {epoch}, but the model is already at {start:.4g}. Nothing is changed; "
+                "pruned weights do not grow back."
+            )
+            self._done.append(epoch)
+            return before
         steps = [start + (target - start) * (i + 1) / self.num_recomputations for i in range(self.num_recomputations)]
         with event_progress(trainer, f"Pruning to {target:.4g}") as progress:
             event = self._event(trainer, module, progress)
@@ -216,7 +235,7 @@ class CAPPruningCallback(pl.Callback):
         restart_schedulers(trainer, list(self._active.events), self._warned)
         after = evaluate(trainer, module) if self.evaluate else {}
         report = event.report
-        folder = None if _dry(trainer) or self.save == "none" else run.folder
+        folder = None if is_dry(trainer) or self.save == "none" else run.folder
         shown = monitored(known, self.monitor)[0]
         log_event(trainer, run.masks, report, {"epoch": epoch, "target": target}, before, after, shown, folder)
         return after
@@ -242,26 +261,40 @@ class CAPPruningCallback(pl.Callback):
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the cycle's best so far."""
-        if trainer.state.fn != "fit" or trainer.sanity_checking or not self._cycle or self.save not in ("best", "both"):
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        value = monitored(trainer.callback_metrics, self.monitor)[1]
+        self._validated = trainer.current_epoch
+        if not self._cycle or self.save not in ("best", "both"):
+            return
+        if self.monitor not in trainer.callback_metrics:
+            raise ConfigError(
+                f"monitor={self.monitor!r} was not logged in validation; logged are {sorted(trainer.callback_metrics)}. Name one "
+                "of those, or use save='last'."
+            )
+        value = distributed.gather_objects(monitored(trainer.callback_metrics, self.monitor)[1])[
+            0
+        ]  # one decision for all
         if is_better(value, self._cycle["best"], self.mode):
             self._cycle["best"] = value
-            self._save_cycle(trainer, pl_module, trainer.callback_metrics, best=True)
+            self._save_cycle(trainer, pl_module, trainer.current_epoch, trainer.callback_metrics, best=True)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the end of the cycle before the next event."""
         following = trainer.current_epoch + 1
         if following in self._active.events or following == trainer.max_epochs:
-            self._end_cycle(trainer, pl_module, trainer.callback_metrics)
+            self._end_cycle(trainer, pl_module, trainer.current_epoch)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The event at the end of training, if there is one; save the last cycle if training stopped early."""
-        epoch = trainer.current_epoch
-        if epoch == trainer.max_epochs and epoch in self._active.events and epoch not in self._done:
-            self._end_cycle(trainer, pl_module, trainer.callback_metrics)
-            self._end_cycle(trainer, pl_module, self._prune(trainer, pl_module, epoch))
-        self._end_cycle(trainer, pl_module, trainer.callback_metrics)
+        last, run = trainer.current_epoch - 1, self._active
+        self._end_cycle(trainer, pl_module, last)
+        if trainer.max_epochs in run.events and trainer.max_epochs not in self._done:
+            self._end_cycle(trainer, pl_module, last, self._prune(trainer, pl_module, trainer.max_epochs))
+        missed = {epoch: s for epoch, s in run.events.items() if epoch not in self._done}
+        if missed:
+            rank_zero_warn(
+                f"Training ended before the pruning events of epochs {missed}; the model was not pruned that far."
+            )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the table: dense accuracy, and accuracy, real sparsity and checkpoint of each target."""
@@ -270,20 +303,27 @@ class CAPPruningCallback(pl.Callback):
             end_bar(trainer, pl_module)
             print_table(self.history, monitored(trainer.callback_metrics, self.monitor)[0])
 
-    def _end_cycle(self, trainer: pl.Trainer, module: pl.LightningModule, metrics: Any) -> None:
-        if self._cycle and not self._cycle["saved"]:
-            self._cycle["saved"] = True
-            self._save_cycle(trainer, module, metrics)
+    def _end_cycle(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int, metrics: Any = None) -> None:
+        """Save the cycle that ends with ``epoch``, once; its accuracy is that of this epoch's weights or none."""
+        if not self._cycle or self._cycle["saved"]:
+            return
+        if metrics is None:
+            fresh = self._validated == epoch
+            metrics = trainer.callback_metrics if fresh else evaluate(trainer, module) if self.evaluate else {}
+        self._cycle["saved"] = True
+        self._save_cycle(trainer, module, epoch, metrics)
 
-    def _save_cycle(self, trainer: pl.Trainer, module: pl.LightningModule, metrics: Any, best: bool = False) -> None:
+    def _save_cycle(
+        self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int, metrics: Any, best: bool = False
+    ) -> None:
         target = self._cycle["target"]
         if self.save_sparsities is not None and target not in self.save_sparsities:
             return
         run = self._active
-        writes = not _dry(trainer) and self.save in (("best", "both") if best else ("last", "both"))
+        writes = not is_dry(trainer) and self.save in (("best", "both") if best else ("last", "both"))
         value = monitored(metrics, self.monitor)[1]
         sparsity = measured_sparsity(run.targets)
-        row = make_row(target, trainer.current_epoch, value, sparsity, best=best, folder=run.folder if writes else None)
+        row = make_row(target, epoch, value, sparsity, best=best, folder=run.folder if writes else None)
         self.history = [r for r in self.history if (r["target"], r["best"]) != (target, best)] + [row]
         if writes:
             save_cycle(trainer, module, run.targets, row)
@@ -296,7 +336,7 @@ class CAPPruningCallback(pl.Callback):
         return self._active.masks
 
     @property
-    def _active(self) -> _Run:
+    def _active(self) -> Run:
         if self._run is None:
             raise ConfigError(
                 "CAPPruningCallback: it has not been part of a running fit yet. Pass it to Trainer(callbacks=[...])."
@@ -304,60 +344,4 @@ class CAPPruningCallback(pl.Callback):
         return self._run
 
     def _events(self, trainer: pl.Trainer) -> dict[int, float]:
-        max_epochs = None if trainer.max_epochs in (None, -1) else trainer.max_epochs
-        if _dry(trainer):
-            return {0: next(iter(self.schedule.events(_FAR).values()))}  # the wiring is tried, once
-        events = self.schedule.events(max_epochs)
-        for sparsity in events.values():
-            self.pruner.check_sparsity(sparsity)
-        if self.num_recomputations > 1 and self.pruner.pattern.sparsity is not None:
-            raise ConfigError(
-                f"num_recomputations={self.num_recomputations}: {self.pruner.pattern} has only one sparsity, so its events "
-                "cannot be split. Leave num_recomputations at 1."
-            )
-        missing = [s for s in self.save_sparsities or () if s not in events.values()]
-        if missing:
-            raise ScheduleError(
-                f"save_sparsities={missing}: not in the schedule, which has {sorted(set(events.values()))}."
-            )
-        return events
-
-    def _restore_random_state(self) -> bool:
-        states = self._restored.pop("rng", None)
-        if not states:
-            return False
-        if len(states) != distributed.world_size():
-            rank_zero_warn(
-                f"The checkpoint holds the random state of {len(states)} processes, this run has {distributed.world_size()}: "
-                "data order and augmentation will differ from the run that was stopped."
-            )
-            return False
-        rng.restore(states[distributed.rank()])
-        return True
-
-
-class _Run:
-    """What belongs to one ``fit``: live tensors and the resolved schedule."""
-
-    def __init__(self, targets: Targets, masks: MaskSet, events: dict[int, float], folder: Path) -> None:
-        self.targets, self.masks, self.events, self.folder = targets, masks, events, folder
-
-
-def _dry(trainer: pl.Trainer) -> bool:
-    return bool(getattr(trainer, "fast_dev_run", False))
-
-
-def _reiterate(trainer: pl.Trainer) -> None:
-    """Begin the epoch's data anew, now that the random state is the stopped run's.
-
-    On resuming, Lightning makes the training iterator before any callback state is in force, and keeps it; a run that was
-    never stopped makes it here. Loaders with a state of their own have restored it and are left alone.
-    """
-    fetcher = getattr(trainer.fit_loop, "_data_fetcher", None)
-    loader = getattr(trainer.fit_loop, "_combined_loader", None)
-    if (
-        fetcher is not None
-        and loader is not None
-        and not any(hasattr(dl, "load_state_dict") for dl in loader.flattened)
-    ):
-        iter(fetcher)
+        return resolve_events(trainer, self.schedule, self.pruner, self.num_recomputations, self.save_sparsities)

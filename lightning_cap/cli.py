@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_cap.errors import CAPError
@@ -70,6 +70,14 @@ class CAPTrainer(pl.Trainer):
             rank_zero_info(f"Written to {folder}: results.json, sweep.png and the pruned weights.")
 
 
+class _SaveConfig(SaveConfigCallback):
+    """Saves the configuration beside the logs; without a logger there is no folder of the run's own to write to."""
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if trainer.loggers:
+            super().setup(trainer, pl_module, stage)
+
+
 class CAPCLI(LightningCLI):
     """LightningCLI with the subcommands fit, validate, test, predict and oneshot."""
 
@@ -94,8 +102,9 @@ def main(args: list[str] | None = None) -> None:
     """
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # class paths may name a file of the user's beside the configuration
+    overwrite = {"overwrite": True}
     try:
-        CAPCLI(trainer_class=CAPTrainer, args=args, save_config_kwargs={"overwrite": True})
+        CAPCLI(trainer_class=CAPTrainer, args=args, save_config_callback=_SaveConfig, save_config_kwargs=overwrite)
     except Exception as error:
         ours = _our_error(error)
         if ours is None:

@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import nn
 
 from lightning_cap.ema import averaged_models
@@ -66,16 +65,16 @@ def is_better(value: float | None, best: float | None, mode: Literal["min", "max
 
 
 def save_cycle(trainer: pl.Trainer, module: pl.LightningModule, targets: Targets, row: Row) -> None:
-    """Write ``<row["checkpoint"]>`` (the Trainer's) and ``<row["weights"]>`` (plain safetensors). Call it on every rank."""
+    """Write ``row["checkpoint"]`` (the Trainer's) and ``row["weights"]`` (plain safetensors). Call it on every rank."""
     trainer.save_checkpoint(row["checkpoint"], weights_only=False)
-    _save_weights(trainer, module, targets, row)
+    if trainer.is_global_zero:
+        averages = averaged_models(trainer)
+        save_weights(getattr(averages[0], "module", averages[0]) if averages else module, targets, row)
 
 
-@rank_zero_only
-def _save_weights(trainer: pl.Trainer, module: pl.LightningModule, targets: Targets, row: Row) -> None:
-    averages = averaged_models(trainer)
-    source: nn.Module = getattr(averages[0], "module", averages[0]) if averages else module
-    model, _ = plain_model(source, list(targets))
+def save_weights(module: nn.Module, targets: Targets, row: Row) -> None:
+    """Write the model inside a LightningModule to ``row["weights"]``, under its own names."""
+    model, _ = plain_model(module, list(targets))
     state = {name.replace("_orig_mod.", ""): value for name, value in model.state_dict().items()}
     architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", "")
     save_plain_weights(

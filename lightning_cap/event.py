@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -17,12 +18,12 @@ from torch.utils.data import DataLoader
 from lightning_cap import distributed
 from lightning_cap.calibration import CalibrationBatches
 from lightning_cap.errors import ConfigError
-from lightning_cap.gradients import GradientCollector
+from lightning_cap.gradients import GradientCollector, rows_bytes
 from lightning_cap.hooks import Progress
 from lightning_cap.masks import MaskSet
 from lightning_cap.planning import plan_event
 from lightning_cap.pruners.base import Pruner, PruneResult
-from lightning_cap.stepping import calibration_loss, quiet, ready_batches, undisturbed
+from lightning_cap.stepping import calibration_loss, in_stage, quiet, ready_batches, undisturbed
 from lightning_cap.targets import Targets
 
 _COMPUTE = 4  # domain of the key for generators during the computation of a batch
@@ -91,7 +92,7 @@ class PruningEvent:
         Raises:
             CAPError: Whatever went wrong; the model and the masks are then as before.
         """
-        before = {name: weight.clone() for name, weight in self._targets.weights().items()}
+        before = self._targets.copies()
         masks = dict(self._masks)
         try:
             for sparsity in sparsities:
@@ -101,7 +102,7 @@ class PruningEvent:
                 self.report.stats = result.stats
                 position += 1
         except BaseException:
-            PruneResult(before, masks, 0.0, 0.0).apply(self._targets)
+            self._targets.restore(before)
             raise
         self._masks.update(masks)
         self.report.sparsity = self._masks.global_sparsity
@@ -114,7 +115,7 @@ class PruningEvent:
         device = next(iter(self._targets.values())).device
         report.peak_bytes = self._plan()
         report.seconds["plan"] += time.perf_counter() - started
-        with undisturbed(self._module), quiet(self._module), torch.inference_mode(False):
+        with self._calibrating(), torch.inference_mode(False):
             collector = self.collector(position) if pruner.num_gradients else None
             source = _Timed(collector if collector is not None else ())
             started = time.perf_counter()
@@ -132,7 +133,7 @@ class PruningEvent:
         self._plan()
         if not self._pruner.num_gradients:
             return
-        with undisturbed(self._module), quiet(self._module):
+        with self._calibrating():
             collector = self.collector(position)
             with distributed.agreed("The first gradient"):
                 batches = self._batches(position)
@@ -169,9 +170,18 @@ class PruningEvent:
             position,
         )
 
+    @contextmanager
+    def _calibrating(self) -> Iterator[None]:
+        training = in_stage(self._trainer, RunningStage.TRAINING)  # augmentation in transfer hooks is the training's
+        with undisturbed(self._module), quiet(self._module), training:
+            yield
+
     def _plan(self) -> int:
         device = next(iter(self._targets.values())).device
-        plan = plan_event(self._pruner.peak_bytes(self._targets), device)
+        needed = self._pruner.peak_bytes(self._targets)
+        if self._pruner.num_gradients:
+            needed += rows_bytes(self._targets, self._pruner.samples_per_gradient)
+        plan = plan_event(needed, device)
         with distributed.agreed("Planning the pruning event"):
             plan.check()
         return plan.peak_bytes

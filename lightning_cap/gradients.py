@@ -6,6 +6,7 @@ accumulated state are not touched.
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -87,13 +88,8 @@ class GradientCollector:
         attempted = 0
         own = iter(self._batches)
         while attempted < self._num_gradients:
-            rows: list[dict[str, Tensor]] = []
-            with distributed.agreed("Collecting gradients"):
-                batch = next(own, _END)
-                if batch is not _END:
-                    rows = list(self._rows(batch, self._num_gradients - attempted))
             before = attempted
-            for chunk in self._exchange(rows):
+            for chunk in self._round(own, self._num_gradients - attempted):
                 n = min(next(iter(chunk.values())).shape[0], self._num_gradients - attempted)
                 if n:
                     attempted += n
@@ -103,6 +99,18 @@ class GradientCollector:
             if attempted == before:
                 break
         self._conclude(attempted)
+
+    def _round(self, own: Iterator[Any], most: int) -> Iterator[dict[str, Tensor]]:
+        """The rows of the next batch of every rank, in order of rank; one chunk at a time in a single process."""
+        if distributed.world_size() == 1:
+            for batch in itertools.islice(own, 1):
+                yield from self._rows(batch, most)
+            return
+        rows: list[dict[str, Tensor]] = []
+        with distributed.agreed("Collecting gradients"):
+            for batch in itertools.islice(own, 1):
+                rows = list(self._rows(batch, most))
+        yield from self._exchange(rows)
 
     def probe(self, batch: Any) -> None:
         """Compute one gradient row and throw it away, to fail early.
@@ -143,9 +151,6 @@ class GradientCollector:
 
     def _exchange(self, rows: list[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
         """This round's rows of every rank, in order of rank."""
-        if distributed.world_size() == 1:
-            yield from rows
-            return
         counts = distributed.gather_objects([next(iter(chunk.values())).shape[0] for chunk in rows])
         for i in range(max(map(len, counts))):
             size = max(c[i] if i < len(c) else 0 for c in counts)
@@ -167,7 +172,7 @@ class GradientCollector:
             self._checked = True
         if self._vmap:
             size = _batch_size(batch)
-            chunk = max(1, min(_VMAP_ROWS, _VMAP_FLOATS // self._targets.numel))
+            chunk = _rows_at_once(self._targets)
             for start in range(0, min(size, most), chunk):
                 piece = _slice(batch, size, start, min(start + chunk, size, most))
                 try:
@@ -245,6 +250,16 @@ class GradientCollector:
         return {name: row.detach().float().div_(self._scale) for name, row in zip(names, rows, strict=True)}
 
 
+def _rows_at_once(targets: Targets) -> int:
+    """Per-sample gradients in one vmap: a fixed function of the targets, so that results do not depend on free memory."""
+    return max(1, min(_VMAP_ROWS, _VMAP_FLOATS // targets.numel))
+
+
+def rows_bytes(targets: Targets, samples_per_gradient: int) -> int:
+    """Memory of the gradient rows that a collector holds at once, float32, for the plan (single process)."""
+    return 4 * targets.numel * (_rows_at_once(targets) if samples_per_gradient == 1 else 1)
+
+
 class _LossProgram(nn.Module):
     """Makes ``loss(model, batch)`` a module's forward, so that `functional_call` can swap the weights."""
 
@@ -255,9 +270,6 @@ class _LossProgram(nn.Module):
 
     def forward(self, batch: Any) -> Tensor:
         return self._loss(self.model, batch)
-
-
-_END = object()
 
 
 def _is_batched(leaf: Any, size: int) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -44,6 +45,7 @@ class CyclicLinearLR(LRScheduler):
         self.auto_period = period is None
         self._period = None if period is None else _checked_period(period)
         self._cycle_start = 0
+        self._warned = False
         super().__init__(optimizer, last_epoch)  # takes the initial step
         lowest = min(float(lr) for lr in self.base_lrs)
         if lowest < self.min_lr:
@@ -86,14 +88,13 @@ class CyclicLinearLR(LRScheduler):
 
         Args:
             epoch: torch's deprecated way to jump to a step; leave it out.
-
-        Raises:
-            ConfigError: If no period is known yet.
         """
-        if self._period is None and self.last_epoch >= 0:
-            raise ConfigError(
-                "period=None: CyclicLinearLR cannot decay before the length of a cycle is known; give period= (in "
-                "scheduler steps), add CAPPruningCallback to the Trainer, or call restart(period)"
+        if self._period is None and self.last_epoch >= 0 and not self._warned:
+            self._warned = True  # no error: tuners take a few steps with all callbacks switched off
+            warnings.warn(
+                "period=None: CyclicLinearLR stays at its maximum until the length of a cycle is known; give period= (in "
+                "scheduler steps), add CAPPruningCallback to the Trainer, or call restart(period)",
+                stacklevel=2,
             )
         super().step(epoch)
 

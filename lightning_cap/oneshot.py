@@ -14,7 +14,7 @@ from rich.progress import Progress as RichProgress
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_cap.cycle import measured_sparsity, sparsity_stem
+from lightning_cap.cycle import measured_sparsity, save_weights, sparsity_stem
 from lightning_cap.errors import ConfigError
 from lightning_cap.event import PruningEvent
 from lightning_cap.gradients import GradientCollector
@@ -23,7 +23,6 @@ from lightning_cap.masks import MaskSet
 from lightning_cap.progress import event_progress
 from lightning_cap.pruners import CAP, Pruner, PruneResult, PruningPath
 from lightning_cap.stepping import undisturbed
-from lightning_cap.storage import plain_model, save_plain_weights
 from lightning_cap.targets import Targets
 
 
@@ -71,7 +70,7 @@ def prune(
         )
     masks = MaskSet(targets)
     masks.mask_zeros()
-    start, before = masks.global_sparsity, {name: weight.clone() for name, weight in targets.weights().items()}
+    start, before = masks.global_sparsity, targets.copies()
     device = next(iter(targets.values())).device
     predicted = 0.0
     try:
@@ -95,7 +94,7 @@ def prune(
                 masks.update(result.masks)
                 predicted += result.predicted_loss
     except BaseException:
-        PruneResult(before, {}, 0.0, 0.0).apply(targets)
+        targets.restore(before)
         raise
     return PruneResult(result.weights, result.masks, predicted, result.sparsity, result.stats)
 
@@ -150,7 +149,7 @@ def sweep(
     try:
         dense = trainer.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
         targets, path = solver.solved
-        before = {name: weight.clone() for name, weight in targets.weights().items()}
+        before = targets.copies()
         rows = [_row(0.0, targets, 0.0, dense)]
         try:
             with path:
@@ -161,10 +160,9 @@ def sweep(
                     rows.append(_row(sparsity, targets, result.predicted_loss, metrics))
                     if folder is not None and trainer.is_global_zero:
                         rows[-1]["weights"] = str(folder / f"{sparsity_stem(sparsity)}.safetensors")
-                        plain, _ = plain_model(model, list(targets))
-                        save_plain_weights(Path(rows[-1]["weights"]), plain.state_dict(), {"target": f"{sparsity:g}"})
+                        save_weights(model, targets, rows[-1])
         finally:
-            PruneResult(before, {}, 0.0, 0.0).apply(targets)
+            targets.restore(before)
     finally:
         trainer.callbacks.remove(solver)  # type: ignore[attr-defined]
     return rows

@@ -84,7 +84,8 @@ class SparsitySteps(SparsitySchedule):
     Args:
         steps: Target sparsity in ``[0, 1)`` by epoch (counted from 0). Keys may be strings of integers, as JSON
             and some YAML writers give them.
-        allow_decrease: Declares that a later sparsity may be lower than an earlier one (regrowth).
+        allow_decrease: Declares that a later sparsity may be lower than an earlier one. Pruned weights do not grow back yet:
+            a step below the sparsity that is reached warns and changes nothing.
 
     Raises:
         ScheduleError: If the steps are empty, malformed, or decrease without being allowed to.

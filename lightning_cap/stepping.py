@@ -10,6 +10,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
 from torchmetrics import Metric, MetricCollection
@@ -21,12 +22,12 @@ _LOGGING = ("log", "log_dict", "print")
 
 @contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Eval mode and eager execution inside; afterwards train/eval flags, buffers and random state are as they were."""
+    """Eval mode and eager execution inside; afterwards flags, buffers, plain attributes and random state are as before."""
     modes = {layer: layer.training for layer in module.modules()}
     buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
     module.eval()
     try:
-        with rng.preserved(), torch.compiler.set_stance("force_eager"):
+        with rng.preserved(), _attributes(*module.modules()), torch.compiler.set_stance("force_eager"):
             yield
     finally:
         for layer, training in modes.items():
@@ -52,7 +53,8 @@ def calibration_loss(module: pl.LightningModule) -> Callable[[nn.Module, Any], T
 
     def loss(_: nn.Module, batch: Any) -> Any:
         step = getattr(module, "calibration_step", None) or module.training_step
-        out = step(*_arguments(step, batch, 0))
+        with _attributes(module):  # a module that collects its outputs would hold every graph
+            out = step(*_arguments(step, batch, 0))
         return out["loss"] if isinstance(out, Mapping) and "loss" in out else out
 
     return loss
@@ -67,31 +69,56 @@ def ready_batches(
         yield to_device(trainer, module, batch)
 
 
-def to_device(trainer: pl.Trainer, module: pl.LightningModule, batch: Any) -> Any:
-    """What Lightning does to a training batch before its step: precision, transfer hooks, device."""
+def to_device(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, loader: int = 0) -> Any:
+    """What Lightning does to a batch before its step: precision, transfer hooks, device."""
     batch = trainer.precision_plugin.convert_input(batch)
-    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=loader)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=loader)
+
+
+@contextmanager
+def in_stage(trainer: pl.Trainer, stage: RunningStage) -> Iterator[None]:
+    """``trainer.training`` or ``trainer.validating`` inside, which transfer hooks ask for."""
+    before = trainer.state.stage
+    trainer.state.stage = stage
+    try:
+        yield
+    finally:
+        trainer.state.stage = before
 
 
 def evaluate(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
-    """One pass over the validation data: whatever ``validation_step`` logs, averaged or computed as Lightning would.
+    """One pass over the validation data: whatever the module logs in it, averaged or computed as Lightning would.
 
     Callbacks and loggers see nothing of it; metrics are updated in copies. Empty if there is nothing to validate with.
     """
+    if trainer.val_dataloaders is None and trainer.enable_validation:  # no epoch has been validated yet
+        with in_stage(trainer, RunningStage.VALIDATING):
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
     loaders = trainer.val_dataloaders
     if loaders is None or not trainer.limit_val_batches or not trainer.num_val_batches:
         return {}
+    flat = CombinedLoader(loaders, "sequential").flattened
     record = _Record()
-    with undisturbed(module), torch.no_grad(), _metrics(module, copy.deepcopy), _logging(module, record):
-        for index, loader in enumerate(CombinedLoader(loaders, "sequential").flattened):
+    with (
+        undisturbed(module),
+        torch.no_grad(),
+        in_stage(trainer, RunningStage.VALIDATING),
+        _metrics(module, copy.deepcopy),
+        _logging(module, record),
+    ):
+        module.on_validation_epoch_start()
+        for index, loader in enumerate(flat):
+            record.suffix = f"/dataloader_idx_{index}" if len(flat) > 1 else ""
             for number, raw in enumerate(loader):
                 if number >= trainer.num_val_batches[index]:
                     break
-                batch = to_device(trainer, module, raw)
+                batch = to_device(trainer, module, raw, index)
                 record.batch_size = _size_of(batch)
                 with trainer.precision_plugin.val_step_context():
                     module.validation_step(*_arguments(module.validation_step, batch, number, index))
+        record.suffix, record.batch_size = "", 1
+        module.on_validation_epoch_end()
         return record.results(module.device)
 
 
@@ -100,14 +127,25 @@ class _Record:
 
     def __init__(self) -> None:
         self.batch_size = 1
+        self.suffix = ""
         self._sums: dict[str, Tensor] = {}
         self._metrics: dict[str, Metric] = {}
 
-    def __call__(self, name: Any, value: Any = None, *_: Any, batch_size: int | None = None, **__: Any) -> None:
+    def __call__(
+        self,
+        name: Any,
+        value: Any = None,
+        *_: Any,
+        batch_size: int | None = None,
+        add_dataloader_idx: bool = True,
+        **__: Any,
+    ) -> None:
         if not isinstance(name, str):  # log_dict
             for key, entry in name.items():
-                self(key, entry, batch_size=batch_size)
-        elif isinstance(value, Metric):
+                self(key, entry, batch_size=batch_size, add_dataloader_idx=add_dataloader_idx)
+            return
+        name += self.suffix if add_dataloader_idx else ""
+        if isinstance(value, Metric):
             self._metrics[name] = value
         elif isinstance(value, (int, float, Tensor)):
             weight = float(batch_size or self.batch_size)
@@ -212,9 +250,34 @@ def _ignore(*_: Any, **__: Any) -> None:
 def _arguments(step: Callable[..., Any], *values: Any) -> list[Any]:
     """Those of (batch, batch_idx, dataloader_idx) that a step takes."""
     kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    parameters = [p for p in inspect.signature(step).parameters.values() if p.kind in kinds]
-    wanted = [p for p in parameters if p.default is p.empty or p.name in ("batch_idx", "dataloader_idx")]
+    parameters = list(inspect.signature(step).parameters.values())
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return list(values[:2])
+    wanted = [p for p in parameters if p.kind in kinds]
+    wanted = [p for p in wanted if p.default is p.empty or p.name in ("batch_idx", "dataloader_idx")]
     return [value for value, _ in zip((*values, 0), wanted, strict=False)]
+
+
+@contextmanager
+def _attributes(*modules: nn.Module) -> Iterator[None]:
+    """Put back the modules' own lists, dicts, sets and plain values afterwards, such as outputs that a step collects."""
+    plain = (list, dict, set, bool, int, float, str, type(None))
+    internal = nn.Module().__dict__.keys() | pl.LightningModule().__dict__.keys()
+    saved: list[tuple[nn.Module, str, Any, Any]] = []
+    for module in modules:
+        for name, value in module.__dict__.items():
+            if name not in internal and isinstance(value, plain):
+                saved.append((module, name, value, copy.copy(value)))
+    try:
+        yield
+    finally:
+        for module, name, value, content in saved:
+            if isinstance(value, list):
+                value[:] = content
+            elif isinstance(value, (dict, set)):
+                value.clear()
+                value.update(content)
+            module.__dict__[name] = value
 
 
 def _size_of(batch: Any) -> int:

@@ -116,6 +116,16 @@ class Targets(Mapping[str, Tensor]):
         """The weights as they are now, detached but not copied."""
         return {name: weight.detach() for name, weight in self._weights.items()}
 
+    def copies(self) -> dict[str, Tensor]:
+        """Copies of the weights as they are now, for `restore`."""
+        return {name: weight.clone() for name, weight in self.weights().items()}
+
+    @torch.no_grad()
+    def restore(self, weights: Mapping[str, Tensor]) -> None:
+        """Write ``weights`` into the model, in place."""
+        for name, weight in weights.items():
+            self._weights[name].copy_(weight)
+
     def blocks(self, block_size: int, group_size: int = 1) -> BlockLayout:
         """The block view. See `BlockLayout`."""
         return BlockLayout({name: tuple(w.shape) for name, w in self._weights.items()}, block_size, group_size)
@@ -301,6 +311,11 @@ def _match(glob: str, parameters: Mapping[str, object], prunable: Sequence[str],
     raise TargetError(f"{argument}: {glob!r} matches no parameter of the model. Near names: {_some(near)}.")
 
 
+def _more_frozen(parameters: Mapping[str, tuple[str, nn.Parameter]], names: Sequence[str]) -> str:
+    frozen = [name for name in names if not parameters[name][1].requires_grad]
+    return f" (like {len(frozen) - 1} other targets, last {frozen[-1]!r})" if len(frozen) > 1 else ""
+
+
 def _refuse_frozen_and_tied(
     model: nn.Module, parameters: Mapping[str, tuple[str, nn.Parameter]], names: Sequence[str]
 ) -> None:
@@ -313,8 +328,8 @@ def _refuse_frozen_and_tied(
         parameter = parameters[name][1]
         if not parameter.requires_grad:
             raise TargetError(
-                f"target {name!r} is frozen (requires_grad=False), so it has no gradient. Unfreeze it or leave it out "
-                f"with exclude=[{name!r}]."
+                f"target {name!r} is frozen (requires_grad=False), so it has no gradient{_more_frozen(parameters, names)}. "
+                f"Unfreeze it, or leave it out with exclude=[{name!r}] or a glob."
             )
         others = [n for n in shared.get(name, ()) if n != name and _overlap(parameters[n][1], parameter)]
         if others:

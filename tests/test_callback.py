@@ -271,7 +271,7 @@ def test_second_fit_goes_on(tmp_path: Path) -> None:
     assert zeros(module).float().mean() == 0.75
     assert cb._done == [1, 3]
     mask = cb.masks["net.4.weight"].clone()
-    with pytest.warns(UserWarning, match=r"sparsity=0.5: the model is already at 0.75"):
+    with pytest.warns(UserWarning, match="sparsity 0.5 at epoch 1, but the model is already at 0.75"):
         trainer(tmp_path, cb, max_epochs=4).fit(
             module, **loaders()
         )  # a new Trainer: masks stay, the schedule begins anew

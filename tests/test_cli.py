@@ -159,3 +159,13 @@ def test_class_paths_may_name_files_in_the_working_folder(tmp_path: Path) -> Non
     shown = subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert shown.returncode == 0, shown.stderr
     assert "mine.MyPruner" in shown.stdout
+
+
+def test_without_a_logger_no_configuration_is_written_over_the_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = shortened(tmp_path)
+    mine = (tmp_path / "config.yaml").read_text()
+    monkeypatch.chdir(tmp_path)
+    main(["fit", *arguments, "--trainer.logger=false", "--trainer.max_epochs=1", "--trainer.callbacks=null"])
+    assert (tmp_path / "config.yaml").read_text() == mine

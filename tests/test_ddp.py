@@ -80,3 +80,18 @@ def test_an_error_on_one_process_ends_all_with_its_message(tmp_path: Path) -> No
         run(tmp_path, 2, fail=True)
     assert not isinstance(caught.value, TimeoutError)
     assert issubclass(CAPError, Exception)
+
+
+class Unsynced(Calibrated):
+    """Logs a metric that differs between the ranks, as without ``sync_dist``."""
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        sign = 1 if self.global_rank == 0 else -1
+        self.log("score", float(sign * self.current_epoch))
+
+
+def test_ranks_decide_together_what_is_best(tmp_path: Path) -> None:
+    cb = callback({0: 0.5}, dirpath=str(tmp_path / "out"), save="both", monitor="score", evaluate=False)
+    t = trainer(tmp_path, cb, devices=2, strategy="ddp_spawn", max_epochs=3)
+    t.fit(Unsynced(), **loaders())
+    assert torch.load(tmp_path / "out/sparsity=0.50-best.ckpt", weights_only=True)["epoch"] == 2

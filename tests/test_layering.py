@@ -31,6 +31,8 @@ ORDER_ROWS = [
     ),
     (
         "lr_cycles",
+        "resume",
+        "run",
         "cycle",
         "ema",
     ),

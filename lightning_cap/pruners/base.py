@@ -41,11 +41,9 @@ class PruneResult:
     sparsity: float
     stats: Mapping[str, float] = field(default_factory=dict)
 
-    @torch.no_grad()
     def apply(self, targets: Targets) -> None:
         """Write the weights into the model, in place."""
-        for name, weight in self.weights.items():
-            targets[name].copy_(weight)
+        targets.restore(self.weights)
 
 
 class PruningPath(ABC):

@@ -1,0 +1,59 @@
+"""What belongs to one ``fit``: live tensors and the resolved schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import lightning.pytorch as pl
+
+from lightning_cap.errors import ConfigError, ScheduleError
+from lightning_cap.masks import MaskSet
+from lightning_cap.pruners import Pruner
+from lightning_cap.schedules import SparsitySchedule
+from lightning_cap.targets import Targets
+
+_FAR = 10**9  # an epoch after the end of any schedule
+
+
+class Run:
+    """Targets, masks, events and the folder for checkpoints of one ``fit``."""
+
+    def __init__(self, targets: Targets, masks: MaskSet, events: dict[int, float], folder: Path) -> None:
+        self.targets, self.masks, self.events, self.folder = targets, masks, events, folder
+
+
+def is_dry(trainer: pl.Trainer) -> bool:
+    """Whether this is a ``fast_dev_run``."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def resolve_events(
+    trainer: pl.Trainer,
+    schedule: SparsitySchedule,
+    pruner: Pruner,
+    num_recomputations: int,
+    save_sparsities: Sequence[float] | None,
+) -> dict[int, float]:
+    """Epoch -> sparsity of the events of a run, checked against the Trainer and the pruner.
+
+    Raises:
+        ConfigError: An event cannot be had; the message says which and why.
+    """
+    max_epochs = None if trainer.max_epochs in (None, -1) else trainer.max_epochs
+    if is_dry(trainer):
+        return {0: next(iter(schedule.events(_FAR).values()))}  # the wiring is tried, once
+    events = schedule.events(max_epochs)
+    for sparsity in events.values():
+        pruner.check_sparsity(sparsity)
+    if num_recomputations > 1 and pruner.pattern.sparsity is not None:
+        raise ConfigError(
+            f"num_recomputations={num_recomputations}: {pruner.pattern} has only one sparsity, so its events "
+            "cannot be split. Leave num_recomputations at 1."
+        )
+    missing = [s for s in save_sparsities or () if s not in events.values()]
+    if missing:
+        raise ScheduleError(
+            f"save_sparsities={missing}: not in the schedule, which has {sorted(set(events.values()))}."
+        )
+    return events
