@@ -39,11 +39,10 @@ def plot_sweep(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     metric = next((name for name in metrics if "acc" in name.lower()), metrics[0] if metrics else None)
     sparsity = [100 * row["sparsity"] for row in rows]
     figure = Figure(figsize=(8, 3.6), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    left, right = figure.subplots(1, 2, sharex=True)
     if metric is not None:
         left.plot(sparsity, [row["metrics"][metric] for row in rows], marker="o")
         left.set_title(metric)
-        left.set_ylabel(metric)
     pruned = [row for row in rows if row["predicted_loss"] > 0]
     right.plot(
         [100 * row["sparsity"] for row in pruned], [row["predicted_loss"] for row in pruned], marker="o", color="C1"
