@@ -12,6 +12,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -210,9 +211,12 @@ def calibration_source(trainer: pl.Trainer, module: pl.LightningModule) -> Itera
             loader: Iterable[Any] = hook()
             return loader
     loaders = trainer.train_dataloader
-    if loaders is None and datamodule is not None:
-        datamodule.setup("fit")
-        loaders = datamodule.train_dataloader()
+    if loaders is None:  # outside of fit
+        for owner in (datamodule, module):
+            if owner is not None and is_overridden("train_dataloader", owner):
+                owner.setup("fit")
+                loaders = owner.train_dataloader()
+                break
     flat = CombinedLoader(loaders).flattened if loaders is not None else []
     if len(flat) != 1 or not isinstance(flat[0], DataLoader):
         kinds = ", ".join(type(loader).__name__ for loader in flat) or "none"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -262,7 +263,7 @@ def _arguments(step: Callable[..., Any], *values: Any) -> list[Any]:
 def _attributes(*modules: nn.Module) -> Iterator[None]:
     """Put back the modules' own lists, dicts, sets and plain values afterwards, such as outputs that a step collects."""
     plain = (list, dict, set, bool, int, float, str, type(None))
-    internal = nn.Module().__dict__.keys() | pl.LightningModule().__dict__.keys()
+    internal = _internal_attributes()
     saved: list[tuple[nn.Module, str, Any, Any]] = []
     for module in modules:
         for name, value in module.__dict__.items():
@@ -278,6 +279,12 @@ def _attributes(*modules: nn.Module) -> Iterator[None]:
                 value.clear()
                 value.update(content)
             module.__dict__[name] = value
+
+
+@functools.cache
+def _internal_attributes() -> frozenset[str]:
+    """What torch and Lightning keep in every module."""
+    return frozenset(nn.Module().__dict__.keys() | pl.LightningModule().__dict__.keys())
 
 
 def _size_of(batch: Any) -> int:

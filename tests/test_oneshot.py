@@ -152,6 +152,18 @@ def test_sweep_validates_every_sparsity_from_one_pass(tmp_path: Path) -> None:
     assert not t.callbacks or all("Solve" not in type(c).__name__ for c in t.callbacks)
 
 
+def test_sweep_takes_the_modules_own_data(tmp_path: Path) -> None:
+    class Own(Toy):
+        def train_dataloader(self) -> Any:
+            return DataLoader(ToyData(), batch_size=16)
+
+        def val_dataloader(self) -> Any:
+            return DataLoader(ToyData(32), batch_size=16)
+
+    rows = sweep(trainer(tmp_path), Own(), [0.5], cap())
+    assert [row["sparsity"] for row in rows] == [0.0, 0.5]
+
+
 def test_sweep_refuses_recomputations_by_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"num_recomputations=2.*one gradient pass"):
         sweep(trainer(tmp_path), Toy(), [0.5], cap(), Data(), num_recomputations=2)
