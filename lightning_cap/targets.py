@@ -73,7 +73,7 @@ class Targets(Mapping[str, Tensor]):
                 weight is frozen or tied.
         """
         parameters = _named_parameters(model)
-        prunable = _prunable_names(model)
+        prunable = list(_prunable_modules(model))
         if include is None:
             names = _default_names(model, prunable)
         else:
@@ -253,10 +253,6 @@ def _prunable_modules(model: nn.Module) -> dict[str, nn.Module]:
             if isinstance(layer._parameters.get(attribute), nn.Parameter):
                 found[plain_name(f"{path}.{attribute}" if path else attribute)] = layer
     return found
-
-
-def _prunable_names(model: nn.Module) -> list[str]:
-    return list(_prunable_modules(model))
 
 
 def _default_names(model: nn.Module, prunable: list[str]) -> list[str]:
