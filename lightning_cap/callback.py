@@ -137,7 +137,7 @@ class CAPPruningCallback(pl.Callback):
         """Refuse what cannot work before anything runs."""
         if stage != "fit":
             return
-        self._restored = {}  # of a fit that did not come to its end
+        self._restored, self._packed = {}, None  # of a fit that did not come to its end
         self._previous, self._run = self._run or self._previous, None
         if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
             raise UnsupportedError(
@@ -207,9 +207,8 @@ class CAPPruningCallback(pl.Callback):
         run, target = self._active, self._active.events[epoch]
         before = evaluate(trainer, module) if self.evaluate else {}
         known = {**(trainer.callback_metrics if self._validated == epoch - 1 else {}), **before}
-        self._end_cycle(
-            trainer, module, epoch - 1, known
-        )  # a run that was stopped at its last epoch's validation has not yet
+        # due now only in a run that was stopped at the validation of the cycle's last epoch
+        self._end_cycle(trainer, module, epoch - 1, known)
         if not self.history:
             value = monitored(known, self.monitor)[1]
             self.history.append(make_row(0.0, epoch, value, measured_sparsity(run.targets)))
@@ -271,9 +270,8 @@ class CAPPruningCallback(pl.Callback):
                 f"monitor={self.monitor!r} was not logged in validation; logged are {sorted(trainer.callback_metrics)}. Name one "
                 "of those, or use save='last'."
             )
-        value = distributed.gather_objects(monitored(trainer.callback_metrics, self.monitor)[1])[
-            0
-        ]  # one decision for all
+        values = distributed.gather_objects(monitored(trainer.callback_metrics, self.monitor)[1])
+        value = values[0]  # one decision for all
         if is_better(value, self._cycle["best"], self.mode):
             self._cycle["best"] = value
             self._save_cycle(trainer, pl_module, trainer.current_epoch, trainer.callback_metrics, best=True)

@@ -29,7 +29,7 @@ class Steps(pl.Callback):
         self.count += 1
 
 
-def refused(tmp_path: Path, error: type[CAPError], message: str, module: Any = None, **kwargs: Any) -> None:
+def assert_refused(tmp_path: Path, error: type[CAPError], message: str, module: Any = None, **kwargs: Any) -> None:
     """``fit`` must raise before the first step, change nothing and write nothing."""
     data = kwargs.pop("data", None) or loaders()
     trainer_kwargs = kwargs.pop("trainer", {})
@@ -44,8 +44,10 @@ def refused(tmp_path: Path, error: type[CAPError], message: str, module: Any = N
 
 
 def test_pattern_without_match_names_the_near_ones(tmp_path: Path) -> None:
-    refused(tmp_path, TargetError, r"'net\.4\.wieght' matches no parameter.*'net\.4\.weight'", include=["net.4.wieght"])
-    refused(tmp_path, TargetError, r"exclude: '\*\.fc2\.\*' matches no parameter", exclude=["*.fc2.*"])
+    assert_refused(
+        tmp_path, TargetError, r"'net\.4\.wieght' matches no parameter.*'net\.4\.weight'", include=["net.4.wieght"]
+    )
+    assert_refused(tmp_path, TargetError, r"exclude: '\*\.fc2\.\*' matches no parameter", exclude=["*.fc2.*"])
 
 
 @pytest.mark.parametrize("sparsity", [1.0, -0.1, 1.5, 50])
@@ -62,9 +64,9 @@ def test_sparsity_outside_its_range(sparsity: float) -> None:
 def test_schedules_that_cannot_be(tmp_path: Path) -> None:
     with pytest.raises(ScheduleError, match="allow_decrease"):
         SparsitySteps({0: 0.5, 2: 0.3})
-    refused(tmp_path, ScheduleError, r"epoch 4.*max_epochs=4", schedule={4: 0.5})
-    refused(tmp_path, ScheduleError, "save_sparsities", schedule={1: 0.5}, save_sparsities=[0.6])
-    refused(tmp_path, CAPError, "gives 0.5 alone", schedule={1: 0.75}, pruner=cap(pattern=NofM(2, 4)))
+    assert_refused(tmp_path, ScheduleError, r"epoch 4.*max_epochs=4", schedule={4: 0.5})
+    assert_refused(tmp_path, ScheduleError, "save_sparsities", schedule={1: 0.5}, save_sparsities=[0.6])
+    assert_refused(tmp_path, CAPError, "gives 0.5 alone", schedule={1: 0.75}, pruner=cap(pattern=NofM(2, 4)))
 
 
 @pytest.mark.parametrize(
@@ -107,7 +109,7 @@ def test_n_of_m_needs_divisible_inputs_and_no_recomputations(tmp_path: Path) -> 
     module.net[4] = nn.Linear(16, 14)
     module.net[6] = nn.Linear(14, 4)
     module.net.insert(7, nn.Linear(4, 4))
-    refused(
+    assert_refused(
         tmp_path,
         TargetError,
         r"'net\.6\.weight' of shape \(4, 14\).*not divisible",
@@ -115,7 +117,7 @@ def test_n_of_m_needs_divisible_inputs_and_no_recomputations(tmp_path: Path) -> 
         schedule={1: 0.5},
         pruner=cap(pattern=NofM(2, 4)),
     )
-    refused(
+    assert_refused(
         tmp_path,
         ConfigError,
         "num_recomputations=2.*only one sparsity",
@@ -123,7 +125,7 @@ def test_n_of_m_needs_divisible_inputs_and_no_recomputations(tmp_path: Path) -> 
         pruner=cap(pattern=NofM(2, 4)),
         num_recomputations=2,
     )
-    refused(
+    assert_refused(
         tmp_path,
         ConfigError,
         "block_size=18 is not a multiple",
@@ -135,19 +137,19 @@ def test_n_of_m_needs_divisible_inputs_and_no_recomputations(tmp_path: Path) -> 
 def test_frozen_tied_and_missing_targets(tmp_path: Path) -> None:
     frozen = Toy()
     frozen.net[4].requires_grad_(False)
-    refused(tmp_path, TargetError, r"'net\.4\.weight' is frozen.*exclude", frozen)
+    assert_refused(tmp_path, TargetError, r"'net\.4\.weight' is frozen.*exclude", frozen)
 
     tied = Toy()
     tied.twin = nn.Linear(16, 16)
     tied.twin.weight = tied.net[4].weight
-    refused(tmp_path, TargetError, r"tied.*exclude", tied)
+    assert_refused(tmp_path, TargetError, r"tied.*exclude", tied)
 
     class Tiny(Toy):
         def __init__(self) -> None:
             super().__init__()
             self.net = nn.Sequential(nn.Linear(FEATURES, 4))
 
-    refused(tmp_path, TargetError, "no prunable weight", Tiny())
+    assert_refused(tmp_path, TargetError, "no prunable weight", Tiny())
 
 
 def test_losses_without_gradient(tmp_path: Path) -> None:
@@ -159,14 +161,14 @@ def test_losses_without_gradient(tmp_path: Path) -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return None
 
-    refused(tmp_path, GradientError, "has no gradient.*calibration_step", Detached())
-    refused(tmp_path, GradientError, "got a NoneType", Nothing())
+    assert_refused(tmp_path, GradientError, "has no gradient.*calibration_step", Detached())
+    assert_refused(tmp_path, GradientError, "got a NoneType", Nothing())
 
 
 def test_manual_optimization_needs_a_calibration_step(tmp_path: Path) -> None:
     module = Toy(scheduler=False)
     module.automatic_optimization = False
-    refused(tmp_path, UnsupportedError, r"automatic_optimization=False.*calibration_step", module)
+    assert_refused(tmp_path, UnsupportedError, r"automatic_optimization=False.*calibration_step", module)
 
 
 def test_strategies_that_shard_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,13 +186,15 @@ def test_training_data_that_cannot_be_drawn_from(tmp_path: Path) -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return super().training_step(batch[0], batch_idx)
 
-    refused(tmp_path, ConfigError, "calibration needs a single DataLoader.*calibration_dataloader", Pair(), data=two)
+    assert_refused(
+        tmp_path, ConfigError, "calibration needs a single DataLoader.*calibration_dataloader", Pair(), data=two
+    )
 
 
 def test_event_that_does_not_fit_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_cap.planning.free_memory", lambda device: 1000)
-    refused(tmp_path, ConfigError, "block_size: the pruning event needs .* GiB on cpu")
+    assert_refused(tmp_path, ConfigError, "block_size: the pruning event needs .* GiB on cpu")
 
 
 def test_a_cycle_of_unknown_length(tmp_path: Path) -> None:
-    refused(tmp_path, ConfigError, "period=None", trainer={"max_epochs": -1, "max_time": {"seconds": 5}})
+    assert_refused(tmp_path, ConfigError, "period=None", trainer={"max_epochs": -1, "max_time": {"seconds": 5}})
