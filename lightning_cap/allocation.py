@@ -10,6 +10,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_cap import distributed
+from lightning_cap.cpu.threads import over_blocks
+
 Ranking = Literal["marginal", "cumulative"]
 
 
@@ -33,11 +36,22 @@ def block_scores(losses: Tensor, ranking: Ranking) -> Tensor:
     if ranking == "cumulative":
         # on the CPU: torch refuses a floating-point cumsum on CUDA where deterministic algorithms are asked for
         return losses.cpu().double().cumsum(-1).float().to(losses.device)
-    return torch.cat([pool_adjacent_violators(chunk) for chunk in losses.split(2**15)])
+    return pool_adjacent_violators(losses)
 
 
 def pool_adjacent_violators(values: Tensor) -> Tensor:
-    """Least-squares non-decreasing fit of each row of ``values`` ``(k, B)``; infinite entries end a row.
+    """Least-squares non-decreasing fit of each row of ``values`` ``(k, B)``, as float32; infinite entries end a row."""
+    if values.device.type != "cpu":
+        return torch.cat([_pool_in_rounds(chunk) for chunk in values.split(2**13)])
+    from lightning_cap.cpu.pools import pool_rows
+
+    given, out = values.contiguous().numpy(), torch.empty(values.shape)
+    over_blocks(lambda first, last: pool_rows(given, out.numpy(), first, last), len(values))
+    return out
+
+
+def _pool_in_rounds(values: Tensor) -> Tensor:
+    """The same by whole-tensor operations, for a GPU.
 
     Every row keeps a stack of pools (sum, count); in each round a row either merges its two last pools, if they are out
     of order, or pushes its next value. Two rounds a value are enough.
@@ -125,18 +139,46 @@ def _largest_remainder(sizes: Mapping[str, int], total: int) -> dict[str, int]:
     return shares
 
 
-def smallest(scores: Tensor, count: int) -> Tensor:
+def smallest(scores: Tensor, count: int, *, sharded: bool = False) -> Tensor:
     """Mask of the ``count`` smallest entries of ``scores`` ``(K, B)``; ties go to the earlier block, then the earlier step.
 
-    With scores that do not decrease along a block, the selection is a prefix of every block.
+    With scores that do not decrease along a block, the selection is a prefix of every block. The exact threshold is found from
+    two histograms of 65,536 bins, of the upper and the lower halves of the numbers' bits, so that processes need to
+    exchange no scores.
+
+    Args:
+        scores: Float32, not negative.
+        count: Of all processes together, if ``sharded``.
+        sharded: Every process has some of the blocks, in order of rank; all must call.
     """
-    flat = scores.reshape(-1)
+    chosen = torch.zeros_like(scores, dtype=torch.bool)
+    total = scores.numel()
+    if sharded:
+        total = sum(distributed.gather_counts(total, scores.device))
+    count = min(count, total)
     if count <= 0:
-        return torch.zeros_like(scores, dtype=torch.bool)
-    k = min(count, flat.numel())
-    # kthvalue is faster on the CPU, and older releases of torch have no deterministic form of it on CUDA
-    threshold = flat.sort().values[k - 1] if flat.is_cuda else flat.kthvalue(k).values
-    chosen = flat < threshold
-    ties = (flat == threshold).nonzero().squeeze(1)
-    chosen[ties[: count - int(chosen.sum())]] = True
-    return chosen.view_as(scores)
+        return chosen
+    keys = (scores.reshape(-1).float() + 0.0).view(torch.int32)  # as whole numbers in the same order; no negative zero
+    upper, before = _bin_of(keys >> 16, count, sharded)
+    inside = keys[(keys >> 16) == upper] & 0xFFFF
+    lower, below = _bin_of(inside, count - before, sharded)
+    threshold = (upper << 16) | lower
+    flat = chosen.view(-1)
+    torch.lt(keys, threshold, out=flat)
+    ties = (keys == threshold).nonzero().squeeze(1)
+    wanted = count - before - below
+    if sharded:
+        counts = distributed.gather_counts(len(ties), scores.device)
+        wanted -= sum(counts[: distributed.rank()])
+    flat[ties[: max(0, wanted)]] = True
+    return chosen
+
+
+def _bin_of(keys: Tensor, count: int, sharded: bool) -> tuple[int, int]:
+    """The key ``< 2**16`` that the ``count``-th smallest has, and how many are smaller than that."""
+    histogram = torch.bincount(keys, minlength=2**16)
+    if sharded:
+        histogram = distributed.sum_over_ranks(histogram)
+    sums = histogram.cumsum(0)
+    found = int(torch.searchsorted(sums, count))
+    return found, int(sums[found - 1]) if found else 0

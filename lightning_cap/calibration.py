@@ -34,18 +34,27 @@ class CalibrationBatches:
         samples_per_gradient: Batches are a whole number of this, near the loader's own batch size.
         seed: First part of the key.
         event: Second part: the index of the pruning event in the run.
+        most_gradients: Gradient samples in a batch at the most, 2 or more. All rows of a batch are held at once when several
+            processes exchange them.
 
     Raises:
         DataError: The data set is empty.
     """
 
     def __init__(
-        self, source: Iterable[Any], num_samples: int, samples_per_gradient: int, seed: int, event: int
+        self,
+        source: Iterable[Any],
+        num_samples: int,
+        samples_per_gradient: int,
+        seed: int,
+        event: int,
+        most_gradients: int = 2**16,
     ) -> None:
         self._source = source
         self._num_samples = num_samples
         self._samples_per_gradient = samples_per_gradient
         self._key = (seed, event)
+        self._most = max(2, most_gradients // 2 * 2)  # even: timm's mixup pairs the samples of a batch
 
     def __iter__(self) -> Iterator[Any]:
         if not isinstance(self._source, DataLoader):
@@ -66,7 +75,7 @@ class CalibrationBatches:
         own = getattr(self._source, "batch_size", None)
         if own is None:  # a batch sampler of the user's
             own = getattr(getattr(self._source, "batch_sampler", None), "batch_size", None) or _BATCH_SIZE
-        return per_gradient * max(1, int(own) // per_gradient)
+        return per_gradient * max(1, min(int(own) // per_gradient, self._most))
 
     def _keyed_loader(self, loader: DataLoader[Any]) -> DataLoader[Any]:
         size = self.batch_size

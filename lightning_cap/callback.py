@@ -24,6 +24,7 @@ from lightning_cap.resume import begin_epoch_anew, restore_random_state
 from lightning_cap.run import Run, is_dry, resolve_events
 from lightning_cap.schedules import SparsitySchedule
 from lightning_cap.stepping import evaluate
+from lightning_cap.storage import make_checkpoints_atomic
 from lightning_cap.summary import print_table
 from lightning_cap.targets import Targets
 
@@ -105,12 +106,13 @@ class CAPPruningCallback(pl.Callback):
         return {**kept, "_run": None, "_previous": None, "_packed": self._packed_masks()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks (bit-packed), schedule cursor, cycle, sampler position and every rank's random state.
+        """Masks (bit-packed), the pruner's state, schedule cursor, cycle, sampler position and every rank's random state.
 
         Call it on every rank, as Lightning does.
         """
         return {
             "masks": self._packed_masks(),
+            "pruner": self.pruner.state_dict(),
             "done": list(self._done),
             "position": self._position,
             "cycle": dict(self._cycle),
@@ -125,6 +127,7 @@ class CAPPruningCallback(pl.Callback):
         if self._run is not None and self._packed is not None:  # in the middle of a fit: a tuner puts the start back
             self._run.masks.load_state_dict(self._packed)
             self._run.masks.apply_to_weights()
+        self.pruner.load_state_dict(state_dict.get("pruner", {}))
         self._done, self._position = list(state_dict["done"]), state_dict["position"]
         self._cycle, self.history = dict(state_dict["cycle"]), [dict(row) for row in state_dict["history"]]
 
@@ -153,6 +156,7 @@ class CAPPruningCallback(pl.Callback):
                 "automatic_optimization=False: training_step cannot be called for its loss alone. Define "
                 "calibration_step(batch, batch_idx) on the LightningModule; let it return the mean loss of the batch."
             )
+        make_checkpoints_atomic(trainer)
         self._events(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -296,6 +300,8 @@ class CAPPruningCallback(pl.Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the table: dense accuracy, and accuracy, real sparsity and checkpoint of each target."""
+        if trainer.max_epochs in self._active.events and trainer.max_epochs not in self._done:
+            self.on_train_end(trainer, pl_module)  # of a run that was stopped in this event: nothing is left to train
         self._restored = {}
         if trainer.is_global_zero and self.history:
             end_bar(trainer, pl_module)

@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
+from lightning_cap import distributed
 from lightning_cap.ema import averaged_models
 from lightning_cap.storage import plain_model, save_plain_weights
 from lightning_cap.targets import Targets
@@ -67,9 +68,10 @@ def is_better(value: float | None, best: float | None, mode: Literal["min", "max
 def save_cycle(trainer: pl.Trainer, module: pl.LightningModule, targets: Targets, row: Row) -> None:
     """Write ``row["checkpoint"]`` (the Trainer's) and ``row["weights"]`` (plain safetensors). Call it on every rank."""
     trainer.save_checkpoint(row["checkpoint"], weights_only=False)
-    if trainer.is_global_zero:
-        averages = averaged_models(trainer)
-        save_weights(getattr(averages[0], "module", averages[0]) if averages else module, targets, row)
+    with distributed.agreed("Saving the pruned weights"):
+        if trainer.is_global_zero:
+            averages = averaged_models(trainer)
+            save_weights(getattr(averages[0], "module", averages[0]) if averages else module, targets, row)
 
 
 def save_weights(module: nn.Module, targets: Targets, row: Row) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_cap.errors import CAPError
+
+_WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def world_size() -> int:
@@ -47,6 +49,80 @@ def sum_over_ranks(tensor: Tensor) -> Tensor:
         tensor = tensor.clone()
         dist.all_reduce(tensor)
     return tensor
+
+
+def gather_counts(value: int, device: torch.device) -> list[int]:
+    """A whole number from every rank, in order of rank, by tensors alone."""
+    return [int(part) for part in torch.stack(gather_tensors(torch.tensor(value, device=device))).tolist()]
+
+
+def exchange(parts: list[Tensor], sizes: list[int]) -> list[Tensor]:
+    """All-to-all: ``parts[r]`` goes to rank ``r``; what the ranks sent here comes back, flat, in order of rank.
+
+    Args:
+        parts: Tensors of one dtype on one device, one for each rank.
+        sizes: Numbers of elements that come from each rank.
+    """
+    if world_size() == 1:
+        return [parts[0].reshape(-1)]
+    sent = torch.cat([part.reshape(-1) for part in parts])
+    received = sent.new_empty(sum(sizes))
+    dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts])
+    return list(received.split(sizes))
+
+
+def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
+    """``(counts[r], B)`` of every rank ``r``, one after the other on all of them; bool is sent as bits."""
+    if world_size() == 1:
+        return rows
+    carrier = _to_bits(rows) if rows.dtype == torch.bool else rows
+    padded = carrier.new_zeros(max(counts), carrier.shape[1])
+    padded[: len(carrier)] = carrier
+    parts = torch.cat([part[:count] for part, count in zip(gather_tensors(padded), counts, strict=True)])
+    return _from_bits(parts, rows.shape[1]) if rows.dtype == torch.bool else parts
+
+
+def _to_bits(rows: Tensor) -> Tensor:
+    """Bool ``(n, B)`` -> uint8 ``(n, ceil(B / 8))``."""
+    groups = torch.nn.functional.pad(rows.to(torch.uint8), (0, -rows.shape[1] % 8)).unflatten(1, (-1, 8))
+    places = torch.arange(8, dtype=torch.uint8, device=rows.device)
+    return torch.bitwise_left_shift(groups, places).sum(-1, dtype=torch.uint8)
+
+
+def _from_bits(bits: Tensor, count: int) -> Tensor:
+    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return torch.bitwise_right_shift(bits.unsqueeze(-1), places).bitwise_and(1).flatten(1)[:, :count].bool()
+
+
+def check_equal_on_all_ranks(named: Mapping[str, Mapping[str, Tensor]]) -> None:
+    """Compare checksums of tensors between the ranks.
+
+    Args:
+        named: ``{what they are: {name: tensor}}``.
+
+    Raises:
+        CAPError: They are not the same, bit for bit, on all ranks (on every rank).
+    """
+    if world_size() == 1:
+        return
+    sums = {what: {name: _checksum(t) for name, t in tensors.items()} for what, tensors in named.items()}
+    for r, other in enumerate(gather_objects(sums)):
+        for what, own in sums.items():
+            different = [name for name, value in own.items() if other[what].get(name) != value]
+            if different:
+                raise CAPError(
+                    f"After the pruning event {what} of {len(different)} targets, first {different[0]!r}, differ between rank "
+                    f"{rank()} and rank {r}. The processes ran apart before it: check that nothing changes weights on one rank "
+                    "only, and that all run the same code and configuration."
+                )
+
+
+def _checksum(tensor: Tensor) -> int:
+    """Of the bits and their places; equal tensors have equal ones."""
+    flat = tensor.detach().contiguous().view(-1)
+    bits = flat.view(_WHOLE[flat.element_size()]).long()
+    places = torch.arange(len(bits), device=bits.device)
+    return int(((bits + 0x9E3779B9) * (2 * places + 1)).sum())
 
 
 def broadcast(tensor: Tensor) -> None:

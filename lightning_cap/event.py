@@ -13,17 +13,20 @@ import torch
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_cap import distributed
 from lightning_cap.calibration import CalibrationBatches
+from lightning_cap.distributed import check_equal_on_all_ranks
 from lightning_cap.errors import ConfigError
-from lightning_cap.gradients import GradientCollector, rows_bytes
+from lightning_cap.gradients import GradientCollector, rows_at_once
 from lightning_cap.hooks import Progress
 from lightning_cap.masks import MaskSet
-from lightning_cap.planning import plan_event
-from lightning_cap.pruners.base import Pruner, PruneResult
+from lightning_cap.planning import EventPlan
+from lightning_cap.pruners.base import Pruner, PruneResult, PruningPath
+from lightning_cap.sources import TimedSource, rows_bytes
 from lightning_cap.stepping import calibration_loss, in_stage, quiet, ready_batches, undisturbed
 from lightning_cap.targets import Targets
 
@@ -40,7 +43,7 @@ class EventReport:
         gradients: Gradient samples used, in all.
         skipped: Gradient samples left out as not finite.
         seconds: Seconds of each phase (plan, collect, solve, apply).
-        peak_bytes: Planned peak extra memory.
+        peak_bytes: Planned peak extra memory on the device of the weights.
         stats: The pruner's own numbers, of the last recomputation.
     """
 
@@ -78,6 +81,7 @@ class PruningEvent:
     ) -> None:
         self._trainer, self._module, self._pruner = trainer, module, pruner
         self._targets, self._masks, self._seed, self._progress = targets, masks, seed, progress
+        self._source = TimedSource(())
         self.report = EventReport()
 
     def run(self, sparsities: Iterable[float], position: int) -> int:
@@ -102,47 +106,49 @@ class PruningEvent:
                 self.report.predicted_loss += result.predicted_loss
                 self.report.stats = result.stats
                 position += 1
+            self._masks.update(masks)
         except BaseException:
             self._targets.restore(before)
             raise
-        self._masks.update(masks)
         self.report.sparsity = self._masks.global_sparsity
         return position
 
-    def path(self, position: int, masks: Mapping[str, Tensor]) -> Any:
+    def path(self, position: int, masks: Mapping[str, Tensor]) -> PruningPath:
         """Collect gradients and solve; the caller closes the path. Nothing in the module changes."""
-        pruner, report = self._pruner, self.report
         started = time.perf_counter()
-        device = next(iter(self._targets.values())).device
-        report.peak_bytes = self._plan()
-        report.seconds["plan"] += time.perf_counter() - started
-        with self._calibrating(), torch.inference_mode(False):
-            collector = self.collector(position) if pruner.num_gradients else None
-            source = _Timed(collector if collector is not None else ())
-            started = time.perf_counter()
-            path = pruner.path(self._targets, source, masks, progress=self._progress)
-            _synchronize(device)
-            report.seconds["collect"] += source.seconds
-            report.seconds["solve"] += time.perf_counter() - started - source.seconds
+        collector = self.collector(position) if self._pruner.num_gradients else None
+        self.report.peak_bytes = self._plan(collector, masks).peak_bytes
+        self.report.seconds["plan"] += time.perf_counter() - started
+        self._source = TimedSource(collector if collector is not None else (), self._calibrating)
+        with self._timed("solve"), torch.inference_mode(False):
+            path = self._pruner.path(self._targets, self._source, masks, progress=self._progress)
         if collector is not None:
-            report.gradients += collector.collected
-            report.skipped += collector.skipped
+            self.report.gradients += collector.collected
+            self.report.skipped += collector.skipped
         return path
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        """Add the body's time to a phase, less what it spends on reading gradients, which is collection."""
+        started, before = time.perf_counter(), self._source.seconds
+        yield
+        if self._targets.device.type == "cuda":
+            torch.cuda.synchronize(self._targets.device)
+        collecting = self._source.seconds - before
+        self.report.seconds["collect"] += collecting
+        self.report.seconds[phase] += time.perf_counter() - started - collecting
 
     def rehearse(self, position: int) -> None:
         """Plan, and compute one gradient that is thrown away: what cannot work is to fail before training begins."""
-        self._plan()
-        if not self._pruner.num_gradients:
+        collector = self.collector(position) if self._pruner.num_gradients else None
+        rank_zero_info(f"Pruning events: {self._plan(collector, self._masks)}")
+        if collector is None:
             return
-        with self._calibrating():
-            collector = self.collector(position)
-            with distributed.agreed("The first gradient"):
-                batches = self._batches(position)
-                first = next(
-                    ready_batches(self._trainer, self._module, batches, (self._seed, position, _COMPUTE)), None
-                )
-                if first is not None:
-                    collector.probe(first)
+        with self._calibrating(), distributed.agreed("The first gradient"):
+            batches = self._batches(position)
+            first = next(ready_batches(self._trainer, self._module, batches, (self._seed, position, _COMPUTE)), None)
+            if first is not None:
+                collector.probe(first)
 
     def collector(self, position: int) -> GradientCollector:
         """The source of gradient rows at a sampler position."""
@@ -169,6 +175,7 @@ class PruningEvent:
             self._pruner.samples_per_gradient,
             self._seed,
             position,
+            rows_at_once(self._targets),
         )
 
     @contextmanager
@@ -177,23 +184,15 @@ class PruningEvent:
         with undisturbed(self._module), quiet(self._module), training:
             yield
 
-    def _plan(self) -> int:
-        device = next(iter(self._targets.values())).device
-        needed = self._pruner.peak_bytes(self._targets)
-        if self._pruner.num_gradients:
-            needed += rows_bytes(self._targets, self._pruner.samples_per_gradient)
-        plan = plan_event(needed, device)
-        with distributed.agreed("Planning the pruning event"):
-            plan.check()
-        return plan.peak_bytes
+    def _plan(self, collector: GradientCollector | None, masks: Mapping[str, Tensor]) -> EventPlan:
+        return self._pruner.plan(self._targets, masks, rows_bytes=rows_bytes(collector))
 
     def _prune(self, sparsity: float, position: int, masks: Mapping[str, Tensor]) -> PruneResult:
-        with self.path(position, masks) as path:
-            started = time.perf_counter()
-            result: PruneResult = path.at(sparsity)
-        for tensor in (*result.weights.values(), *result.masks.values()):
-            distributed.broadcast(tensor)
+        with self.path(position, masks) as path, self._timed("apply"), torch.inference_mode(False):
+            result = path.at(sparsity)
+        started = time.perf_counter()
         result.apply(self._targets)
+        check_equal_on_all_ranks({"the weights": self._targets.weights(), "the masks": result.masks})
         self.report.seconds["apply"] += time.perf_counter() - started
         return result
 
@@ -237,24 +236,6 @@ class _Repeat:
         return self._make()
 
 
-class _Timed:
-    """Passes a source on and adds up the seconds that it takes."""
-
-    def __init__(self, source: Iterable[Mapping[str, Tensor]]) -> None:
-        self._source = source
-        self.seconds = 0.0
-
-    def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
-        chunks = iter(self._source)
-        while True:
-            started = time.perf_counter()
-            chunk = next(chunks, None)
-            self.seconds += time.perf_counter() - started
-            if chunk is None:
-                return
-            yield chunk
-
-
 def _precision_context(trainer: pl.Trainer) -> Callable[[], AbstractContextManager[Any]]:
     plugin = getattr(trainer, "precision_plugin", None)
     return nullcontext if plugin is None else plugin.train_step_context
@@ -263,8 +244,3 @@ def _precision_context(trainer: pl.Trainer) -> Callable[[], AbstractContextManag
 def _loss_scale(trainer: pl.Trainer) -> float:
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return float(scaler.get_scale()) if scaler is not None else 1.0
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

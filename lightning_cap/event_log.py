@@ -7,6 +7,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_cap import distributed
 from lightning_cap.event import EventReport
 from lightning_cap.masks import MaskSet
 from lightning_cap.storage import append_json_line
@@ -48,8 +49,9 @@ def log_event(
     }
     for logger in trainer.loggers:
         logger.log_metrics({f"cap/{name}": float(value) for name, value in row.items()}, step=trainer.global_step)
-    if trainer.is_global_zero and folder is not None:
-        append_json_line(folder / "events.jsonl", {**when, **row})
+    with distributed.agreed("Writing events.jsonl"):
+        if trainer.is_global_zero and folder is not None:
+            append_json_line(folder / "events.jsonl", {**when, **row})
     change = f"; {shown} {before[shown]:.4f} -> {after[shown]:.4f}" if shown in before and shown in after else ""
     skipped = f", {report.skipped} skipped" if report.skipped else ""
     rank_zero_info(

@@ -6,7 +6,8 @@ accumulated state are not touched.
 
 from __future__ import annotations
 
-import itertools
+import functools
+import logging
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -18,10 +19,13 @@ from torch.func import functional_call, grad, vmap
 from torch.utils import _pytree as pytree
 
 from lightning_cap import distributed
+from lightning_cap.chunks import is_out_of_memory
 from lightning_cap.errors import GradientError
 from lightning_cap.hooks import Progress
 from lightning_cap.targets import Targets
 from lightning_cap.vmap_support import vmap_friendly
+
+_log = logging.getLogger(__name__)
 
 #: ``loss(model, batch)`` -> scalar mean loss over the batch.
 Loss = Callable[[nn.Module, Any], Tensor]
@@ -74,11 +78,15 @@ class GradientCollector:
         self._progress = progress
         self._vmap = samples_per_gradient == 1
         self._checked = False
+        self._at_once = rows_at_once(targets)
         self.skipped = 0
         self.collected = 0
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Chunks of finite rows, in global order.
+
+        With several processes, each gives its own rows, one chunk a round of batches, empty ones included: all give the same
+        number of chunks, and the global order is that of the rounds, and of the ranks in a round.
 
         Raises:
             GradientError: The loss has no gradient, a batch cannot be split, there are no batches, or more than half
@@ -86,31 +94,78 @@ class GradientCollector:
         """
         self.skipped = self.collected = 0
         attempted = 0
-        own = iter(self._batches)
-        while attempted < self._num_gradients:
-            before = attempted
-            for chunk in self._round(own, self._num_gradients - attempted):
-                n = min(next(iter(chunk.values())).shape[0], self._num_gradients - attempted)
-                if n:
-                    attempted += n
-                    yield from self._finite({name: row[:n] for name, row in chunk.items()})
-                    if self._progress is not None:
-                        self._progress("collect", attempted, self._num_gradients)
-            if attempted == before:
-                break
+        for chunk, tried, good in self._rounds() if distributed.world_size() > 1 else self._chunks():
+            attempted += tried
+            self.collected += good
+            self.skipped += tried - good
+            yield chunk
+            if self._progress is not None:
+                self._progress("collect", attempted, self._num_gradients)
         self._conclude(attempted)
 
-    def _round(self, own: Iterator[Any], most: int) -> Iterator[dict[str, Tensor]]:
-        """The rows of the next batch of every rank, in order of rank; one chunk at a time in a single process."""
-        if distributed.world_size() == 1:
-            for batch in itertools.islice(own, 1):
-                yield from self._rows(batch, most)
-            return
-        rows: list[dict[str, Tensor]] = []
-        with distributed.agreed("Collecting gradients"):
-            for batch in itertools.islice(own, 1):
-                rows = list(self._rows(batch, most))
-        yield from self._exchange(rows)
+    def _chunks(self) -> Iterator[tuple[dict[str, Tensor], int, int]]:
+        """``(finite rows, rows tried, finite ones)`` of a single process."""
+        left = self._num_gradients
+        for batch in self._batches:
+            for chunk in self._rows(batch, left):
+                tried = next(iter(chunk.values())).shape[0]
+                left -= tried
+                kept = _finite(chunk)
+                yield kept, tried, next(iter(kept.values())).shape[0]
+            if left <= 0:
+                return
+
+    def _rounds(self) -> Iterator[tuple[dict[str, Tensor], int, int]]:
+        """The same with several processes; the counts are those of all of them together."""
+        own, left = iter(self._batches), self._num_gradients
+        while left > 0:
+            batch, counts = self._together(lambda: self._next(own))
+            most = min(counts[distributed.rank()], max(0, left - sum(counts[: distributed.rank()])))
+            tried = min(left, sum(counts))
+            if tried == 0:
+                return
+            left -= tried
+            rows, good = self._together(functools.partial(self._finite_rows, batch, most))
+            yield rows, tried, sum(good)
+
+    def _together(self, work: Callable[[], tuple[Any, int]]) -> tuple[Any, list[int]]:
+        """What ``work`` gives, and the counts of all ranks; an error on one of them is raised on all."""
+        error: Exception | None = None
+        value, count = None, -1
+        try:
+            value, count = work()
+        except Exception as caught:
+            error = caught
+        counts = distributed.gather_counts(count, self._targets.device)
+        if min(counts) < 0:
+            with distributed.agreed("Collecting gradients"):
+                if error is not None:
+                    raise error
+        return value, counts
+
+    def _next(self, own: Iterator[Any]) -> tuple[Any, int]:
+        """This rank's next batch, and how many gradient samples are in it."""
+        batch = next(own, None)
+        size = _batch_size(batch, required=False) if batch is not None else 0
+        return batch, 0 if batch is None else 1 if size is None or size <= self._samples else size // self._samples
+
+    def _finite_rows(self, batch: Any, most: int) -> tuple[dict[str, Tensor], int]:
+        """All finite rows of a batch at once, ``most`` of them at the most."""
+        chunks = [_finite(chunk) for chunk in self._rows(batch, most)] if most > 0 else []
+        if not chunks:
+            return {name: torch.zeros(0, *w.shape, device=w.device) for name, w in self._targets.items()}, 0
+        rows = chunks[0] if len(chunks) == 1 else {n: torch.cat([chunk[n] for chunk in chunks]) for n in chunks[0]}
+        return rows, next(iter(rows.values())).shape[0]
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether the batches can be read again."""
+        return bool(getattr(self._batches, "repeatable", not isinstance(self._batches, Iterator)))
+
+    @property
+    def rows_bytes(self) -> int:
+        """Memory of the rows that are held at once, float32 (in a single process)."""
+        return 4 * self._targets.numel * (self._at_once if self._samples == 1 else 1)
 
     def probe(self, batch: Any) -> None:
         """Compute one gradient row and throw it away, to fail early.
@@ -139,32 +194,6 @@ class GradientCollector:
                 f"{self.skipped} of {attempted} gradient samples are not finite and were skipped.", stacklevel=3
             )
 
-    def _finite(self, chunk: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
-        finite = torch.stack([torch.isfinite(row.flatten(1)).all(1) for row in chunk.values()]).all(0)
-        good = int(finite.sum())
-        self.skipped += len(finite) - good
-        self.collected += good
-        if good == len(finite):
-            yield chunk
-        elif good:
-            yield {name: row[finite] for name, row in chunk.items()}
-
-    def _exchange(self, rows: list[dict[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
-        """This round's rows of every rank, in order of rank."""
-        counts = distributed.gather_objects([next(iter(chunk.values())).shape[0] for chunk in rows])
-        for i in range(max(map(len, counts))):
-            size = max(c[i] if i < len(c) else 0 for c in counts)
-            own = rows[i] if i < len(rows) else {}
-            gathered: dict[str, list[Tensor]] = {}
-            for name, weight in self._targets.items():
-                padded = torch.zeros(size, *weight.shape, device=weight.device)
-                if name in own:
-                    padded[: own[name].shape[0]] = own[name]
-                gathered[name] = distributed.gather_tensors(padded)
-            for r, count in enumerate(counts):
-                if i < len(count):
-                    yield {name: parts[r][: count[i]] for name, parts in gathered.items()}
-
     def _rows(self, batch: Any, most: int) -> Iterator[dict[str, Tensor]]:
         """Float32 rows of one batch, ``most`` of them at the most."""
         if not self._checked:
@@ -172,19 +201,27 @@ class GradientCollector:
             self._checked = True
         if self._vmap:
             size = _batch_size(batch)
-            chunk = _rows_at_once(self._targets)
-            for start in range(0, min(size, most), chunk):
-                piece = _slice(batch, size, start, min(start + chunk, size, most))
+            start, stop = 0, min(size, most)
+            while start < stop:
+                end = min(start + self._at_once, stop)
                 try:
-                    rows = self._vmap_rows(piece)
+                    rows = self._vmap_rows(_slice(batch, size, start, end))
                 except Exception as error:
-                    if isinstance(error, torch.OutOfMemoryError):
+                    if not is_out_of_memory(error):
+                        self._fall_back(error)
+                    elif self._at_once == 1:
                         raise
-                    self._fall_back(error)
-                    rest = _slice(batch, size, start, min(size, most))
+                    rows = None
+                if rows is not None:
+                    yield rows
+                    start = end
+                elif self._vmap:
+                    self._at_once //= 2
+                    _log.warning("Out of memory in the gradients; going on with %d samples at once.", self._at_once)
+                else:
+                    rest = _slice(batch, size, start, stop)
                     yield from (self._loop_row(one) for one in self._split(rest, most))
                     return
-                yield rows
             return
         yield from (self._loop_row(piece) for piece in self._split(batch, most))
 
@@ -250,14 +287,14 @@ class GradientCollector:
         return {name: row.detach().float().div_(self._scale) for name, row in zip(names, rows, strict=True)}
 
 
-def _rows_at_once(targets: Targets) -> int:
+def _finite(chunk: dict[str, Tensor]) -> dict[str, Tensor]:
+    finite = torch.stack([torch.isfinite(row.flatten(1)).all(1) for row in chunk.values()]).all(0)
+    return chunk if bool(finite.all()) else {name: row[finite] for name, row in chunk.items()}
+
+
+def rows_at_once(targets: Targets) -> int:
     """Per-sample gradients in one vmap: a fixed function of the targets, so that results do not depend on free memory."""
     return max(1, min(_VMAP_ROWS, _VMAP_FLOATS // targets.numel))
-
-
-def rows_bytes(targets: Targets, samples_per_gradient: int) -> int:
-    """Memory of the gradient rows that a collector holds at once, float32, for the plan (single process)."""
-    return 4 * targets.numel * (_rows_at_once(targets) if samples_per_gradient == 1 else 1)
 
 
 class _LossProgram(nn.Module):

@@ -20,25 +20,26 @@ FLOAT64_CONDITION = 1e13
 
 
 @contextmanager
-def full_float32() -> Iterator[None]:
-    """Float32 matrix products at full precision inside (no TF32, bf16 or autocast), the caller's settings restored after."""
+def full_float32(allow_tf32: bool = False) -> Iterator[None]:
+    """Float32 matrix products at full precision inside (no bf16 or autocast, and no TF32 unless allowed), the caller's
+    settings restored after."""
     with ExitStack() as stack:
         for device in ("cpu", "cuda"):
             stack.enter_context(torch.autocast(device, enabled=False))
-        stack.enter_context(_ieee_products())
+        stack.enter_context(_products(allow_tf32))
         yield
 
 
 @contextmanager
-def _ieee_products() -> Iterator[None]:
+def _products(allow_tf32: bool) -> Iterator[None]:
     switches = _precision_switches()
     before = [switch.fp32_precision for switch in switches]
     legacy = None if switches else torch.get_float32_matmul_precision()  # would raise where both ways are mixed
     try:
         for switch in switches:
-            switch.fp32_precision = "ieee"
+            switch.fp32_precision = "tf32" if allow_tf32 and switch is torch.backends.cuda.matmul else "ieee"
         if legacy is not None:
-            torch.set_float32_matmul_precision("highest")
+            torch.set_float32_matmul_precision("high" if allow_tf32 else "highest")
         yield
     finally:
         for switch, value in zip(switches, before, strict=True):
@@ -89,13 +90,23 @@ def spd_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
     factor, info = torch.linalg.cholesky_ex(matrix)
     failed = (info != 0) | ~torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all(-1)
     factor[failed] = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    inverse = torch.cholesky_inverse(factor)
+    inverse = _inverse_of_factor(factor)
     condition = matrix.abs().sum(-1).amax(-1) * inverse.abs().sum(-1).amax(-1)
     limit = FLOAT32_CONDITION if matrix.dtype == torch.float32 else FLOAT64_CONDITION
     return inverse, ~failed & torch.isfinite(condition) & (condition < limit)
 
 
-def spd_solve(matrix: Tensor, rhs: Tensor) -> Tensor:
-    """``matrix⁻¹ rhs`` by Cholesky for ``(k, B, B)`` and ``(k, B)``. Blocks must be known to factor in this dtype."""
-    factor = torch.linalg.cholesky(matrix)
-    return torch.cholesky_solve(rhs.unsqueeze(-1), factor).squeeze(-1)
+def _inverse_of_factor(factor: Tensor) -> Tensor:
+    """``(L Lᵀ)⁻¹``. On a GPU by one batched triangular solve and one product: `cholesky_inverse` takes one matrix at a time."""
+    if factor.device.type == "cpu":
+        return torch.cholesky_inverse(factor)
+    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device).expand_as(factor)
+    inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
+    return torch.bmm(inverse.mT, inverse)
+
+
+def spd_solve(matrix: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
+    """``matrix⁻¹ rhs`` by Cholesky for ``(k, B, B)`` and ``(k, B)``, and which blocks factored, ``(k,)`` bool."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    solution = torch.cholesky_solve(rhs.unsqueeze(-1), factor).squeeze(-1)
+    return solution, (info == 0) & torch.isfinite(solution).all(-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -12,9 +13,20 @@ from torch import Tensor, nn
 from lightning_cap.errors import ConfigError
 from lightning_cap.targets import Targets
 
+_Groups = list[tuple[list[Tensor], list[Tensor]]]  # tensors and multipliers, a pair a device and type
+
 
 class MaskSet(Mapping[str, Tensor]):
     """``{target name: bool (*shape)}``, True = kept. Starts all True, on the targets' devices.
+
+    What runs every training step multiplies by 1 or 0 in the weight's own type, strides and device: one
+    ``torch._foreach_mul_`` call for all targets of a device and type, which CUDA runs fused and the CPU vectorised, and
+    no call at all while nothing is masked. These multipliers are made at the first use after the masks changed, for
+    the targets with a masked weight alone; they take as many bytes as those weights, beside one byte a weight for the
+    masks. Nothing waits for the device in a step. Change masks through the methods only.
+
+    A product keeps NaN: a masked weight or gradient that is NaN or infinite becomes NaN, so that a step that diverged
+    shows as it does in a dense model (a gradient scaler has seen it, and skips the step, before gradients are masked).
 
     Args:
         targets: The weights that the masks belong to.
@@ -23,6 +35,15 @@ class MaskSet(Mapping[str, Tensor]):
     def __init__(self, targets: Targets) -> None:
         self._targets = targets
         self._masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in targets.items()}
+        self._masks_changed()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is made from the masks, so that copies and pickles do not carry it."""
+        return {"_targets": self._targets, "_masks": self._masks}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._masks_changed()
 
     def __getitem__(self, name: str) -> Tensor:
         return self._masks[name]
@@ -44,9 +65,9 @@ class MaskSet(Mapping[str, Tensor]):
         return 1 - kept / self._targets.numel
 
     def update(self, masks: Mapping[str, Tensor]) -> None:
-        """Copy ``masks`` in; weights that were masked stay masked."""
-        for name, mask in masks.items():
-            self._masks[name] &= mask.to(self._masks[name].device)
+        """Copy ``masks`` in, all or none; weights that were masked stay masked."""
+        self._masks |= {name: self._masks[name] & mask.to(self._masks[name].device) for name, mask in masks.items()}
+        self._masks_changed()
 
     def mask_zeros(self) -> None:
         """Take the zeros that the weights have now as pruned; targets that are all zero stay free, with a warning."""
@@ -63,13 +84,16 @@ class MaskSet(Mapping[str, Tensor]):
     @torch.no_grad()
     def apply_to_weights(self) -> None:
         """Set masked weights to zero."""
-        _multiply(list(self._targets.values()), list(self._masks.values()))
+        for weights, multipliers in self._weight_groups():
+            torch._foreach_mul_(weights, multipliers)
 
     @torch.no_grad()
     def apply_to_gradients(self) -> None:
         """Set the gradients of masked weights to zero."""
-        pairs = [(w.grad, self._masks[name]) for name, w in self._targets.items() if w.grad is not None]
-        _multiply([grad for grad, _ in pairs], [mask for _, mask in pairs])
+        for weights, multipliers in self._weight_groups():
+            pairs = [(g, m) for w, m in zip(weights, multipliers, strict=True) if (g := w.grad) is not None]
+            if pairs:
+                torch._foreach_mul_([g for g, _ in pairs], [m for _, m in pairs])
 
     @torch.no_grad()
     def apply_to_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
@@ -77,14 +101,23 @@ class MaskSet(Mapping[str, Tensor]):
         for name, weight in self._targets.items():
             state = optimizer.state.get(weight, {})
             entries = [v for v in state.values() if isinstance(v, Tensor) and v.shape == weight.shape]
-            _multiply(entries, [self._masks[name]] * len(entries))
+            if entries:
+                torch._foreach_mul_(entries, [self._masks[name]] * len(entries))
 
     @torch.no_grad()
     def apply_to_copy(self, model: nn.Module) -> None:
-        """Set masked weights to zero in another model of the same parameter names, such as an averaged one."""
-        names = {path: name for name, path in self._targets.paths.items()}
-        pairs = [(p, self._masks[names[path]]) for path, p in model.named_parameters() if path in names]
-        _multiply([p for p, _ in pairs], [mask.to(p.device) for p, mask in pairs])
+        """Set masked weights to zero in another model of the same parameter names, such as an averaged one.
+
+        Its parameters are looked up once after each change of the masks. Where it is on another device or of another
+        type than the weights, it has multipliers of its own.
+        """
+        groups = self._copy_groups.get(model)
+        if groups is None or _moved(groups):
+            names = {path: name for name, path in self._targets.paths.items()}
+            groups = self._grouped({names[path]: p for path, p in model.named_parameters() if path in names})
+            self._copy_groups[model] = groups
+        for weights, multipliers in groups:
+            torch._foreach_mul_(weights, multipliers)
 
     def state_dict(self) -> dict[str, Any]:
         """Bit-packed masks: ``{name: {"shape": list, "bits": uint8}}``, one byte for eight weights."""
@@ -108,6 +141,43 @@ class MaskSet(Mapping[str, Tensor]):
         for name, entry in state.items():
             mask = unpack_bits(entry["bits"].cpu(), self._masks[name].numel())
             self._masks[name] = mask.view(self._masks[name].shape).to(self._masks[name].device)
+        self._masks_changed()
+
+    def _masks_changed(self) -> None:
+        """Drop what was made from the masks, and find the targets that have masked weights (a host sync each)."""
+        self._thinned = [name for name, mask in self._masks.items() if not bool(mask.all())]
+        self._multipliers: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+        self._groups: _Groups | None = None
+        self._copy_groups: WeakKeyDictionary[nn.Module, _Groups] = WeakKeyDictionary()
+
+    def _weight_groups(self) -> _Groups:
+        groups = self._groups
+        if groups is None or _moved(groups):
+            groups = self._groups = self._grouped(self._targets)
+        return groups
+
+    def _grouped(self, tensors: Mapping[str, Tensor]) -> _Groups:
+        """Those of ``tensors`` that have masked entries."""
+        groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+        for name in self._thinned:
+            if name in tensors:
+                tensor = tensors[name]
+                members, multipliers = groups.setdefault((tensor.device, tensor.dtype), ([], []))
+                members.append(tensor)
+                multipliers.append(self._multiplier(name, tensor))
+        return list(groups.values())
+
+    def _multiplier(self, name: str, like: Tensor) -> Tensor:
+        """The mask as ones and zeros of the type, strides and device of ``like``; weights and averages share it."""
+        key = (name, like.device, like.dtype)
+        if key not in self._multipliers:
+            self._multipliers[key] = torch.empty_like(like, requires_grad=False).copy_(self._masks[name])
+        return self._multipliers[key]
+
+
+def _moved(groups: _Groups) -> bool:
+    """Whether the model has been put on another device or made of another type since."""
+    return any(t[0].device != m[0].device or t[0].dtype != m[0].dtype for t, m in groups)
 
 
 def pack_bits(mask: Tensor) -> Tensor:
@@ -120,8 +190,3 @@ def pack_bits(mask: Tensor) -> Tensor:
 def unpack_bits(bits: Tensor, count: int) -> Tensor:
     """The inverse of `pack_bits`: bool ``(count,)``."""
     return (bits.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)).bitwise_and(1).flatten()[:count].bool()
-
-
-def _multiply(tensors: list[Tensor], masks: list[Tensor]) -> None:
-    if tensors:
-        torch._foreach_mul_(tensors, masks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from lightning_cap.gradients import GradientCollector
 from lightning_cap.hooks import Progress
 from lightning_cap.masks import MaskSet
 from lightning_cap.progress import event_progress
-from lightning_cap.pruners import CAP, Pruner, PruneResult, PruningPath
+from lightning_cap.pruners import CAP, Pruner, PruneResult
 from lightning_cap.stepping import undisturbed
 from lightning_cap.targets import Targets
 
@@ -71,7 +72,7 @@ def prune(
     masks = MaskSet(targets)
     masks.mask_zeros()
     start, before = masks.global_sparsity, targets.copies()
-    device = next(iter(targets.values())).device
+    device = targets.device
     predicted = 0.0
     try:
         with _bar(progress) as show, undisturbed(model):
@@ -144,23 +145,21 @@ def sweep(
         raise ConfigError("sparsities=[]: give at least one, such as [0.5, 0.75, 0.9].")
     for sparsity in sparsities:
         pruner.check_sparsity(sparsity)
-    solver = _SolveInValidation(pruner, include, exclude, seed)
+    solver = _SolveInValidation(pruner, sorted(sparsities), include, exclude, seed)
     trainer.callbacks.append(solver)  # type: ignore[attr-defined]
     try:
         dense = trainer.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
-        targets, path = solver.solved
+        targets, results = solver.solved
         before = targets.copies()
         rows = [_row(0.0, targets, 0.0, dense)]
         try:
-            with path:
-                for sparsity in sorted(sparsities):
-                    result = path.at(sparsity)
-                    result.apply(targets)
-                    metrics = trainer.validate(model, datamodule=datamodule, verbose=False)
-                    rows.append(_row(sparsity, targets, result.predicted_loss, metrics))
-                    if folder is not None and trainer.is_global_zero:
-                        rows[-1]["weights"] = str(folder / f"{sparsity_stem(sparsity)}.safetensors")
-                        save_weights(model, targets, rows[-1])
+            for sparsity, result in results:
+                result.apply(targets)
+                metrics = trainer.validate(model, datamodule=datamodule, verbose=False)
+                rows.append(_row(sparsity, targets, result.predicted_loss, metrics))
+                if folder is not None and trainer.is_global_zero:
+                    rows[-1]["weights"] = str(folder / f"{sparsity_stem(sparsity)}.safetensors")
+                    save_weights(model, targets, rows[-1])
         finally:
             targets.restore(before)
     finally:
@@ -182,13 +181,21 @@ def _row(target: float, targets: Targets, predicted_loss: float, metrics: Sequen
 class _SolveInValidation(pl.Callback):
     """Collects and solves when the first validation starts, with the model on its device."""
 
-    def __init__(self, pruner: Pruner, include: Sequence[str] | None, exclude: Sequence[str] | None, seed: int) -> None:
-        self._pruner, self._include, self._exclude, self._seed = pruner, include, exclude, seed
-        self._solved: tuple[Targets, PruningPath] | None = None
+    def __init__(
+        self,
+        pruner: Pruner,
+        sparsities: Sequence[float],
+        include: Sequence[str] | None,
+        exclude: Sequence[str] | None,
+        seed: int,
+    ) -> None:
+        self._pruner, self._sparsities = pruner, sparsities
+        self._include, self._exclude, self._seed = include, exclude, seed
+        self._solved: tuple[Targets, list[tuple[float, PruneResult]]] | None = None
 
     @property
-    def solved(self) -> tuple[Targets, PruningPath]:
-        """The targets and the path over them."""
+    def solved(self) -> tuple[Targets, list[tuple[float, PruneResult]]]:
+        """The targets, and ``[(sparsity, result)]`` with its tensors in main memory."""
         if self._solved is None:
             raise ConfigError("limit_val_batches=0: the sweep validates every sparsity. Give it validation data.")
         return self._solved
@@ -204,7 +211,13 @@ class _SolveInValidation(pl.Callback):
             masks.mask_zeros()
             with event_progress(trainer, "One-shot") as progress:
                 event = PruningEvent(trainer, pl_module, self._pruner, targets, masks, self._seed, progress)
-                self._solved = targets, event.path(0, masks)
+                with event.path(0, masks) as path:
+                    self._solved = targets, [(sparsity, _on_cpu(path.at(sparsity))) for sparsity in self._sparsities]
+
+
+def _on_cpu(result: PruneResult) -> PruneResult:
+    weights, masks = ({name: tensor.cpu() for name, tensor in part.items()} for part in (result.weights, result.masks))
+    return dataclasses.replace(result, weights=weights, masks=masks)
 
 
 class _OnDevice:
@@ -212,6 +225,11 @@ class _OnDevice:
 
     def __init__(self, batches: Iterable[Any], device: torch.device) -> None:
         self._batches, self._device = batches, device
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether the batches can be read again."""
+        return not isinstance(self._batches, Iterator)
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self._batches:

@@ -19,6 +19,15 @@ class Pattern(ABC):
         """Consecutive weights (in the layout) that are constrained together; 1 if weights are free."""
 
     @property
+    def kept_in_group(self) -> int | None:
+        """The rule of the compiled solvers: a weight may go while more than this many of its group are alive.
+
+        None (the default of a new pattern) if that is not the whole rule; its blocks are then solved by the torch
+        backend, which asks `candidates`.
+        """
+        return None
+
+    @property
     @abstractmethod
     def sparsity(self) -> float | None:
         """The one sparsity that the pattern gives, or None if any can be had."""
@@ -60,6 +69,11 @@ class Unstructured(Pattern):
     def group_size(self) -> int:
         """1: weights are free."""
         return 1
+
+    @property
+    def kept_in_group(self) -> int:
+        """0: the last weight may go too."""
+        return 0
 
     @property
     def sparsity(self) -> None:
@@ -111,6 +125,11 @@ class NofM(Pattern):
     def group_size(self) -> int:
         """``m``."""
         return self.m
+
+    @property
+    def kept_in_group(self) -> int:
+        """``n``."""
+        return self.n
 
     @property
     def sparsity(self) -> float:

@@ -1,20 +1,16 @@
-"""Which parameters are pruned, and their view as blocks.
-
-A *target* is a weight tensor that may be pruned. `Targets` is the ordered set of them; `BlockLayout` lays them
-out as ``(K, B)`` blocks, each of ``B`` consecutive weights of one target.
-"""
+"""Which parameters are pruned. A *target* is a weight tensor that may be; `Targets` is the ordered set of them."""
 
 from __future__ import annotations
 
 import difflib
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from lightning_cap.errors import ConfigError, TargetError
+from lightning_cap.errors import TargetError
+from lightning_cap.layout import BlockLayout
 
 _CONV = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _CONV_TRANSPOSE = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -108,6 +104,11 @@ class Targets(Mapping[str, Tensor]):
         return self._paths
 
     @property
+    def device(self) -> torch.device:
+        """Where the first weight is, and the work on all of them is done."""
+        return next(iter(self._weights.values())).device
+
+    @property
     def numel(self) -> int:
         """Weights of all targets, padding not counted."""
         return sum(weight.numel() for weight in self._weights.values())
@@ -129,110 +130,6 @@ class Targets(Mapping[str, Tensor]):
     def blocks(self, block_size: int, group_size: int = 1) -> BlockLayout:
         """The block view. See `BlockLayout`."""
         return BlockLayout({name: tuple(w.shape) for name, w in self._weights.items()}, block_size, group_size)
-
-
-@dataclass(frozen=True)
-class BlockLayout:
-    """The weights of all targets as ``K`` blocks of ``B`` consecutive weights, shape ``(K, B)``.
-
-    A block never spans two targets; the last block of a target is padded, and padding is never eligible. With
-    ``group_size`` > 1 (N:M), a target is flattened with its input dimension (dim 1) last, ``(O, I)`` or
-    ``(O, kH, kW, I)``, so that groups lie along the input of one output row, at one kernel position.
-
-    Args:
-        shapes: Shape of each target, in order.
-        block_size: ``B``.
-        group_size: Weights in one group of the pattern, 1 for none.
-
-    Raises:
-        ConfigError: ``block_size`` < 1, or not a multiple of ``group_size``.
-        TargetError: A target's input dimension is not divisible by ``group_size``.
-    """
-
-    shapes: Mapping[str, tuple[int, ...]]
-    block_size: int
-    group_size: int = 1
-
-    def __post_init__(self) -> None:
-        if self.block_size < 1:
-            raise ConfigError(f"block_size={self.block_size}: a block holds at least one weight. Try 64, 128 or 192.")
-        if self.block_size % self.group_size:
-            raise ConfigError(
-                f"block_size={self.block_size} is not a multiple of the pattern's group of {self.group_size}. Try "
-                f"{max(1, self.block_size // self.group_size) * self.group_size}."
-            )
-        if self.group_size > 1:
-            for name, shape in self.shapes.items():
-                if len(shape) < 2 or shape[1] % self.group_size:
-                    raise TargetError(
-                        f"target {name!r} of shape {shape} has an input dimension (dim 1) that is not divisible by the "
-                        f"pattern's group of {self.group_size}. Leave it out with exclude=[{name!r}]."
-                    )
-
-    @property
-    def spans(self) -> dict[str, slice]:
-        """Target name -> its range of blocks."""
-        spans, first = {}, 0
-        for name, shape in self.shapes.items():
-            count = -(-_numel(shape) // self.block_size)
-            spans[name] = slice(first, first + count)
-            first += count
-        return spans
-
-    @property
-    def num_blocks(self) -> int:
-        """``K``."""
-        return sum(-(-_numel(shape) // self.block_size) for shape in self.shapes.values())
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Target name -> number of its weights."""
-        return {name: _numel(shape) for name, shape in self.shapes.items()}
-
-    def pack(
-        self, tensors: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | str | None = None
-    ) -> Tensor:
-        """``{name: (*shape)}`` -> ``(K, B)``; padding is zero (False)."""
-        return self.pack_rows({name: t.unsqueeze(0) for name, t in tensors.items()}, dtype, device)[0]
-
-    def pack_rows(
-        self, rows: Mapping[str, Tensor], dtype: torch.dtype, device: torch.device | str | None = None
-    ) -> Tensor:
-        """``{name: (n, *shape)}`` -> ``(n, K, B)``; padding is zero (False)."""
-        first = next(iter(rows.values()))
-        n, B = first.shape[0], self.block_size
-        packed = torch.zeros(n, self.num_blocks * B, dtype=dtype, device=device or first.device)
-        for name, span in self.spans.items():
-            flat = self._to_layout(rows[name], self.shapes[name]).flatten(1)
-            packed[:, span.start * B : span.start * B + flat.shape[1]] = flat
-        return packed.view(n, self.num_blocks, B)
-
-    def unpack(self, blocks: Tensor) -> dict[str, Tensor]:
-        """``(K, B)`` -> ``{name: (*shape)}``, contiguous copies in the targets' own order."""
-        out = {}
-        for name, span in self.spans.items():
-            shape = self.shapes[name]
-            flat = blocks[span].reshape(-1)[: _numel(shape)]
-            out[name] = self._from_layout(flat, shape)
-        return out
-
-    def valid(self, device: torch.device | str | None = None) -> Tensor:
-        """``(K, B)`` bool, False on padding."""
-        ones = {name: torch.ones(shape, dtype=torch.bool, device=device) for name, shape in self.shapes.items()}
-        return self.pack(ones, torch.bool, device)
-
-    def _to_layout(self, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return rows.movedim(2, -1) if self.group_size > 1 and len(shape) > 2 else rows
-
-    def _from_layout(self, flat: Tensor, shape: tuple[int, ...]) -> Tensor:
-        if self.group_size > 1 and len(shape) > 2:
-            moved = (shape[0], *shape[2:], shape[1])
-            return flat.reshape(moved).movedim(-1, 1).clone(memory_format=torch.contiguous_format)
-        return flat.reshape(shape).clone()
-
-
-def _numel(shape: tuple[int, ...]) -> int:
-    return torch.Size(shape).numel()
 
 
 def _named_parameters(model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:

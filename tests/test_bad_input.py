@@ -193,7 +193,7 @@ def test_training_data_that_cannot_be_drawn_from(tmp_path: Path) -> None:
 
 def test_event_that_does_not_fit_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_cap.planning.free_memory", lambda device: 1000)
-    assert_refused(tmp_path, ConfigError, "block_size: the pruning event needs .* GiB on cpu")
+    assert_refused(tmp_path, ConfigError, "block_size: the pruning event needs .* MiB on cpu")
 
 
 def test_a_cycle_of_unknown_length(tmp_path: Path) -> None:

@@ -212,3 +212,29 @@ def test_works_inside_inference_mode() -> None:
     with torch.inference_mode():
         got = rows(GradientCollector(model, targets, loss, data, 24))
     assert torch.equal(got["2.weight"], rows(GradientCollector(model, targets, loss, data, 24))["2.weight"])
+
+
+def test_out_of_memory_halves_the_samples_at_once(caplog: pytest.LogCaptureFixture) -> None:
+    model = mlp().eval()
+    targets = Targets.from_model(model)
+    data = batches()
+    expected = rows(GradientCollector(model, targets, loss, data, 20))
+    collector = GradientCollector(model, targets, loss, data, 20)
+    compute, sizes = collector._vmap_rows, []
+
+    def scarce(batch: Any) -> dict[str, torch.Tensor]:
+        sizes.append(len(batch[0]))
+        if sizes[-1] > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return compute(batch)
+
+    collector._vmap_rows = scarce  # type: ignore[method-assign]
+    found = rows(collector)
+    assert sizes[:6] == [8, 8, 8, 8, 4, 2]  # 64 at once, 32, 16, 8, 4, 2 of a batch of 8
+    assert max(sizes[5:]) == 2
+    for name in targets:
+        torch.testing.assert_close(found[name], expected[name])
+    assert "going on with 2 samples at once" in caplog.text
+    collector._vmap_rows = lambda batch: scarce((torch.zeros(9), None))  # type: ignore[method-assign]
+    with pytest.raises(torch.OutOfMemoryError):
+        list(collector)

@@ -49,30 +49,48 @@ ORDER_ROWS = [
         "pruners.magnitude",
     ),
     ("pruners.base",),
+    ("sources",),
     ("planning",),
     ("allocation",),
     ("patterns",),
     (
         "solver.eliminate",
         "solver.reconstruct",
+        "solver.backend",
+        "solver.numba_backend",
         "solver.torch_backend",
+        "solver.triton_backend",
+        "solver.triton_kernels",
     ),
-    ("fisher",),
+    (
+        "fisher",
+        "staging",
+    ),
     (
         "gradients",
         "vmap_support",
     ),
     ("masks",),
     ("targets",),
+    ("layout",),
     ("distributed",),
     ("linalg",),
+    ("chunks",),
+    (
+        "cpu.blocks",
+        "cpu.packed",
+        "cpu.pools",
+        "cpu.tile",
+        "cpu.jit",
+        "cpu.threads",
+    ),
     ("rng",),
     ("hooks",),
     ("errors",),
     ("_version",),
 ]
 ORDER = [name for row in ORDER_ROWS for name in row]
-PACKAGES = {"report", "data", "pruners", "solver"}
+PACKAGES = {"report", "data", "pruners", "solver", "cpu"}
 HEIGHT = {name: -index for index, name in enumerate(ORDER)}
 HEIGHT |= {package: max(h for n, h in HEIGHT.items() if n.startswith(f"{package}.")) for package in PACKAGES}
 

@@ -42,7 +42,7 @@ def test_inverse_and_solve(B: int, dtype: torch.dtype) -> None:
     tolerance = 1e-4 if dtype == torch.float32 else 1e-12
     torch.testing.assert_close(inverse @ matrix, torch.eye(B, dtype=dtype).expand(3, B, B), atol=tolerance, rtol=0)
     rhs = torch.randn(3, B, dtype=dtype)
-    torch.testing.assert_close((matrix @ spd_solve(matrix, rhs)[..., None])[..., 0], rhs, atol=tolerance, rtol=0)
+    torch.testing.assert_close((matrix @ spd_solve(matrix, rhs)[0][..., None])[..., 0], rhs, atol=tolerance, rtol=0)
 
 
 def test_each_block_is_judged_by_itself() -> None:

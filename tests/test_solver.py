@@ -1,6 +1,10 @@
 from __future__ import annotations
 
-import importlib
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,8 +13,26 @@ from reference_obs import best_weights, obs_block
 from torch import Tensor
 
 from lightning_cap import linalg
+from lightning_cap.errors import ConfigError, GradientError
 from lightning_cap.patterns import NofM, Pattern, Unstructured
-from lightning_cap.solver import Elimination, eliminate, reconstruct
+from lightning_cap.solver import Elimination, backend
+from lightning_cap.solver import eliminate as eliminate_with
+from lightning_cap.solver import reconstruct as reconstruct_with
+
+BACKEND: list[Any] = ["auto"]
+
+
+@pytest.fixture(autouse=True, params=["numba", "torch"])
+def _with_each_backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(globals(), "BACKEND", [request.param])
+
+
+def eliminate(*args: Any) -> Elimination:
+    return eliminate_with(*args, backend=BACKEND[0])
+
+
+def reconstruct(*args: Any) -> Tensor:
+    return reconstruct_with(*args, backend=BACKEND[0])
 
 
 def problem(kind: str, K: int, B: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -263,8 +285,7 @@ def test_chunks_and_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     fisher, weights, alive = problem("random", 7, 16)
     alive[4] = False
     whole = eliminate(fisher, weights, alive, 0.1, Unstructured())
-    for file in ("eliminate", "reconstruct"):  # the package exports functions of the same names
-        monkeypatch.setattr(importlib.import_module(f"lightning_cap.solver.{file}"), "_CHUNK_FLOATS", 2 * 16**2)
+    monkeypatch.setattr(backend, "_CPU_FLOATS", 2 * 16**2)
     seen: list[tuple[str, int, int]] = []
     pieces = eliminate(fisher, weights, alive, 0.1, Unstructured(), lambda *args: seen.append(args))
     assert seen == [("solve", 2, 6), ("solve", 4, 6), ("solve", 6, 6)]
@@ -283,3 +304,204 @@ def test_under_autocast_nothing_changes() -> None:
         result = reconstruct(*args)
     assert torch.equal(out.losses, expected.losses)
     assert torch.equal(result, best)
+
+
+# Backends
+
+
+@pytest.mark.parametrize("pattern", [Unstructured(), NofM(2, 4)])
+@pytest.mark.parametrize("kind", ["random", "few", "scaled"])
+def test_backends_agree(kind: str, pattern: Pattern) -> None:
+    fisher, weights, alive = problem(kind, 5, 48)
+    compiled, plain = (eliminate_with(fisher, weights, alive, 1e-2, pattern, backend=b) for b in ("numba", "torch"))
+    assert torch.equal(compiled.steps, plain.steps)
+    assert torch.equal(compiled.precise, plain.precise)
+    assert (compiled.rank == plain.rank).float().mean() > 0.95  # ties by rounding may swap two
+    total = [torch.where(torch.isfinite(e.losses), e.losses, 0.0).sum() for e in (compiled, plain)]
+    torch.testing.assert_close(*total, rtol=1e-3, atol=0)
+    pruned = alive & (compiled.rank < 24)
+    given = fisher, weights, alive, pruned, compiled.damp, compiled.precise
+    torch.testing.assert_close(
+        reconstruct_with(*given, backend="numba"), reconstruct_with(*given, backend="torch"), rtol=1e-3, atol=1e-4
+    )
+
+
+def test_equal_scores_go_in_order_of_index() -> None:
+    fisher = torch.eye(24).expand(2, 24, 24)
+    out = eliminate(fisher, torch.ones(2, 24), torch.ones(2, 24, dtype=torch.bool), 1e-3, Unstructured())
+    assert torch.equal(out.rank.long(), torch.arange(24).expand(2, 24))
+
+
+@dataclass(frozen=True)
+class EvenFirst(Pattern):
+    """A pattern of a user, which no compiled backend knows."""
+
+    @property
+    def group_size(self) -> int:
+        return 1
+
+    @property
+    def sparsity(self) -> None:
+        return None
+
+    def candidates(self, alive: Tensor) -> Tensor:
+        even = alive & (torch.arange(alive.shape[-1]) % 2 == 0)
+        return torch.where(even.any(-1, keepdim=True), even, alive)
+
+    def holds(self, kept: Tensor) -> bool:
+        return True
+
+
+def test_choice_of_backend() -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda", 0)
+    choose = backend.choose_backend
+    assert choose("auto", cpu, Unstructured()) == "numba"
+    assert choose("auto", cpu, EvenFirst()) == "torch"
+    assert choose("torch", cuda, NofM()) == "torch"
+    with pytest.raises(ConfigError, match=r"backend='numba' does not know the pattern EvenFirst.*backend='auto'"):
+        choose("numba", cpu, EvenFirst())
+    with pytest.raises(ConfigError, match="runs on the CPU, the weights are on cuda:0"):
+        choose("numba", cuda, Unstructured())
+    with pytest.raises(ConfigError, match="backend='cuda'"):
+        choose("cuda", cpu, Unstructured())  # type: ignore[arg-type]
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="backend='triton' cannot run: "):
+            choose("triton", cpu, Unstructured())
+
+
+def test_a_pattern_of_ones_own() -> None:
+    fisher, weights, alive = problem("random", 2, 16)
+    out = eliminate_with(fisher, weights, alive, 0.1, EvenFirst())
+    for k in range(2):
+        odd = [i % 2 for i in order_of(out, k)]
+        assert odd == sorted(odd)
+        assert len(odd) == alive[k].sum()
+
+
+def test_outcomes_of_groups_are_joined() -> None:
+    fisher, weights, alive = problem("random", 6, 16)
+    whole = eliminate(fisher, weights, alive, 0.1, Unstructured())
+    groups = [slice(0, 2), slice(2, 2), slice(2, 6)]
+    parts = [eliminate(fisher[g], weights[g], alive[g], 0.1, Unstructured()) for g in groups]
+    for name in ("rank", "losses", "steps", "damp", "precise"):
+        assert torch.equal(getattr(Elimination.joined(parts), name), getattr(whole, name))
+
+
+def test_out_of_memory_halves_the_chunk(caplog: pytest.LogCaptureFixture) -> None:
+    fisher, weights, alive = problem("random", 10, 16)
+
+    class Scarce:
+        """Blocks of which no more than three fit."""
+
+        def __init__(self) -> None:
+            self.asked: list[int] = []
+
+        def __getitem__(self, index: Tensor) -> Tensor:
+            self.asked.append(len(index))
+            if len(index) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB")
+            return fisher[index]
+
+    whole = eliminate(fisher, weights, alive, 0.1, Unstructured())
+    scarce = Scarce()
+    out = eliminate(scarce, weights, alive, 0.1, Unstructured())
+    assert torch.equal(out.rank, whole.rank)
+    assert max(scarce.asked) == 10, "tried in one first"
+    assert [n for n in scarce.asked if n <= 3] == scarce.asked[-sum(n <= 3 for n in scarce.asked) :]
+    assert "Out of memory in the solver; going on with chunks of" in caplog.text
+    pruned = alive & (out.rank < 8)
+    expected = reconstruct(fisher, weights, alive, pruned, out.damp, out.precise)
+    torch.testing.assert_close(reconstruct(Scarce(), weights, alive, pruned, out.damp, out.precise), expected)
+
+    class Full(Scarce):
+        def __getitem__(self, index: Tensor) -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        eliminate(Full(), weights, alive, 0.1, Unstructured())
+
+    class Broken(Scarce):
+        def __getitem__(self, index: Tensor) -> Tensor:
+            raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        eliminate(Broken(), weights, alive, 0.1, Unstructured())
+
+
+_TWO_THREADS = """
+import torch
+from lightning_cap.patterns import Unstructured
+from lightning_cap.solver import eliminate, reconstruct
+torch.set_num_threads(2)
+rows = torch.randn(64, 400, 192)
+fisher, alive, weights = rows.mT @ rows / 400, torch.ones(64, 192, dtype=torch.bool), torch.randn(64, 192)
+for damp in (1.0, 1e-6):
+    for backend in ("numba", "torch"):
+        out = eliminate(fisher, weights, alive, damp, Unstructured(), backend=backend)
+        reconstruct(fisher, weights, alive, out.rank < 96, out.damp, out.precise, backend=backend)
+print("finished", bool(out.precise.any()))
+"""
+
+
+def test_large_blocks_finish_under_two_threads() -> None:
+    """Batched inv, lu and solve hang in MKL there (n >= 160)."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", _TWO_THREADS], env=environment, capture_output=True, text=True, timeout=300, check=True
+    )
+    assert done.stdout.startswith("finished")
+
+
+_FORK = """
+import multiprocessing, torch, types
+from concurrent.futures import ThreadPoolExecutor
+from lightning_cap.patterns import Unstructured
+from lightning_cap.cpu import threads
+from lightning_cap.solver import eliminate
+rows = torch.randn(20, 64, 16)
+args = rows.mT @ rows / 64, torch.randn(20, 16), torch.ones(20, 16, dtype=torch.bool), 0.1, Unstructured()
+expected = eliminate(*args, backend="numba").rank
+def child(pipe):
+    torch.set_num_threads(1)  # as forked workers of a DataLoader do: torch's own OpenMP does not live after a fork
+    threads.torch = types.SimpleNamespace(get_num_threads=lambda: 2)
+    pipe.send(torch.equal(eliminate(*args, backend="numba").rank, expected))
+ours, theirs = multiprocessing.get_context("fork").Pipe()
+process = multiprocessing.get_context("fork").Process(target=child, args=(theirs,), daemon=True)
+process.start()
+assert ours.poll(60) and ours.recv() is True
+process.join()
+assert process.exitcode == 0
+with ThreadPoolExecutor(4) as pool:
+    ranks = list(pool.map(lambda _: eliminate(*args, backend="numba").rank, range(8)))
+assert all(torch.equal(rank, expected) for rank in ranks)
+print("lived")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_compiled_solver_lives_in_forked_children_and_in_threads() -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "2", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", _FORK], env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.stdout == "lived\n", done.stderr
+
+
+def test_blocks_that_are_not_finite_are_refused() -> None:
+    fisher, weights, alive = problem("random", 3, 16)
+    fisher[1, 2, 2] = torch.nan
+    alive[1] = True
+    with pytest.raises(GradientError, match="a block is not finite"):
+        eliminate(fisher, weights, alive, 0.1, Unstructured())
+
+
+def test_reconstruction_of_indefinite_blocks_raises_the_damp() -> None:
+    _, weights, alive = problem("random", 2, 16)
+    fisher = torch.eye(16).repeat(2, 1, 1)
+    fisher[0, 0, 0] = -5.0
+    alive[:] = True
+    pruned = torch.zeros_like(alive)
+    pruned[:, 8:] = True
+    damp = torch.full((2,), 1e-2, dtype=torch.float64)
+    result = reconstruct(fisher, weights, alive, pruned, damp, torch.zeros(2, dtype=torch.bool))
+    assert torch.equal(result, torch.where(pruned, 0.0, weights)), "nothing is correlated"

@@ -1,18 +1,30 @@
 from __future__ import annotations
 
+import errno
 import json
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
 import torch
+from lightning.pytorch.plugins import TorchCheckpointIO
 from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
+from toy import Toy, callback, loaders, trainer
 
-from lightning_cap.storage import append_json_line, atomic, plain_model, save_json, save_plain_weights
+from lightning_cap.storage import (
+    AtomicCheckpointIO,
+    append_json_line,
+    atomic,
+    plain_model,
+    save_json,
+    save_plain_weights,
+)
 
 
 def test_atomic_leaves_all_or_nothing(tmp_path: Path) -> None:
@@ -91,3 +103,63 @@ def test_plain_weights_are_readable_by_others(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert (tmp_path / "a.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+def no_space(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = {name: tmp_path / f"a.{name}" for name in ("ckpt", "safetensors", "jsonl")}
+    write: dict[str, Callable[[float], None]] = {
+        "ckpt": lambda x: AtomicCheckpointIO().save_checkpoint({"x": torch.tensor(x)}, paths["ckpt"]),
+        "safetensors": lambda x: save_plain_weights(paths["safetensors"], {"x": torch.tensor(x)}, {}),
+        "jsonl": lambda x: append_json_line(paths["jsonl"], {"epoch": x}),
+    }
+    for save in write.values():
+        save(1.0)
+    before = {name: path.read_bytes() for name, path in paths.items()}
+    monkeypatch.setattr(os, "fsync", no_space)  # where some file systems say so
+    for save in write.values():
+        with pytest.raises(OSError, match="No space left"):
+            save(2.0)
+    assert {name: path.read_bytes() for name, path in paths.items()} == before
+    assert {path.name for path in tmp_path.iterdir()} == {path.name for path in paths.values()}
+
+
+def test_abandoned_temporary_files_are_removed_by_the_next_writing(tmp_path: Path) -> None:
+    old, new, other = (tmp_path / f".{name}.tmp" for name in ("a[1].json.11111111", "a[1].json.22222222", "b.json.1"))
+    for path in (old, new, other):
+        path.write_text("half")
+    for path in (old, other):
+        os.utime(path, (0, 0))
+    save_json(tmp_path / "a[1].json", 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"a[1].json", new.name, other.name}
+
+
+def test_the_event_file_has_one_line_an_event(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "events.jsonl"
+    for epoch, attempt in ((0, 1), (10, 1), (20, 1), (10, 2)):  # stopped after 20, went back to a checkpoint before 10
+        append_json_line(path, {"epoch": epoch, "attempt": attempt})
+    with path.open("a") as file:
+        file.write('{"epoch": 20, "att')
+    append_json_line(path, {"epoch": 20, "attempt": 2})
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(row["epoch"], row["attempt"]) for row in rows] == [(0, 1), (10, 2), (20, 2)]
+    assert "a line is not JSON" in caplog.text
+
+
+def test_how_checkpoints_are_written(tmp_path: Path) -> None:
+    """Ours takes the place of Lightning's, not of one that the user has chosen; remote paths are left to Lightning."""
+
+    class Mine(TorchCheckpointIO):
+        pass
+
+    for plugins, kind in ((None, AtomicCheckpointIO), (Mine(), Mine)):
+        t = trainer(tmp_path, callback({0: 0.5}, dirpath=str(tmp_path)), max_epochs=1, plugins=plugins)
+        t.fit(Toy(), **loaders())
+        assert type(t.strategy.checkpoint_io) is kind
+    AtomicCheckpointIO().save_checkpoint({"x": 1}, "memory://folder/a.ckpt")
+    assert AtomicCheckpointIO().load_checkpoint("memory://folder/a.ckpt") == {"x": 1}
+    with pytest.raises(TypeError, match="storage_options"):
+        AtomicCheckpointIO().save_checkpoint({}, tmp_path / "a.ckpt", storage_options={})

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from lightning_cap.errors import ConfigError, TargetError
-from lightning_cap.targets import BlockLayout, Targets, plain_name
+from lightning_cap.layout import BlockLayout
+from lightning_cap.targets import Targets, plain_name
 
 VIT = {"img_size": 32, "embed_dim": 16, "depth": 2, "num_heads": 2}
 

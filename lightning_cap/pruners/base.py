@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any
@@ -16,11 +16,11 @@ from typing_extensions import Self
 from lightning_cap.allocation import budget_of
 from lightning_cap.errors import ConfigError
 from lightning_cap.hooks import Progress
+from lightning_cap.layout import BlockLayout
 from lightning_cap.patterns import Pattern, Unstructured
-from lightning_cap.targets import BlockLayout, Targets
-
-#: Gradient rows in chunks: ``{target name: (n, *weight.shape)}``. Re-iterable if it is to be read more than once.
-GradientSource = Iterable[Mapping[str, Tensor]]
+from lightning_cap.planning import EventPlan
+from lightning_cap.sources import GradientSource
+from lightning_cap.targets import Targets
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,10 @@ class PruningPath(ABC):
     """What one pass over the gradients yields: every sparsity can be read from it. A context manager."""
 
     def __init__(self, targets: Targets, layout: BlockLayout, masks: Mapping[str, Tensor] | None) -> None:
-        check_masks(targets, masks or {})
         self._layout = layout
         self._dtypes = {name: weight.dtype for name, weight in targets.items()}
         self._numel = targets.numel
-        device = next(iter(targets.values())).device
-        full = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in targets.items()}
-        self._alive = layout.pack({**full, **(masks or {})}, torch.bool, device)
+        self._alive = pack_alive(targets, layout, masks)
 
     @abstractmethod
     def at(self, sparsity: float) -> PruneResult:
@@ -116,6 +113,17 @@ class PruningPath(ABC):
         )
 
 
+def pack_alive(targets: Targets, layout: BlockLayout, masks: Mapping[str, Tensor] | None) -> Tensor:
+    """``(K, B)`` bool on the targets' device: False on padding and where a mask is.
+
+    Raises:
+        ConfigError: As `check_masks`.
+    """
+    check_masks(targets, masks or {})
+    full = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in targets.items()}
+    return layout.pack({**full, **(masks or {})}, torch.bool, targets.device)
+
+
 def check_masks(targets: Targets, masks: Mapping[str, Tensor]) -> None:
     """Refuse masks that are not those of the targets.
 
@@ -173,9 +181,22 @@ class Pruner(ABC):
         """
         Unstructured().check_sparsity(sparsity)
 
-    def peak_bytes(self, targets: Targets) -> int:
-        """Peak extra memory of `path` in bytes, for the plan."""
-        return 0
+    def plan(self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, rows_bytes: int = 0) -> EventPlan:
+        """What `path` will take, and how it will go about it. Every process must call it.
+
+        Args:
+            targets: The weights.
+            masks: As for `path`.
+            rows_bytes: Memory of the gradient rows that the source holds at once.
+        """
+        return EventPlan(targets.device, rows_bytes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Settings that a resumed run must go on with, as plain values; kept in checkpoints."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - optional
+        """Take up the settings of a checkpoint."""
 
     @abstractmethod
     def path(

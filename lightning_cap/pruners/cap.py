@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_cap.allocation import Allocation, Global, block_scores, smallest
+from lightning_cap.distributed import agreed, gather_rows, gather_tensors, world_size
 from lightning_cap.errors import ConfigError, GradientError
-from lightning_cap.fisher import EmpiricalFisher
+from lightning_cap.fisher import ROW_CHUNK, EmpiricalFisher, FisherBlocks, Storage
 from lightning_cap.hooks import Progress
+from lightning_cap.layout import BlockLayout
 from lightning_cap.patterns import Pattern, as_pattern
-from lightning_cap.pruners.base import GradientSource, Pruner, PruneResult, PruningPath, pack_weights
+from lightning_cap.planning import EventPlan, Sizes, parse_bytes, plan_event
+from lightning_cap.pruners.base import Pruner, PruneResult, PruningPath, pack_alive, pack_weights
 from lightning_cap.solver import Elimination, eliminate, reconstruct
-from lightning_cap.targets import BlockLayout, Targets
+from lightning_cap.solver.backend import Backend, choose_backend
+from lightning_cap.sources import GradientSource, check_repeatable, reading, rows_bytes
+from lightning_cap.targets import Targets
 
 
 class CAP(Pruner):
@@ -32,9 +37,17 @@ class CAP(Pruner):
         ranking: How blocks are merged: ``"marginal"`` (least predicted loss in all) or the paper's ``"cumulative"``.
         allocation: How zeros are shared out over the targets. Default: `Global`.
         pattern: Which masks are allowed, a `Pattern`. Default: `Unstructured`.
+        max_memory: What an event may take on the device of the weights, as ``"20GB"`` or bytes. A Fisher that does not fit is
+            kept in main memory (of a GPU's host), or built in several passes over the gradients. Default: 80 % of what is
+            free when the event begins.
+        storage: ``"packed"`` keeps the lower triangle of each block, half the memory; ``"full"`` all of it. ``"auto"``: packed
+            on the CPU, where it is also the faster, full on a GPU.
+        backend: Code of the solver: ``"numba"`` (CPU), ``"triton"`` (CUDA), ``"torch"`` (any device), or ``"auto"``.
+        row_chunk: Gradient rows that are added to the Fisher at once. Fixed, since results depend on it by rounding.
+        allow_tf32: Let a GPU multiply gradients in TF32 (ten bits of mantissa) for the Fisher: faster, less exact.
 
     Raises:
-        ConfigError: A number is out of range.
+        ConfigError: A number is out of range, or the backend cannot run.
         PatternError: ``pattern`` is not a pattern, such as the number 124 that YAML makes of an unquoted ``2:4``.
     """
 
@@ -47,13 +60,19 @@ class CAP(Pruner):
         ranking: Literal["marginal", "cumulative"] = "marginal",
         allocation: Allocation | None = None,
         pattern: Pattern | int | str | None = None,
+        max_memory: int | str | None = None,
+        storage: Storage = "auto",
+        backend: Backend = "auto",
+        row_chunk: int = ROW_CHUNK,
+        allow_tf32: bool = False,
     ) -> None:
         for name, value in (
             ("block_size", block_size),
             ("num_gradients", num_gradients),
             ("samples_per_gradient", samples_per_gradient),
+            ("row_chunk", row_chunk),
         ):
-            if value < 1:
+            if value < 1 or value != int(value):
                 raise ConfigError(f"{name}={value}: give a whole number of at least 1.")
         if not 0 < damp < float("inf"):
             raise ConfigError(f"damp={damp}: the Fisher needs a positive damp to be invertible. Try 1e-8 ... 1e-4.")
@@ -66,19 +85,36 @@ class CAP(Pruner):
         self.ranking = ranking
         self.allocation = allocation or Global()
         self.pattern = as_pattern(pattern)
+        parse_bytes(max_memory, "max_memory")
+        if storage not in ("auto", "full", "packed"):
+            raise ConfigError(f"storage={storage!r}: choose 'auto', 'full' or 'packed'.")
+        if backend not in ("auto", "torch", "numba", "triton"):
+            raise ConfigError(f"backend={backend!r}: choose 'auto', 'torch', 'numba' or 'triton'.")
+        self.max_memory, self.storage, self.backend = max_memory, storage, backend
+        self.row_chunk, self.allow_tf32 = row_chunk, allow_tf32
 
     def check(self, targets: Targets) -> None:
-        """Refuse targets that the pattern does not divide."""
+        """Refuse targets that the pattern does not divide, and a backend that cannot run on their device."""
         self._layout(targets)
+        choose_backend(self.backend, targets.device, self.pattern)
 
     def check_sparsity(self, sparsity: float) -> None:
         """Refuse a sparsity that the pattern cannot give."""
         self.pattern.check_sparsity(sparsity)
 
-    def peak_bytes(self, targets: Targets) -> int:
-        """The Fisher and the buffer of gradient rows."""
+    def plan(self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, rows_bytes: int = 0) -> EventPlan:
+        """Where the Fisher goes and in how many passes. See `Pruner.plan`."""
         layout = self._layout(targets)
-        return EmpiricalFisher.bytes(layout)
+        alive = pack_alive(targets, layout, masks)
+        return self._plan(layout, alive, rows_bytes)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The row chunk, on which results depend by rounding."""
+        return {"row_chunk": self.row_chunk}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on with the row chunk of the checkpoint."""
+        self.row_chunk = int(state.get("row_chunk", self.row_chunk))
 
     def path(
         self,
@@ -89,26 +125,40 @@ class CAP(Pruner):
         progress: Progress | None = None,
     ) -> CAPPath:
         """Accumulate the Fisher and eliminate every block to its end."""
-        layout = self._layout(targets)
-        fisher = EmpiricalFisher(layout, next(iter(targets.values())).device)
-        for chunk in gradients:
-            fisher.update(chunk)
-        path = CAPPath(self, targets, layout, masks, fisher.finish(), progress)
-        redamped = path.elimination.num_redamped
+        path = CAPPath(self, targets, self._layout(targets), masks, gradients, progress)
+        redamped = path.stats["blocks_redamped"]
         if redamped:
             warnings.warn(
-                f"damp={self.damp:g}: {redamped} of {layout.num_blocks} Fisher blocks factored only with a larger one (up to "
-                f"{float(path.elimination.damp.max()):g}). Raise damp if there are many.",
+                f"damp={self.damp:g}: {redamped:g} of {path.stats['blocks']:g} Fisher blocks factored only with a larger one "
+                f"(up to {path.stats['largest_damp']:g}). Raise damp if there are many.",
                 stacklevel=2,
             )
         return path
+
+    def _plan(self, layout: BlockLayout, alive: Tensor, rows_bytes: int) -> EventPlan:
+        backend = choose_backend(self.backend, alive.device, self.pattern)
+        sizes = Sizes(
+            layout.block_size, layout.num_blocks, self.row_chunk, self.storage, backend, rows_bytes, world_size()
+        )
+        busy = alive.any(-1).nonzero().squeeze(1).cpu()
+        plan = plan_event(sizes, busy, alive.device, parse_bytes(self.max_memory, "max_memory"))
+        plan.check()
+        return plan
 
     def _layout(self, targets: Targets) -> BlockLayout:
         return targets.blocks(self.block_size, self.pattern.group_size)
 
 
 class CAPPath(PruningPath):
-    """The order of elimination in every block and its marginal losses; owns the Fisher until `close`."""
+    """The order of elimination in every block and its marginal losses; owns the Fisher until `close`.
+
+    With several processes each has some of the blocks: their Fisher, their order and their losses.
+
+    Attributes:
+        plan: Where the Fisher is, in how many passes it is built, and which rank has which blocks.
+        elimination: Order and losses of this rank's blocks that are not fully masked, in rising order.
+        stats: Numbers for logs, of all ranks together.
+    """
 
     def __init__(
         self,
@@ -116,35 +166,125 @@ class CAPPath(PruningPath):
         targets: Targets,
         layout: BlockLayout,
         masks: Mapping[str, Tensor] | None,
-        fisher: Tensor,
+        gradients: GradientSource,
         progress: Progress | None,
     ) -> None:
         super().__init__(targets, layout, masks)
-        self._pruner = pruner
-        self._fisher: Tensor | None = fisher
-        self._weights = pack_weights(targets, layout, self._alive)
-        self.elimination: Elimination = eliminate(
-            fisher, self._weights.float(), self._alive, pruner.damp, pruner.pattern, progress
-        )
+        self._pruner, self._gradients, self._progress = pruner, gradients, progress
+        self._targets = targets
+        with agreed("Reading the weights"):
+            self._weights = pack_weights(targets, layout, self._alive)
+        self.plan = pruner._plan(layout, self._alive, rows_bytes(gradients))
+        check_repeatable(gradients, self.plan.passes)
+        self._own = torch.cat(self.plan.groups)  # (K_r,)
+        self._sizes = [sum(len(share[r]) for share in self.plan.shares) for r in range(world_size())]
+        self._kept: FisherBlocks | None = None  # of the only pass
+        self._closed = False
+        self._seen: dict[int, Tensor] = {}  # diagonals of the first time that each group was read
+        parts = [Elimination.untouched(0, layout.block_size, pruner.damp, self._alive.device)]
+        for number, blocks in enumerate(self.plan.groups if sum(self._sizes) else ()):
+            fisher = self._fisher(number)
+            here = blocks.to(self._alive.device)
+            settings = pruner.damp, pruner.pattern, progress, pruner.backend, self.plan.chunk
+            with agreed("Solving the blocks"):
+                parts.append(eliminate(fisher, self._weights[here].float(), self._alive[here], *settings))
+            self._kept = fisher if self.plan.passes == 1 else None
+            del fisher
+        self.elimination: Elimination = Elimination.joined(parts)
+        del parts
         self._scores = block_scores(self.elimination.losses, pruner.ranking)
+        self.stats = self._gather_stats()
+
+    def _fisher(self, number: int) -> FisherBlocks:
+        """Read the gradients for the blocks of one pass."""
+        pruner, plan = self._pruner, self.plan
+        with agreed("Making room for the Fisher"):
+            fisher = EmpiricalFisher(
+                self._layout,
+                plan.device,
+                pruner.row_chunk,
+                pruner.storage,
+                plan.home,
+                plan.shares[number],
+                pruner.allow_tf32,
+            )
+        with reading(self._gradients) as chunks:
+            for chunk in chunks:
+                fisher.update(chunk)
+        blocks = fisher.finish()
+        if plan.passes > 1:
+            with agreed("Reading the gradients again"):
+                self._check_same(number, blocks)
+        return blocks
+
+    def _check_same(self, number: int, blocks: FisherBlocks) -> None:
+        """Refuse a second pass that saw other gradients: its blocks would not be those that were solved."""
+        diagonal = blocks.diagonal
+        first = self._seen.setdefault(number, diagonal)
+        scale = first.amax() if first.numel() else first.new_zeros(())
+        if first is not diagonal and not torch.allclose(first, diagonal, rtol=1e-3, atol=1e-6 * float(scale)):
+            raise GradientError(
+                "gradients: they differ between two passes over the source, which memory makes necessary. Give a source that "
+                "yields the same rows each time (no shuffling, no new augmentation), or raise max_memory."
+            )
+
+    def _gather_stats(self) -> dict[str, float]:
+        own = self.elimination
+        numbers = [float(own.precise.sum()), float(own.num_redamped), max([own.requested_damp, *own.damp.tolist()])]
+        all_ranks = torch.stack(gather_tensors(torch.tensor(numbers, dtype=torch.float64, device=own.damp.device)))
+        return {
+            "blocks": float(self._layout.num_blocks),
+            "blocks_float64": float(all_ranks[:, 0].sum()),
+            "blocks_redamped": float(all_ranks[:, 1].sum()),
+            "largest_damp": float(all_ranks[:, 2].max()),
+            "passes": float(self.plan.passes),
+        }
 
     def at(self, sparsity: float) -> PruneResult:
-        """Cut every block at its prefix and reconstruct the kept weights. See `PruningPath.at`."""
-        if self._fisher is None:
+        """Cut every block at its prefix and reconstruct the kept weights. See `PruningPath.at`.
+
+        With a plan of several passes the gradients are read again, once for each group of blocks. Every process must call it.
+        """
+        if self._closed:
             raise GradientError("path: it was closed, and its Fisher is gone. Call pruner.path(...) again.")
         cut = self._cut(sparsity)
-        stats = {
-            "blocks": float(self._layout.num_blocks),
-            "blocks_float64": float(self.elimination.precise.sum()),
-            "blocks_redamped": float(self.elimination.num_redamped),
-        }
         if cut is None:
-            return self._result(self._weights, self._alive, 0.0, stats)
-        pruned = self._alive & (self.elimination.rank < cut.unsqueeze(-1))
-        weights = reconstruct(
-            self._fisher, self._weights, self._alive, pruned, self.elimination.damp, self.elimination.precise
-        )
-        return self._result(weights, self._alive & ~pruned, self._loss(cut), stats)
+            return self._result(self._weights, self._alive, 0.0, self.stats)
+        own = self._own.to(self._alive.device)
+        lost = self._alive[own] & (self.elimination.rank < cut.unsqueeze(-1))
+        moved = self._reconstruct(own, lost)
+        blocks = torch.cat([share[r] for r in range(world_size()) for share in self.plan.shares]).to(own.device)
+        pruned = torch.zeros_like(self._alive)
+        pruned[blocks] = gather_rows(lost, self._sizes)
+        weights = self._weights.clone()
+        weights[blocks] = gather_rows(moved, self._sizes)
+        return self._result(weights, self._alive & ~pruned, self._loss(cut), self.stats)
+
+    def _reconstruct(self, own: Tensor, lost: Tensor) -> Tensor:
+        """The weights of this rank's blocks without the ``lost`` ones, ``(K_r, B)``."""
+        if self.plan.passes > 1:
+            with agreed("Reading the weights"):
+                self._check_unchanged()
+        parts, first = [self._weights[:0]], 0
+        for number, group in enumerate(self.plan.groups if sum(self._sizes) else ()):
+            fisher = self._kept if self._kept is not None else self._fisher(number)
+            part = slice(first, first + len(group))
+            damp, precise = self.elimination.damp[part], self.elimination.precise[part]
+            given = self._weights[own[part]], self._alive[own[part]], lost[part], damp, precise
+            with agreed("Reconstructing the weights"):
+                parts.append(reconstruct(fisher, *given, self._pruner.backend, self.plan.chunk))
+            first = part.stop
+            del fisher
+        return torch.cat(parts)
+
+    def _check_unchanged(self) -> None:
+        now = pack_weights(self._targets, self._layout, self._alive)
+        if not torch.equal(now, self._weights):
+            raise GradientError(
+                "path: the weights have changed since it was made, and memory makes it necessary to compute the gradients again "
+                "for every result. Take all results before one is applied, put the weights back in between, or raise "
+                "max_memory."
+            )
 
     def curve(self, sparsities: Sequence[float]) -> list[float]:
         """Sums of the raw marginal losses. See `PruningPath.curve`."""
@@ -153,10 +293,10 @@ class CAPPath(PruningPath):
 
     def close(self) -> None:
         """Free the Fisher."""
-        self._fisher = None
+        self._kept, self._closed = None, True
 
     def _cut(self, sparsity: float) -> Tensor | None:
-        """How many weights each block loses, ``(K,)``; None if the model is sparser already."""
+        """How many weights each of this rank's blocks loses, ``(K_r,)``; None if the model is sparser already."""
         self._pruner.pattern.check_sparsity(sparsity)
         if self._pruner.pattern.sparsity is not None:
             return self.elimination.steps
@@ -166,11 +306,15 @@ class CAPPath(PruningPath):
         cut = torch.zeros_like(self.elimination.steps)
         existing, spans = self._existing(), self._layout.spans
         for names, share in self._pruner.allocation.budgets(self._layout.sizes, existing, zeros):
-            blocks = torch.cat([torch.arange(spans[n].start, spans[n].stop, device=cut.device) for n in names])
+            inside = torch.zeros(len(self._own), dtype=torch.bool)
+            for name in names:
+                inside |= (self._own >= spans[name].start) & (self._own < spans[name].stop)
+            mine = inside.nonzero().squeeze(1).to(cut.device)
             remove = share - sum(existing[name] for name in names)
-            cut[blocks] = smallest(self._scores[blocks], remove).sum(-1)
+            cut[mine] = smallest(self._scores[mine], remove, sharded=world_size() > 1).sum(-1)
         return cut
 
     def _loss(self, cut: Tensor) -> float:
         taken = torch.arange(self._layout.block_size, device=cut.device) < cut.unsqueeze(-1)
-        return float(torch.where(taken, self.elimination.losses, 0.0).sum(dtype=torch.float64))
+        own = torch.where(taken, self.elimination.losses, 0.0).sum(dtype=torch.float64)
+        return float(sum(float(part) for part in gather_tensors(own)))

@@ -10,7 +10,8 @@ from torch import Tensor
 from lightning_cap.allocation import Allocation, Global, smallest
 from lightning_cap.hooks import Progress
 from lightning_cap.patterns import Unstructured
-from lightning_cap.pruners.base import GradientSource, Pruner, PruneResult, PruningPath, pack_weights
+from lightning_cap.pruners.base import Pruner, PruneResult, PruningPath, pack_weights
+from lightning_cap.sources import GradientSource
 from lightning_cap.targets import Targets
 
 

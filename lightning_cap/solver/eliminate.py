@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from lightning_cap.chunks import in_chunks
 from lightning_cap.hooks import Progress
-from lightning_cap.linalg import full_float32, restrict, spd_inverse
-from lightning_cap.solver.torch_backend import eliminate_left_looking
+from lightning_cap.linalg import full_float32
+from lightning_cap.solver.backend import Backend, Blocks, Solve, choose_solve, chunk_blocks, more_damp
 
-if TYPE_CHECKING:  # the solver asks a pattern for candidates and knows no more of it
+if TYPE_CHECKING:
     from lightning_cap.patterns import Pattern
 
-_CHUNK_FLOATS = 2**22  # floats in one (k, B, B) work array: small enough for caches, large enough to amortise calls
-_DAMP_STEP = 10.0
+_MOST = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True)
@@ -40,19 +41,43 @@ class Elimination:
     precise: Tensor
     requested_damp: float
 
+    @classmethod
+    def untouched(cls, num_blocks: int, block_size: int, damp: float, device: torch.device) -> Elimination:
+        """Of blocks that lose nothing."""
+        K, B = num_blocks, block_size
+        return cls(
+            rank=torch.full((K, B), B, dtype=torch.int16 if B < 2**15 else torch.int32, device=device),
+            losses=torch.full((K, B), torch.inf, device=device),
+            steps=torch.zeros(K, dtype=torch.int64, device=device),
+            damp=torch.full((K,), damp, dtype=torch.float64, device=device),
+            precise=torch.zeros(K, dtype=torch.bool, device=device),
+            requested_damp=damp,
+        )
+
     @property
     def num_redamped(self) -> int:
         """Blocks that factored only with a raised damp."""
         return int((self.damp > self.requested_damp).sum())
 
+    @classmethod
+    def joined(cls, parts: Sequence[Elimination]) -> Elimination:
+        """One outcome from those of consecutive groups of blocks."""
+        if len(parts) == 1:
+            return parts[0]
+        fields = ("rank", "losses", "steps", "damp", "precise")
+        joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in fields}
+        return cls(**joined, requested_damp=parts[0].requested_damp)
+
 
 def eliminate(
-    fisher: Tensor,
+    fisher: Blocks,
     weights: Tensor,
     alive: Tensor,
     damp: float,
     pattern: Pattern,
     progress: Progress | None = None,
+    backend: Backend = "auto",
+    chunk: int | None = None,
 ) -> Elimination:
     """OBS elimination of every block (algorithm 1, lines 3-14, without its stored traces).
 
@@ -60,73 +85,54 @@ def eliminate(
     block that fails in float64 too gets ten times its damp until it factors.
 
     Args:
-        fisher: ``(K, B, B)`` float32 without damp.
+        fisher: ``(K, B, B)`` float32 without damp: a tensor, or anything that gives some blocks for ``fisher[index]``.
         weights: ``(K, B)`` float32.
         alive: ``(K, B)`` bool, False on padding and masked weights.
         damp: ``λ`` of equation 3, > 0.
         pattern: Which weights may go.
         progress: Called as ``progress("solve", blocks done, K)``.
+        backend: ``"torch"`` (any device), ``"numba"`` (CPU), ``"triton"`` (CUDA), or the fastest that there is.
+        chunk: Blocks at a time; halved when memory runs out. Default: what suits the device's caches.
+
+    Raises:
+        ConfigError: The backend cannot run here, or does not know the pattern.
     """
     K, B = weights.shape
-    device = weights.device
-    out = Elimination(
-        rank=torch.full((K, B), B, dtype=torch.int16 if B < 2**15 else torch.int32, device=device),
-        losses=torch.full((K, B), torch.inf, device=device),
-        steps=torch.zeros(K, dtype=torch.int64, device=device),
-        damp=torch.full((K,), damp, dtype=torch.float64, device=device),
-        precise=torch.zeros(K, dtype=torch.bool, device=device),
-        requested_damp=damp,
-    )
+    solve = choose_solve(backend, weights.device, pattern)
+    out = Elimination.untouched(K, B, damp, weights.device)
     busy = pattern.candidates(alive).any(-1).nonzero().squeeze(1)
     done = 0
+
+    def work(blocks: Tensor) -> None:
+        nonlocal done
+        _eliminate_chunk(solve, fisher, blocks, weights[blocks], alive[blocks], out)
+        done += len(blocks)
+        if progress is not None:
+            progress("solve", done, len(busy))
+
     with full_float32():
-        for blocks in busy.split(max(1, _CHUNK_FLOATS // B**2)):
-            _eliminate_chunk(fisher[blocks], weights[blocks], alive[blocks], blocks, pattern, out)
-            done += len(blocks)
-            if progress is not None:
-                progress("solve", done, len(busy))
+        in_chunks(busy, chunk or chunk_blocks(B, weights.device), work)
     return out
 
 
 def _eliminate_chunk(
-    fisher: Tensor, weights: Tensor, alive: Tensor, blocks: Tensor, pattern: Pattern, out: Elimination
+    solve: Solve, fisher: Blocks, blocks: Tensor, weights: Tensor, alive: Tensor, out: Elimination
 ) -> None:
-    """Eliminate some blocks in float32, and those for which that is not safe in float64, into ``out``."""
-    matrix = restrict(fisher, alive, out.damp[blocks])
-    inverse, safe = spd_inverse(matrix)
-    _run(matrix, inverse, weights, alive, blocks, safe, pattern, out)
-    if bool(safe.all()):
-        return
-    del matrix, inverse
-    unsafe = ~safe
-    fisher, weights, alive, blocks = fisher[unsafe].double(), weights[unsafe].double(), alive[unsafe], blocks[unsafe]
-    out.precise[blocks] = True
+    """Eliminate some blocks in float32, those for which that is not safe in float64, into ``out``."""
+    damp = torch.full_like(out.damp[blocks], out.requested_damp)
+    dtype = torch.float32
     while len(blocks):
-        matrix = restrict(fisher, alive, out.damp[blocks])
-        inverse, safe = spd_inverse(matrix)
-        _run(matrix, inverse, weights, alive, blocks, safe, pattern, out)
+        rank, losses, safe = solve(fisher, blocks, weights, alive, damp, dtype)
+        taken = blocks[safe]
+        out.rank[taken] = rank[safe].to(out.rank.dtype)
+        out.losses[taken] = torch.where(losses.isinf(), torch.inf, losses.clamp(max=_MOST))[safe].float()
+        out.steps[taken] = torch.isfinite(losses[safe]).sum(-1)
+        out.damp[taken] = damp[safe]
+        out.precise[taken] = dtype == torch.float64
+        if bool(safe.all()):
+            return
         unsafe = ~safe
-        fisher, weights, alive, blocks = fisher[unsafe], weights[unsafe], alive[unsafe], blocks[unsafe]
-        out.damp[blocks] *= _DAMP_STEP
-
-
-def _run(
-    matrix: Tensor,
-    inverse: Tensor,
-    weights: Tensor,
-    alive: Tensor,
-    blocks: Tensor,
-    chosen: Tensor,
-    pattern: Pattern,
-    out: Elimination,
-) -> None:
-    """Run the backend on the ``chosen`` of the blocks and write into ``out``."""
-    if not bool(chosen.any()):
-        return
-    if not bool(chosen.all()):
-        matrix, inverse, weights, alive, blocks = (t[chosen] for t in (matrix, inverse, weights, alive, blocks))
-    floor = matrix.diagonal(dim1=-2, dim2=-1).reciprocal()
-    rank, losses = eliminate_left_looking(inverse, floor, weights, alive, pattern)
-    out.rank[blocks] = rank.to(out.rank.dtype)
-    out.losses[blocks] = losses.float()
-    out.steps[blocks] = torch.isfinite(losses).sum(-1)
+        blocks, weights, alive, damp = (t[unsafe] for t in (blocks, weights, alive, damp))
+        if dtype == torch.float64:
+            damp = more_damp(damp)
+        dtype = torch.float64

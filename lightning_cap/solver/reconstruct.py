@@ -5,40 +5,81 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_cap.linalg import full_float32, restrict, spd_solve
-
-_CHUNK_FLOATS = 2**22
+from lightning_cap.chunks import in_chunks
+from lightning_cap.linalg import full_float32, spd_solve
+from lightning_cap.solver.backend import Backend, Blocks, choose_backend, chunk_blocks, more_damp
+from lightning_cap.solver.numba_backend import reconstruct_numba
 
 
 def reconstruct(
-    fisher: Tensor, weights: Tensor, alive: Tensor, pruned: Tensor, damp: Tensor, precise: Tensor
+    fisher: Blocks,
+    weights: Tensor,
+    alive: Tensor,
+    pruned: Tensor,
+    damp: Tensor,
+    precise: Tensor,
+    backend: Backend = "auto",
+    chunk: int | None = None,
 ) -> Tensor:
     """``w'_S = w_S + F_SS⁻¹ F_SQ w_Q`` in one solve a block, ``S`` kept and ``Q`` pruned.
 
-    The minimiser of equation 4 for a given ``Q``, equal to the sequential updates of equation 2 in exact arithmetic.
+    The minimiser of equation 4 for a given ``Q``, equal to the sequential updates of equation 2 in exact arithmetic. Only
+    ``F_SS`` is factored: blocks that keep about as many weights are solved together.
 
     Args:
-        fisher: ``(K, B, B)`` float32 without damp.
+        fisher: ``(K, B, B)`` float32 without damp: a tensor, or anything that gives some blocks for ``fisher[index]``.
         weights: ``(K, B)`` float32 or float64.
         alive: ``(K, B)`` bool, eligible before pruning.
         pruned: ``(K, B)`` bool, a subset of ``alive``.
         damp: ``(K,)`` float64.
         precise: ``(K,)`` bool, solve this block in float64.
+        backend: As in `eliminate`; there is no triton code for this, torch takes its place.
+        chunk: Blocks at a time; halved when memory runs out.
 
     Returns:
         ``(K, B)``, dtype of ``weights``: zero where pruned or never alive, the input bit for bit in blocks with nothing
         pruned.
     """
-    B = weights.shape[1]
     kept = alive & ~pruned
     result = torch.where(kept, weights, 0.0)
-    touched = pruned.any(-1) & kept.any(-1)
+    counts = kept.sum(-1)
+    touched = pruned.any(-1) & (counts > 0)
+    size = chunk or chunk_blocks(weights.shape[1], weights.device)
+    compiled = choose_backend(backend, weights.device) == "numba"
+
+    def work(blocks: Tensor) -> None:
+        dtype = torch.float64 if bool(precise[blocks[0]]) else torch.float32
+        extra = damp[blocks]
+        solve = reconstruct_numba if compiled else _reconstruct_torch
+        while len(blocks):
+            shift, solved = solve(fisher, blocks, weights[blocks], alive[blocks], pruned[blocks], extra, dtype)
+            moved = torch.where(kept[blocks], weights[blocks] + shift, 0.0).to(result.dtype)
+            result[blocks[solved]] = moved[solved]
+            if dtype == torch.float64:  # the whole block did factor: only rounding, or other gradients, lead here
+                extra = more_damp(extra)
+            blocks, extra, dtype = blocks[~solved], extra[~solved], torch.float64
+
     with full_float32():
-        for dtype, choice in ((torch.float32, touched & ~precise), (torch.float64, touched & precise)):
-            for blocks in choice.nonzero().squeeze(1).split(max(1, _CHUNK_FLOATS // B**2)):
-                keep, gone = kept[blocks], pruned[blocks]
-                matrix, w = fisher[blocks].to(dtype), weights[blocks]
-                rhs = torch.bmm(matrix, torch.where(gone, w, 0.0).to(dtype).unsqueeze(-1)).squeeze(-1)
-                shift = spd_solve(restrict(matrix, keep, damp[blocks]), torch.where(keep, rhs, 0.0))
-                result[blocks] = torch.where(keep, w + shift, 0.0).to(result.dtype)
+        for choice in (touched & ~precise, touched & precise):
+            blocks = choice.nonzero().squeeze(1)
+            in_chunks(blocks[counts[blocks].argsort(stable=True)], size, work)
     return result
+
+
+def _reconstruct_torch(
+    fisher: Blocks, blocks: Tensor, weights: Tensor, alive: Tensor, pruned: Tensor, damp: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """The change of the kept weights, zero elsewhere; blocks of about as many kept weights, padded to the most."""
+    kept = alive & ~pruned
+    size = int(kept.sum(-1).max())
+    places = kept.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :size]  # (k, size)
+    real = kept.gather(1, places)
+    lost = torch.where(pruned, weights, 0.0).to(dtype).unsqueeze(-1)
+    matrix = fisher[blocks]
+    rows = matrix.gather(1, places.unsqueeze(-1).expand(-1, -1, matrix.shape[2])).to(dtype)  # (k, size, B)
+    rhs = torch.bmm(rows, lost).squeeze(-1).masked_fill_(~real, 0.0)
+    matrix = rows.gather(2, places.unsqueeze(1).expand(-1, size, -1))
+    matrix.masked_fill_(~(real.unsqueeze(-1) & real.unsqueeze(-2)), 0.0)
+    matrix.diagonal(dim1=-2, dim2=-1).add_(torch.where(real, damp.to(dtype).unsqueeze(-1), 1.0))
+    shift, solved = spd_solve(matrix, rhs)
+    return torch.zeros_like(weights, dtype=dtype).scatter_(1, places, shift), solved

@@ -31,6 +31,7 @@ def eliminate_left_looking(
         losses by step ``(k, B)``, infinite from the block's last step on.
     """
     k, B = weights.shape
+    largest = torch.finfo(weights.dtype).max
     weights, alive = weights.clone(), alive.clone()
     diagonal = torch.maximum(inverse.diagonal(dim1=-2, dim2=-1), floor)
     columns = inverse.new_empty(k, B, B)
@@ -41,7 +42,9 @@ def eliminate_left_looking(
         active = candidates.any(-1)
         if not bool(active.any()):
             break
-        scores = (weights.square() / diagonal).masked_fill_(~candidates, torch.inf)
+        scores = (
+            (weights.square() / diagonal).nan_to_num_(nan=largest, posinf=largest).masked_fill_(~candidates, torch.inf)
+        )
         pivot = scores.argmin(-1, keepdim=True)  # (k, 1)
         index = pivot.unsqueeze(-1).expand(k, 1, B)
         row = inverse.gather(1, index)  # (k, 1, B)
@@ -53,7 +56,7 @@ def eliminate_left_looking(
         row = row.squeeze(1)
         h = diagonal.gather(1, pivot)
         w = weights.gather(1, pivot)
-        losses[:, step] = torch.where(active, (w.square() / (2 * h)).squeeze(1), torch.inf)
+        losses[:, step] = torch.where(active, scores.gather(1, pivot).squeeze(1) / 2, torch.inf)
         column = torch.where(active.unsqueeze(-1) & alive, row / h.sqrt(), 0.0)
         columns[:, step] = column
         weights.addcmul_(column, w / h.sqrt(), value=-1.0)

@@ -1,0 +1,147 @@
+"""Which code solves the blocks, and how many at a time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from lightning_cap.errors import ConfigError, GradientError
+from lightning_cap.linalg import restrict, spd_inverse
+from lightning_cap.solver.numba_backend import solve_numba
+from lightning_cap.solver.torch_backend import eliminate_left_looking
+from lightning_cap.solver.triton_backend import eliminate_triton, unavailable
+
+if TYPE_CHECKING:  # the solver asks a pattern for candidates and their rule, and knows no more of it
+    from lightning_cap.patterns import Pattern
+
+#: Code of the solver; ``"auto"`` takes numba on the CPU, triton on CUDA where it is installed, else torch.
+Backend = Literal["auto", "torch", "numba", "triton"]
+
+#: ``solve(fisher, blocks, weights, alive, damp, dtype)`` -> ``(rank, losses, safe)``: factors and eliminates ``fisher[blocks]``
+#: in ``dtype``; ``weights``, ``alive`` ``(k, B)`` and ``damp`` ``(k,)`` are those of these blocks.
+#: ``rank`` is ``(k, B)`` int, ``B`` for weights that never go; ``losses`` ``(k, B)``, infinite past a block's last step;
+#: ``safe`` ``(k,)``, False for blocks that cannot be trusted in that dtype, whose other outputs mean nothing.
+Solve = Callable[["Blocks", Tensor, Tensor, Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor, Tensor]]
+
+#: ``eliminate(inverse, floor, weights, alive)`` -> ``(rank, losses)``.
+_Eliminate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+
+_CPU_FLOATS = 2**22  # of (k, B, B) in one chunk: stays in the last-level cache
+_LARGE_FLOATS = 2**26  # enough programs to fill the device a few times over
+
+
+_DAMP_STEP = 10.0
+
+
+def more_damp(damp: Tensor) -> Tensor:
+    """Ten times the damp, for blocks that do not factor.
+
+    Raises:
+        GradientError: It is so large that the blocks cannot be finite.
+    """
+    damp = damp * _DAMP_STEP
+    if not bool(torch.isfinite(damp).all()):
+        raise GradientError("fisher: a block is not finite, so no damp makes it invertible. Check the gradients for NaN and "
+                            "infinity.")  # fmt: skip
+    return damp
+
+
+class Blocks(Protocol):
+    """Fisher blocks by index: a ``(K, B, B)`` tensor, or `lightning_cap.fisher.FisherBlocks`."""
+
+    def __getitem__(self, index: Tensor, /) -> Tensor:
+        """``(k,)`` int64 -> ``(k, B, B)`` float32."""
+
+
+def chunk_blocks(block_size: int, device: torch.device, *, packed: bool = False) -> int:
+    """Blocks that are solved at a time; more of ``packed`` ones on the CPU, which are solved where they are."""
+    large = packed or device.type != "cpu"
+    return max(1, (_LARGE_FLOATS if large else _CPU_FLOATS) // block_size**2)
+
+
+def work_bytes(backend: Backend, block_size: int, chunk: int, *, packed: bool) -> int:
+    """Peak memory of a chunk of blocks in the solver, with a resolved ``backend``.
+
+    The compiled CPU code works on packed blocks where they are, in a scratch for each thread. Torch and triton hold the
+    matrices, factors, inverses and temporaries of the chunk, all of them in float64 if need be.
+    """
+    if backend == "numba":
+        scratch = torch.get_num_threads() * 2 * 8 * (block_size + 64) ** 2
+        return scratch + (0 if packed else 6 * chunk * block_size**2)
+    return 56 * chunk * block_size**2
+
+
+def choose_backend(
+    backend: Backend, device: torch.device, pattern: Pattern | None = None
+) -> Literal["torch", "numba", "triton"]:
+    """Resolve ``"auto"`` and refuse what cannot run. Without a pattern there is none to be known.
+
+    Raises:
+        ConfigError: The backend cannot run on ``device``, or does not know ``pattern``.
+    """
+    if backend not in ("auto", "torch", "numba", "triton"):
+        raise ConfigError(f"backend={backend!r}: choose 'auto', 'torch', 'numba' or 'triton'.")
+    known = pattern is None or pattern.kept_in_group is not None
+    if backend == "auto":
+        if not known:
+            return "torch"
+        if device.type == "cpu":
+            return "numba"
+        return "triton" if unavailable(device) is None else "torch"
+    if backend != "torch" and not known:
+        raise ConfigError(
+            f"backend={backend!r} does not know the pattern {pattern} (its kept_in_group is None). Use backend='auto' or 'torch'."
+        )
+    if backend == "numba" and device.type != "cpu":
+        raise ConfigError(f"backend='numba' runs on the CPU, the weights are on {device}. Use backend='auto'.")
+    reason = unavailable(device) if backend == "triton" else None
+    if reason is not None:
+        raise ConfigError(f"backend='triton' cannot run: {reason}. Use backend='auto'.")
+    return backend
+
+
+def choose_solve(backend: Backend, device: torch.device, pattern: Pattern) -> Solve:
+    """The function that solves a chunk of blocks. See `choose_backend`."""
+    chosen, group, keep = choose_backend(backend, device, pattern), pattern.group_size, pattern.kept_in_group or 0
+    if chosen == "numba":
+        return lambda fisher, blocks, weights, alive, damp, dtype: solve_numba(
+            fisher, blocks, weights, alive, damp, group, keep, dtype
+        )
+    if chosen == "triton":
+        return functools.partial(
+            _factor_first, lambda inverse, floor, w, alive: eliminate_triton(inverse, floor, w, alive, group, keep)
+        )
+    return functools.partial(
+        _factor_first, lambda inverse, floor, w, alive: eliminate_left_looking(inverse, floor, w, alive, pattern)
+    )
+
+
+def _factor_first(
+    eliminate: _Eliminate,
+    fisher: Blocks,
+    blocks: Tensor,
+    weights: Tensor,
+    alive: Tensor,
+    damp: Tensor,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Batched factorisation in torch, then elimination from the inverses that can be trusted."""
+    k, B = weights.shape
+    matrix = restrict(fisher[blocks].to(dtype), alive, damp)
+    floor = matrix.diagonal(dim1=-2, dim2=-1).reciprocal()
+    inverse, safe = spd_inverse(matrix)
+    del matrix
+    rank = torch.full((k, B), B, device=weights.device)
+    losses = torch.full((k, B), torch.inf, dtype=dtype, device=weights.device)
+    if bool(safe.any()):
+        weights = weights.to(dtype)
+        if bool(safe.all()):
+            found = eliminate(inverse, floor, weights, alive)
+            return found[0].to(rank.dtype), found[1], safe
+        found = eliminate(inverse[safe], floor[safe], weights[safe], alive[safe])
+        rank[safe], losses[safe] = found[0].to(rank.dtype), found[1]
+    return rank, losses, safe

@@ -1,0 +1,58 @@
+"""The compiled CPU backend: `lightning_cap.cpu` on torch tensors."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_cap import linalg
+from lightning_cap.cpu.threads import over_blocks
+
+
+def solve_numba(
+    fisher: Any, blocks: Tensor, weights: Tensor, alive: Tensor, damp: Tensor, group: int, keep: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Factor and eliminate blocks on the CPU; see `lightning_cap.solver.backend.Solve`."""
+    from lightning_cap.cpu.blocks import solve_blocks
+
+    k, B = weights.shape
+    rank = torch.full((k, B), B, dtype=torch.int32)
+    losses = torch.full((k, B), torch.inf)
+    safe = torch.zeros(k, dtype=torch.bool)
+    kind = torch.empty(1, dtype=dtype).numpy()
+    condition = linalg.FLOAT32_CONDITION if dtype == torch.float32 else linalg.FLOAT64_CONDITION
+    given = (*_triangles(fisher, blocks), *(t.contiguous().numpy() for t in (weights.to(dtype), alive, damp)))
+    taken = tuple(t.numpy() for t in (rank, losses, safe))
+    over_blocks(lambda first, last: solve_blocks(*given, group, keep, condition, kind, *taken, first, last), k)
+    return rank, losses, safe
+
+
+def reconstruct_numba(
+    fisher: Any, blocks: Tensor, weights: Tensor, alive: Tensor, pruned: Tensor, damp: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """``F_SS⁻¹ F_SQ w_Q`` of each block, ``(k, B)`` in ``dtype``, zero elsewhere, and which were solved ``(k,)``; on the CPU."""
+    from lightning_cap.cpu.blocks import reconstruct_blocks
+
+    out, solved = torch.zeros(weights.shape, dtype=dtype), torch.zeros(len(weights), dtype=torch.bool)
+    kind = torch.empty(1, dtype=dtype).numpy()
+    tensors = weights.to(dtype), alive, pruned, damp
+    given = (*_triangles(fisher, blocks), *(t.contiguous().numpy() for t in tensors))
+    taken = out.numpy(), solved.numpy()
+    over_blocks(lambda first, last: reconstruct_blocks(*given, kind, *taken, first, last), len(weights))
+    return out, solved
+
+
+def _triangles(fisher: Any, blocks: Tensor) -> tuple[Any, Any, float]:
+    """Triangles, which of them are meant, and their scale: where they are, if they are packed, else packed now."""
+    kept = getattr(fisher, "triangles", None)
+    if kept is not None:
+        return kept[0].numpy(), blocks.numpy(), kept[1]
+    from lightning_cap.cpu.packed import pack_blocks
+
+    full = fisher[blocks].contiguous().numpy()
+    k, B, _ = full.shape
+    packed = torch.empty(k, B * (B + 1) // 2).numpy()
+    over_blocks(lambda first, last: pack_blocks(full, packed, first, last), k)
+    return packed, torch.arange(k).numpy(), 1.0

@@ -1,0 +1,85 @@
+"""Sources of gradient rows: what any iterable of chunks is, and what a source that can be read again adds to it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+from torch import Tensor
+
+from lightning_cap.errors import GradientError
+
+#: Gradient rows in chunks: ``{target name: (n, *weight.shape)}``. Re-iterable if it is to be read more than once.
+GradientSource = Iterable[Mapping[str, Tensor]]
+
+
+def rows_bytes(source: object) -> int:
+    """Memory of the rows that ``source`` holds at once, as it tells by an attribute ``rows_bytes``; else 0."""
+    return int(getattr(source, "rows_bytes", 0))
+
+
+def repeatable(source: object) -> bool:
+    """Whether ``source`` can be read more than once, as it tells by an attribute ``repeatable``; else if it is no iterator."""
+    return bool(getattr(source, "repeatable", not isinstance(source, Iterator)))
+
+
+def check_repeatable(source: GradientSource, passes: int) -> None:
+    """Refuse a source that is used up by one pass when there are to be several.
+
+    Raises:
+        GradientError: It is an iterator.
+    """
+    if passes > 1 and not repeatable(source):
+        raise GradientError(
+            f"gradients: memory allows the Fisher only in {passes} passes over the gradients, but the source is an iterator, "
+            "which can be read once. Give a source that gives the same rows each time, or raise max_memory."
+        )
+
+
+@contextmanager
+def reading(source: GradientSource) -> Iterator[Iterator[Mapping[str, Tensor]]]:
+    """Iterate over ``source`` and end it at once when the body fails, so that what it has entered is left."""
+    chunks = iter(source)
+    try:
+        yield chunks
+    finally:
+        if isinstance(chunks, Generator):
+            chunks.close()
+
+
+class TimedSource:
+    """Passes a source on within a context, and adds up the seconds that it takes.
+
+    Args:
+        source: Its rows.
+        context: Entered for the length of every pass.
+
+    Attributes:
+        seconds: Spent in the source so far, over all passes.
+    """
+
+    def __init__(
+        self, source: GradientSource, context: Callable[[], AbstractContextManager[object]] = nullcontext
+    ) -> None:
+        self._source, self._context = source, context
+        self.seconds = 0.0
+
+    def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
+        started = time.perf_counter()
+        with self._context(), reading(self._source) as chunks:
+            for chunk in chunks:
+                self.seconds += time.perf_counter() - started
+                yield chunk
+                started = time.perf_counter()
+        self.seconds += time.perf_counter() - started
+
+    @property
+    def repeatable(self) -> bool:
+        """As the source says."""
+        return repeatable(self._source)
+
+    @property
+    def rows_bytes(self) -> int:
+        """As the source says."""
+        return rows_bytes(self._source)
