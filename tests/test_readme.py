@@ -77,7 +77,14 @@ def test_the_pattern_block_is_2_of_4() -> None:
 
 
 def test_named_files_exist() -> None:
-    names = set(re.findall(r"\bconfigs/\w+\.yaml", README)) | set(re.findall(r"\]\((?!http)([^)]+)\)", README))
+    links = dict(link.partition("#")[::2] for link in re.findall(r"\]\((?!http)([^)]+)\)", README))
+    names = set(re.findall(r"\bconfigs/\w+\.yaml", README)) | set(links)
     names |= {f"configs/{name}" for name in re.findall(r"`(\w+\.yaml)`", README)}
     assert {name for name in names if not (ROOT / name).is_file()} == set()
     assert {f"configs/{path.name}" for path in (ROOT / "configs").glob("*.yaml")} <= names
+
+
+def test_linked_headings_exist() -> None:
+    for name, heading in re.findall(r"\]\((?!http)([^)#]+)#([^)]+)\)", README):
+        headings = re.findall(r"^#+ (.+)$", (ROOT / name).read_text(encoding="utf-8"), re.MULTILINE)
+        assert heading in {re.sub(r"[^\w -]", "", line).lower().replace(" ", "-") for line in headings}, name
