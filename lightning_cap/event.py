@@ -23,6 +23,7 @@ from lightning_cap.distributed import check_equal_on_all_ranks
 from lightning_cap.errors import ConfigError
 from lightning_cap.gradients import GradientCollector, rows_at_once
 from lightning_cap.hooks import Progress
+from lightning_cap.layer_inputs import InputCollector
 from lightning_cap.masks import MaskSet
 from lightning_cap.planning import EventPlan
 from lightning_cap.pruners.base import Pruner, PruneResult, PruningPath
@@ -116,7 +117,7 @@ class PruningEvent:
     def path(self, position: int, masks: Mapping[str, Tensor]) -> PruningPath:
         """Collect gradients and solve; the caller closes the path. Nothing in the module changes."""
         started = time.perf_counter()
-        collector = self.collector(position) if self._pruner.num_gradients else None
+        collector = self.collector(position)
         self.report.peak_bytes = self._plan(collector, masks).peak_bytes
         self.report.seconds["plan"] += time.perf_counter() - started
         self._source = TimedSource(collector if collector is not None else (), self._calibrating)
@@ -140,7 +141,7 @@ class PruningEvent:
 
     def rehearse(self, position: int) -> None:
         """Plan, and compute one gradient that is thrown away: what cannot work is to fail before training begins."""
-        collector = self.collector(position) if self._pruner.num_gradients else None
+        collector = self.collector(position)
         rank_zero_info(f"Pruning events: {self._plan(collector, self._masks)}")
         if collector is None:
             return
@@ -150,29 +151,35 @@ class PruningEvent:
             if first is not None:
                 collector.probe(first)
 
-    def collector(self, position: int) -> GradientCollector:
-        """The source of gradient rows at a sampler position."""
+    def collector(self, position: int) -> GradientCollector | InputCollector | None:
+        """The source of what the pruner wants, at a sampler position: gradient rows, layer inputs or nothing."""
+        pruner = self._pruner
+        batches = _Repeat(
+            lambda: ready_batches(
+                self._trainer, self._module, self._batches(position), (self._seed, position, _COMPUTE)
+            )
+        )
+        given = self._module, self._targets, calibration_loss(self._module), batches
+        context = _precision_context(self._trainer)
+        if pruner.num_inputs:
+            return InputCollector(*given, pruner.num_inputs, context=context, progress=self._progress)
+        if not pruner.num_gradients:
+            return None
         return GradientCollector(
-            self._module,
-            self._targets,
-            calibration_loss(self._module),
-            _Repeat(
-                lambda: ready_batches(
-                    self._trainer, self._module, self._batches(position), (self._seed, position, _COMPUTE)
-                )
-            ),
-            self._pruner.num_gradients,
-            self._pruner.samples_per_gradient,
-            context=_precision_context(self._trainer),
+            *given,
+            pruner.num_gradients,
+            pruner.samples_per_gradient,
+            context=context,
             scale=_loss_scale(self._trainer),
             progress=self._progress,
         )
 
     def _batches(self, position: int) -> CalibrationBatches:
+        pruner = self._pruner
         return CalibrationBatches(
             calibration_source(self._trainer, self._module),
-            self._pruner.num_gradients * self._pruner.samples_per_gradient,
-            self._pruner.samples_per_gradient,
+            pruner.num_inputs or pruner.num_gradients * pruner.samples_per_gradient,
+            1 if pruner.num_inputs else pruner.samples_per_gradient,
             self._seed,
             position,
             rows_at_once(self._targets),
@@ -184,7 +191,7 @@ class PruningEvent:
         with undisturbed(self._module), quiet(self._module), training:
             yield
 
-    def _plan(self, collector: GradientCollector | None, masks: Mapping[str, Tensor]) -> EventPlan:
+    def _plan(self, collector: GradientCollector | InputCollector | None, masks: Mapping[str, Tensor]) -> EventPlan:
         return self._pruner.plan(self._targets, masks, rows_bytes=rows_bytes(collector))
 
     def _prune(self, sparsity: float, position: int, masks: Mapping[str, Tensor]) -> PruneResult:

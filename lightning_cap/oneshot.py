@@ -20,9 +20,11 @@ from lightning_cap.errors import ConfigError
 from lightning_cap.event import PruningEvent
 from lightning_cap.gradients import GradientCollector
 from lightning_cap.hooks import Progress
+from lightning_cap.layer_inputs import InputCollector
 from lightning_cap.masks import MaskSet
 from lightning_cap.progress import event_progress
 from lightning_cap.pruners import CAP, Pruner, PruneResult
+from lightning_cap.sources import GradientSource
 from lightning_cap.stepping import undisturbed
 from lightning_cap.targets import Targets
 
@@ -80,16 +82,14 @@ def prune(
                 goal = (
                     sparsity if step == num_recomputations else start + (sparsity - start) * step / num_recomputations
                 )
-                source = GradientCollector(
-                    model,
-                    targets,
-                    loss_fn,
-                    _OnDevice(batches, device),
-                    pruner.num_gradients,
-                    pruner.samples_per_gradient,
-                    progress=show,
-                )
-                with pruner.path(targets, source if pruner.num_gradients else (), masks, progress=show) as path:
+                given = model, targets, loss_fn, _OnDevice(batches, device)
+                source: GradientSource = ()
+                if pruner.num_inputs:
+                    source = InputCollector(*given, pruner.num_inputs, progress=show)
+                elif pruner.num_gradients:
+                    counts = pruner.num_gradients, pruner.samples_per_gradient
+                    source = GradientCollector(*given, *counts, progress=show)
+                with pruner.path(targets, source, masks, progress=show) as path:
                     result = path.at(goal)
                 result.apply(targets)
                 masks.update(result.masks)

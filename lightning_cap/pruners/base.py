@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_cap.allocation import budget_of
+from lightning_cap.allocation import Allocation, budget_of
 from lightning_cap.errors import ConfigError
 from lightning_cap.hooks import Progress
 from lightning_cap.layout import BlockLayout
@@ -47,7 +47,13 @@ class PruneResult:
 
 
 class PruningPath(ABC):
-    """What one pass over the gradients yields: every sparsity can be read from it. A context manager."""
+    """What one pass over the gradients yields: every sparsity can be read from it. A context manager.
+
+    Attributes:
+        nested: Whether a lower sparsity keeps whatever a higher one does.
+    """
+
+    nested: bool = True
 
     def __init__(self, targets: Targets, layout: BlockLayout, masks: Mapping[str, Tensor] | None) -> None:
         self._layout = layout
@@ -88,6 +94,20 @@ class PruningPath(ABC):
             name: size - int(self._alive[span].sum())
             for (name, span), size in zip(self._layout.spans.items(), self._layout.sizes.values(), strict=True)
         }
+
+    def _removals(self, allocation: Allocation, zeros: int) -> list[tuple[list[str], int]]:
+        """How many weights of which targets go, beyond those that are zero already."""
+        existing = self._existing()
+        budgets = allocation.budgets(self._layout.shapes, existing, zeros)
+        return [(names, share - sum(existing[name] for name in names)) for names, share in budgets]
+
+    def _most(self, allocation: Allocation) -> dict[str, int] | None:
+        """How many weights of each target may go; None without a floor."""
+        if not allocation.min_density:
+            return None
+        existing = self._existing()
+        most = allocation.most_zeros(self._layout.shapes, existing)
+        return {name: most[name] - existing[name] for name in most}
 
     def _budget(self, sparsity: float) -> int | None:
         """Zeros in all, or None (with a warning) if the model has more already."""
@@ -159,11 +179,13 @@ class Pruner(ABC):
     Attributes:
         num_gradients: Gradient samples that the method wants, 0 for none.
         samples_per_gradient: Inputs whose mean loss gives one gradient sample.
+        num_inputs: Samples whose layer inputs the method wants instead of gradients, 0 for none.
         pattern: Which masks it gives.
     """
 
     num_gradients: int = 0
     samples_per_gradient: int = 1
+    num_inputs: int = 0
     pattern: Pattern = Unstructured()
 
     def check(self, targets: Targets) -> None:  # noqa: B027 - optional
@@ -211,7 +233,8 @@ class Pruner(ABC):
 
         Args:
             targets: The weights; not changed.
-            gradients: Chunks ``{target: (n, *shape)}`` of gradient samples of the mean loss.
+            gradients: Chunks ``{target: (n, *shape)}`` of gradient samples of the mean loss; of layer statistics for a method
+                with ``num_inputs``; anything (it is not read) for one that wants neither.
             masks: ``{target: (*shape)}`` bool, False = already pruned and to stay so.
             progress: ``progress(phase, done, total)``.
         """
