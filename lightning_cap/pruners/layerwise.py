@@ -60,7 +60,9 @@ class LayerwiseOBS(Blockwise):
         self.num_inputs, self.num_gradients = num_inputs, 0
 
     def _layout(self, targets: Targets) -> BlockLayout:
-        return targets.blocks(self.block_size, self.pattern.group_size, by_row=True)
+        group = self.pattern.group_size
+        longest = max((weight[0].numel() for weight in targets.values()), default=1)
+        return targets.blocks(min(self.block_size, -(-longest // group) * group), group, by_row=True)
 
     def _plan(self, layout: BlockLayout, alive: Tensor, rows_bytes: int) -> EventPlan:
         busy = alive.any(-1).nonzero().squeeze(1).cpu()
