@@ -10,12 +10,12 @@ from torch import Tensor
 from lightning_cap.fisher import BlockSums, EmpiricalFisher, FisherBlocks, Storage
 from lightning_cap.linalg import FLOAT64_CONDITION
 
-_FLOATS = 2**24  # of (k, N, B) at a time
+_FLOATS = 2**24  # of (k, N, B) and (k, N, N) at a time
 
 
 def at_a_time(num_rows: int, block_size: int) -> int:
     """Blocks to work on at a time."""
-    return max(1, _FLOATS // (max(1, num_rows) * block_size))
+    return max(1, _FLOATS // (max(1, num_rows) * (block_size + num_rows)))
 
 
 class GradientRows(EmpiricalFisher):
@@ -42,11 +42,6 @@ class RowBlocks(FisherBlocks):
         self.inverses: list[tuple[Tensor, Inverse]] = []
 
     @property
-    def num_rows(self) -> int:
-        """``N``."""
-        return self._rows.count
-
-    @property
     def _rows(self) -> _Rows:
         assert isinstance(self._sums, _Rows)
         return self._sums
@@ -54,10 +49,6 @@ class RowBlocks(FisherBlocks):
     def rows(self, index: Tensor) -> Tensor:
         """``(k,)`` int64 -> ``(k, N, B)`` float32 on `device`."""
         return self._rows.rows(index.to(self._rows.device)).to(self.device)
-
-    def at_a_time(self, block_size: int) -> int:
-        """Blocks to work on at a time."""
-        return at_a_time(self.num_rows, block_size)
 
 
 class _Rows(BlockSums):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lightning_cap.patterns import BlockOf
 from lightning_cap.pruners import CAP
+from lightning_cap.ranking import at_group_ends
 from lightning_cap.solver import eliminate
 from lightning_cap.solver.groups import diagonal_groups, group_losses
 from lightning_cap.targets import Targets
@@ -111,3 +112,13 @@ def test_zero_weights_and_zero_gradients_have_an_order_too() -> None:
         out = eliminate(F, w, alive, 1e-8, BlockOf(4))
         assert torch.equal(out.rank.sort(-1).values, torch.arange(16).expand(2, 16).to(out.rank.dtype))
         assert out.losses.isfinite().all()
+
+
+def test_scores_at_the_end_of_groups_by_hand() -> None:
+    inf = math.inf
+    rank = torch.tensor(
+        [[2, 3, 0, 1], [0, 4, 1, 2], [4, 4, 4, 4]], dtype=torch.int16
+    )  # the second lacks one, the third all
+    scores = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 5.0, 7.0, inf], [inf] * 4])
+    expected = torch.tensor([[2.0, 2.0, 4.0, 4.0], [1.0, 7.0, 7.0, inf], [inf] * 4])
+    assert torch.equal(at_group_ends(scores, rank, 2), expected)

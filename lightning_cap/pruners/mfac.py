@@ -122,7 +122,7 @@ class MFAC(Blockwise):
             if progress is not None:
                 progress("solve", done, len(busy))
 
-        in_chunks(busy, fisher.at_a_time(B), work)
+        in_chunks(busy, chunk, work)
         return out
 
     def _order_some(self, fisher: RowBlocks, blocks: Tensor, weights: Tensor, alive: Tensor, out: Elimination) -> None:
@@ -168,7 +168,7 @@ class MFAC(Blockwise):
         if not fisher.inverses:
             in_chunks(
                 touched.nonzero().squeeze(1),
-                fisher.at_a_time(weights.shape[1]),
+                chunk,
                 lambda blocks: move(blocks, self._inverse(fisher, blocks, alive[blocks], damp[blocks])),
             )
         return result
@@ -190,5 +190,12 @@ class _RowSizes(Sizes):
     def _kept(self, blocks: int, storage: Storage, home: torch.device) -> int:
         return (12 if self.static else 4) * self.rows * blocks * self.block_size
 
+    def chunk(self, device: torch.device, limit: int | None) -> int:
+        """Blocks at a time, in no more than a quarter of ``limit``."""
+        chunk = at_a_time(self.rows, self.block_size)
+        while limit is not None and chunk > 1 and self._work(device, chunk) > limit // 4:
+            chunk //= 2
+        return chunk
+
     def _work(self, home: torch.device, chunk: int) -> int:
-        return 4 * 8 * at_a_time(self.rows, self.block_size) * self.rows * (self.block_size + self.rows)
+        return 4 * 8 * chunk * self.rows * (self.block_size + self.rows)
