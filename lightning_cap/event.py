@@ -10,7 +10,6 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -26,11 +25,11 @@ from lightning_cap.hooks import Progress
 from lightning_cap.masks import MaskSet
 from lightning_cap.planning import EventPlan
 from lightning_cap.pruners.base import Pruner, PruneResult, PruningPath
-from lightning_cap.sources import TimedSource, rows_bytes
-from lightning_cap.stepping import calibration_loss, in_stage, quiet, ready_batches, undisturbed
+from lightning_cap.sources import GradientSource, TimedSource, rows_bytes
+from lightning_cap.stepping import calibrating, calibration_loss, ready_batches
 from lightning_cap.targets import Targets
 
-_COMPUTE = 4  # domain of the key for generators during the computation of a batch
+COMPUTE = 4  # domain of the key for generators during the computation of a batch
 
 
 @dataclass
@@ -60,7 +59,7 @@ class PruningEvent:
     """Prunes the module of a running Trainer.
 
     Args:
-        trainer: In ``fit`` (or, for the one-shot sweep, in ``validate``).
+        trainer: In ``fit`` (or, for a comparison, in ``validate``).
         module: Its LightningModule.
         pruner: The method.
         targets: The weights.
@@ -113,19 +112,29 @@ class PruningEvent:
         self.report.sparsity = self._masks.global_sparsity
         return position
 
-    def path(self, position: int, masks: Mapping[str, Tensor]) -> PruningPath:
-        """Collect gradients and solve; the caller closes the path. Nothing in the module changes."""
+    def path(self, position: int, masks: Mapping[str, Tensor], rows: GradientSource | None = None) -> PruningPath:
+        """Collect gradients and solve; the caller closes the path. Nothing in the module changes.
+
+        Args:
+            position: Sampler position.
+            masks: Weights that are pruned already.
+            rows: Read these instead of collecting, such as rows that several pruners share.
+        """
         started = time.perf_counter()
-        collector = self.collector(position) if self._pruner.num_gradients else None
-        self.report.peak_bytes = self._plan(collector, masks).peak_bytes
+        source = self.source(position) if rows is None else rows
+        self.report.peak_bytes = self._plan(source, masks).peak_bytes
         self.report.seconds["plan"] += time.perf_counter() - started
-        self._source = TimedSource(collector if collector is not None else (), self._calibrating)
+        self._source = TimedSource(source, self._calibrating if rows is None else nullcontext)
         with self._timed("solve"), torch.inference_mode(False):
             path = self._pruner.path(self._targets, self._source, masks, progress=self._progress)
-        if collector is not None:
-            self.report.gradients += collector.collected
-            self.report.skipped += collector.skipped
+        if isinstance(source, GradientCollector):
+            self.report.gradients += source.collected
+            self.report.skipped += source.skipped
         return path
+
+    def source(self, position: int) -> GradientSource:
+        """What the pruner asks for, at a sampler position: the one place where that is chosen."""
+        return self.collector(position) if self._pruner.num_gradients else ()
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -146,7 +155,7 @@ class PruningEvent:
             return
         with self._calibrating(), distributed.agreed("The first gradient"):
             batches = self._batches(position)
-            first = next(ready_batches(self._trainer, self._module, batches, (self._seed, position, _COMPUTE)), None)
+            first = next(ready_batches(self._trainer, self._module, batches, (self._seed, position, COMPUTE)), None)
             if first is not None:
                 collector.probe(first)
 
@@ -158,12 +167,12 @@ class PruningEvent:
             calibration_loss(self._module),
             _Repeat(
                 lambda: ready_batches(
-                    self._trainer, self._module, self._batches(position), (self._seed, position, _COMPUTE)
+                    self._trainer, self._module, self._batches(position), (self._seed, position, COMPUTE)
                 )
             ),
             self._pruner.num_gradients,
             self._pruner.samples_per_gradient,
-            context=_precision_context(self._trainer),
+            context=precision_context(self._trainer),
             scale=_loss_scale(self._trainer),
             progress=self._progress,
         )
@@ -178,14 +187,11 @@ class PruningEvent:
             rows_at_once(self._targets),
         )
 
-    @contextmanager
-    def _calibrating(self) -> Iterator[None]:
-        training = in_stage(self._trainer, RunningStage.TRAINING)  # augmentation in transfer hooks is the training's
-        with undisturbed(self._module), quiet(self._module), training:
-            yield
+    def _calibrating(self) -> AbstractContextManager[None]:
+        return calibrating(self._trainer, self._module)
 
-    def _plan(self, collector: GradientCollector | None, masks: Mapping[str, Tensor]) -> EventPlan:
-        return self._pruner.plan(self._targets, masks, rows_bytes=rows_bytes(collector))
+    def _plan(self, source: GradientSource | None, masks: Mapping[str, Tensor]) -> EventPlan:
+        return self._pruner.plan(self._targets, masks, rows_bytes=rows_bytes(source))
 
     def _prune(self, sparsity: float, position: int, masks: Mapping[str, Tensor]) -> PruneResult:
         with self.path(position, masks) as path, self._timed("apply"), torch.inference_mode(False):
@@ -236,7 +242,8 @@ class _Repeat:
         return self._make()
 
 
-def _precision_context(trainer: pl.Trainer) -> Callable[[], AbstractContextManager[Any]]:
+def precision_context(trainer: pl.Trainer) -> Callable[[], AbstractContextManager[Any]]:
+    """What a training step is computed in, such as autocast."""
     plugin = getattr(trainer, "precision_plugin", None)
     return nullcontext if plugin is None else plugin.train_step_context
 

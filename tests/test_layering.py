@@ -12,8 +12,27 @@ ROOT = Path(lightning_cap.__file__).parent
 # From high to low; a file imports only from files lower. A package stands where its first file stands.
 ORDER_ROWS = [
     ("cli",),
-    ("report.sweep",),
+    (
+        "report.comparison",
+        "report.pictures",
+        "report.curves",
+        "report.mask_plots",
+        "report.planes",
+        "report.rows",
+        "report.style",
+    ),
     ("oneshot",),
+    (
+        "comparison.compare",
+        "comparison.work",
+        "comparison.extras",
+        "comparison.plan",
+        "comparison.surface",
+        "comparison.fisher_block",
+        "comparison.rows",
+        "comparison.measure",
+        "comparison.results",
+    ),
     ("module",),
     (
         "data.imagenet",
@@ -90,7 +109,7 @@ ORDER_ROWS = [
     ("_version",),
 ]
 ORDER = [name for row in ORDER_ROWS for name in row]
-PACKAGES = {"report", "data", "pruners", "solver", "cpu"}
+PACKAGES = {"report", "comparison", "data", "pruners", "solver", "cpu"}
 HEIGHT = {name: -index for index, name in enumerate(ORDER)}
 HEIGHT |= {package: max(h for n, h in HEIGHT.items() if n.startswith(f"{package}.")) for package in PACKAGES}
 
