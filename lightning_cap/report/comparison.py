@@ -42,19 +42,23 @@ def report(rows: Sequence[Row], folder: Path) -> list[str]:
 
 
 def print_comparison(rows: Sequence[Row], console: Console | None = None) -> None:
-    """Print accuracies, a line for each pruner; with a single pruner, all metrics, a line for each sparsity.
+    """Print mean accuracies, a line for each pruner; with a single pruner, all metrics, a line for each sparsity.
 
     Args:
         rows: What `lightning_cap.comparison.compare` returned.
         console: Where to. Default: standard output.
     """
     labels = by_label(rows)
-    table = _one_pruner(rows) if len(labels) == 1 else Table(title=f"{accuracy_name(rows) or 'no metric'} at sparsity")
+    table = (
+        _one_pruner(rows)
+        if len(labels) == 1
+        else Table(title=f"{accuracy_name(rows) or 'no metric'} at each sparsity", padding=(0, 0))
+    )
     if len(labels) > 1:
-        table.add_column("pruner")
-        header, *lines = _by_sparsity(rows, rows, _accuracy(rows))
+        table.add_column("pruner", overflow="fold")
+        header, *lines = _by_sparsity(rows, rows, _mean(rows))
         for name in header[1:]:
-            table.add_column(name, justify="right")
+            table.add_column(name, justify="right", no_wrap=True)
         for line in lines:
             table.add_row(*line)
     (console or Console()).print(table)
@@ -134,6 +138,12 @@ def _by_sparsity(rows: Sequence[Row], chosen: Sequence[Row], cell: _Cell, with_d
 def _accuracy(rows: Sequence[Row]) -> _Cell:
     name = accuracy_name(rows)
     return lambda seeds: _number(mean_and_deviation(metric_values(seeds, name)))
+
+
+def _mean(rows: Sequence[Row]) -> _Cell:
+    """Short, for the console."""
+    name = accuracy_name(rows)
+    return lambda seeds: "-" if (v := mean_and_deviation(metric_values(seeds, name))) is None else f"{v[0]:.4f}"
 
 
 def _losses(seeds: Sequence[Row]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,8 +80,9 @@ def plot_losses(rows: Sequence[Row], path: Path) -> bool:
     for label, targets in by_label(shown).items():
         points = [(row["predicted_loss"], row["loss_increase"][kind]) for seeds in targets.values() for row in seeds]
         axes.plot(*zip(*points, strict=True), label=label, **{**looks[label], "linestyle": "none"}, alpha=0.85)
-        ends = [next((row["predicted_loss"], row["loss_increase"][kind]) for row in s) for s in targets.values()]
-        axes.plot(*zip(*ends, strict=True), color=looks[label]["color"], linewidth=0.8, alpha=0.5)
+        for seed in set(_seeds(targets)):
+            line = [point for point, own in zip(points, _seeds(targets), strict=True) if own == seed]
+            axes.plot(*zip(*line, strict=True), color=looks[label]["color"], linewidth=0.8, alpha=0.5)
     values = [v for row in shown for v in (row["predicted_loss"], row["loss_increase"][kind])]
     ends = [(min(values), min(values)), (max(values), max(values))]
     axes.plot(*zip(*ends, strict=True), color="0.5", linewidth=1, linestyle=(0, (4, 3)), label="equal")
@@ -96,6 +97,10 @@ def plot_losses(rows: Sequence[Row], path: Path) -> bool:
     legend(figure, axes)
     save(figure, path)
     return True
+
+
+def _seeds(targets: Mapping[float, Sequence[Row]]) -> list[int]:
+    return [row["seed"] for seeds in targets.values() for row in seeds]
 
 
 def plot_grid(rows: Sequence[Row], setting: str, path: Path) -> None:
@@ -129,12 +134,21 @@ def plot_grid(rows: Sequence[Row], setting: str, path: Path) -> None:
             axes.set_xscale("log")
         axes.set_xticks(list(positions.values()), [_text(value) for value in values], fontsize=8)
         axes.minorticks_off()
+        _at_least(axes, 0.02)
         axes.set_title(f"{percent(target)} sparsity", fontsize=9)
         axes.set_xlabel(setting)
         axes.set_ylabel(name or "no metric")
         grid(axes)
     legend(figure, every[0])
     save(figure, path)
+
+
+def _at_least(axes: Any, share: float) -> None:
+    """Let the vertical axis span a share of its values, so that noise does not fill the panel."""
+    low, high = axes.get_ylim()
+    missing = share * max(abs(low), abs(high)) - (high - low)
+    if missing > 0:
+        axes.set_ylim(low - missing / 2, high + missing / 2)
 
 
 def _positions(values: Sequence[Any]) -> tuple[dict[Any, float], bool]:

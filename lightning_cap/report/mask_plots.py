@@ -37,6 +37,7 @@ def plot_layers(rows: Sequence[Row], path: Path) -> None:
         axes.set_ylabel("sparsity (%)", fontsize=8)
         axes.set_title(f"model: {percent(target)}", fontsize=9, loc="left")
         grid(axes)
+        axes.grid(visible=False, axis="x")
     short = [name.removesuffix(".weight") for name in _without_common_start(names)]
     every[-1].set_xticks(range(len(names)), short, rotation=90, fontsize=min(8.0, 5 + 60 / len(names)))
     figure.set_figheight(figure.get_figheight() + 0.07 * max(map(len, short)))

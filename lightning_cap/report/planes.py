@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from matplotlib.colors import LogNorm
+from matplotlib.colors import BoundaryNorm, LogNorm
 from torch import Tensor
 
 from lightning_cap.report.rows import percent
@@ -27,17 +27,14 @@ def plot_surface(surface: Mapping[str, Any], path: Path) -> None:
     figure, (axes,) = panels(1, 5.4, 4.4)
     finite = loss[np.isfinite(loss)]
     low, high = float(finite.min()), float(finite.max())
-    logarithmic = low > 0 and high > 5 * low
-    levels = np.geomspace(low, high, 16) if logarithmic else np.linspace(low, high, 16)
-    if high <= low:  # a plain: contours need rising levels
-        levels = np.array([low, low + 1.0])
-    norm = LogNorm(levels[0], levels[-1]) if logarithmic else None
+    span = high - low if high > low else 1.0  # a plain: contours need rising levels
+    levels = np.concatenate([[low], low + span * np.geomspace(1 / 1024, 1, 21)])  # fine at the bottom of the basin
+    norm = BoundaryNorm(levels, 256)
     filled = axes.contourf(axis, axis, loss, levels=levels, norm=norm, cmap="viridis", extend="both")
-    lines = axes.contour(axis, axis, loss, levels=levels[1::3], colors="white", linewidths=0.7, alpha=0.8)
-    axes.clabel(lines, fmt="%.3g", fontsize=7)
-    bar = figure.colorbar(filled, ax=axes, ticks=levels[::3], format="%.3g")
+    lines = axes.contour(axis, axis, loss, levels=levels[1::4], colors="white", linewidths=0.7, alpha=0.8)
+    axes.clabel(lines, fmt="%.4g", fontsize=7)
+    bar = figure.colorbar(filled, ax=axes, ticks=levels[1::4], format="%.4g")
     bar.set_label("validation loss")
-    bar.minorticks_off()
     for name, x, y, marker in (("dense", 0, 0, "*"), (one, 1, 0, "o"), (two, 0, 1, "s")):
         place = {"color": "#D55E00", "marker": marker, "markersize": 9, "linestyle": "none", "clip_on": False}
         axes.plot([x], [y], markeredgecolor="white", zorder=5, **place)

@@ -36,9 +36,9 @@ def styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
     }
 
 
-def panels(count: int, width: float, height: float, columns: int = 3) -> tuple[Figure, list[Any]]:
-    """A figure with ``count`` axes of the given size in inches, row by row."""
-    columns = min(columns, count)
+def panels(count: int, width: float, height: float, columns: int | None = None) -> tuple[Figure, list[Any]]:
+    """A figure with ``count`` axes of the given size in inches, row by row, four or three in a row."""
+    columns = min(count, columns or (4 if count in (4, 7, 8) else 3))
     rows = -(-count // columns)
     figure = Figure(figsize=(width * columns + 0.3, height * rows + 0.2), layout="constrained")
     axes = list(figure.subplots(rows, columns, squeeze=False).flat)
@@ -66,4 +66,4 @@ def legend(figure: Figure, axes: Any) -> None:
 def save(figure: Figure, path: Path) -> None:
     """Into a ``.png``, ``.svg`` or ``.pdf`` file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.1)
