@@ -10,39 +10,58 @@ from lightning_cap.comparison.results import intersection_over_union, load_masks
 from lightning_cap.report.rows import Row, by_label, first_seed, percent, plain_rows, targets_of
 from lightning_cap.report.style import grid, legend, panels, save, styles
 
+_MOST_BARS = 120
+
 
 def plot_layers(rows: Sequence[Row], path: Path) -> None:
-    """The sparsity of each target as bars, a panel for each sparsity of the model, a colour for each pruner.
+    """The sparsity of each target as bars, a panel for each sparsity of the model (up to four), a colour for each pruner.
+
+    Where the bars would be too many to tell apart, lines are drawn.
 
     Args:
         rows: What `lightning_cap.comparison.compare` returned; of the first seed are drawn.
         path: A ``.png``, ``.svg`` or ``.pdf`` file.
     """
-    found, targets = by_label(first_seed(plain_rows(rows))), targets_of(rows)
+    found, targets = by_label(first_seed(plain_rows(rows))), _spread(targets_of(rows))
     looks = styles(list(found))
     names = list(next(iter(next(iter(found.values())).values()))[0]["sparsities"])
     width = min(22.0, max(5.0, 1.2 + len(names) * max(0.28, 0.09 * len(found))))
     figure, every = panels(len(targets), width, 1.75, columns=1)
     bar = 0.84 / len(found)
+    as_lines = len(names) * len(found) > _MOST_BARS
     for axes, target in zip(every, targets, strict=True):
         for i, (label, rows_of) in enumerate(found.items()):
-            if target in rows_of:
-                heights = [100 * rows_of[target][0]["sparsities"][name] for name in names]
+            if target not in rows_of:
+                continue
+            heights = [100 * rows_of[target][0]["sparsities"][name] for name in names]
+            if as_lines:
+                axes.plot(
+                    range(len(names)), heights, label=label, **{**looks[label], "linewidth": 0.7, "markersize": 4}
+                )
+            else:
                 x = [j - 0.42 + bar * (i + 0.5) for j in range(len(names))]
                 axes.bar(x, heights, bar, color=looks[label]["color"], label=label, linewidth=0)
         axes.axhline(100 * target, color="0.3", linewidth=0.8, linestyle=(0, (4, 3)))
-        axes.set_ylim(0, 100)
+        axes.set_ylim(0, 102)
         axes.set_xlim(-0.7, len(names) - 0.3)
-        axes.set_xticks([])
+        axes.set_xticks(range(len(names)), [""] * len(names))
+        axes.tick_params(axis="x", length=0)
         axes.set_ylabel("sparsity (%)", fontsize=8)
         axes.set_title(f"model: {percent(target)}", fontsize=9, loc="left")
         grid(axes)
-        axes.grid(visible=False, axis="x")
+        axes.grid(visible=as_lines, axis="x")
     short = [name.removesuffix(".weight") for name in _without_common_start(names)]
     every[-1].set_xticks(range(len(names)), short, rotation=90, fontsize=min(8.0, 5 + 60 / len(names)))
     figure.set_figheight(figure.get_figheight() + 0.07 * max(map(len, short)))
     legend(figure, every[0])
     save(figure, path)
+
+
+def _spread(values: Sequence[float], most: int = 4) -> list[float]:
+    """At most so many of them, evenly from the first to the last."""
+    if len(values) <= most:
+        return list(values)
+    return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
 
 
 def _without_common_start(names: Sequence[str]) -> list[str]:
@@ -74,12 +93,14 @@ def mask_agreement(rows: Sequence[Row], folder: Path) -> dict[str, Any]:
 
 
 def plot_agreement(agreement: Mapping[str, Any], path: Path) -> None:
-    """The matrices of `mask_agreement`, a panel for each sparsity.
+    """The matrices of `mask_agreement`, a panel for each sparsity (up to four).
 
     Args:
         agreement: What it returned.
         path: A ``.png``, ``.svg`` or ``.pdf`` file.
     """
+    chosen = _spread([float(sparsity) for sparsity in agreement])
+    agreement = {sparsity: entry for sparsity, entry in agreement.items() if float(sparsity) in chosen}
     most = max(len(entry["pruners"]) for entry in agreement.values())
     longest = max(len(name) for entry in agreement.values() for name in entry["pruners"])
     size = 1.0 + 0.46 * most + 0.05 * longest
