@@ -7,9 +7,10 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lightning_cap.comparison.plan import Grids, Request, check_sparsities, file_name, make_variants
-from lightning_cap.comparison.results import Row
+from lightning_cap.comparison.results import Row, load_rows
 from lightning_cap.comparison.surface import LossSurface
 from lightning_cap.comparison.work import Work
 from lightning_cap.errors import ConfigError
@@ -80,6 +81,9 @@ def compare(
         surface.check(list(named), list(sparsities))
     if folder is None and (surface is not None or fisher_block or save_weights):
         raise ConfigError("folder=None: surface, fisher_block and save_weights need a folder to write to.")
+    spawned = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+    if folder is None and spawned:
+        raise ConfigError("folder=None: the strategy spawns processes, which take their rows with them. Give a folder.")
     _check_numbers(named, fisher_block, loss_samples, max_rows_memory)
     keep = single if save_weights is None else save_weights
     request = Request(
@@ -94,12 +98,14 @@ def compare(
         loss_samples=loss_samples,
         max_rows_memory=max_rows_memory,
     )
-    hook = _CompareInValidation(request)
+    hook = CompareInValidation(request)
     trainer.callbacks.append(hook)  # type: ignore[attr-defined]
     try:
         trainer.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
     finally:
         trainer.callbacks.remove(hook)  # type: ignore[attr-defined]
+    if spawned and request.folder is not None:
+        return list(load_rows(request.folder / "results.json").values())
     return hook.rows
 
 
@@ -116,7 +122,7 @@ def _check_numbers(
         )
 
 
-class _CompareInValidation(pl.Callback):
+class CompareInValidation(pl.Callback):
     """Does all of the work when validation starts, with the model on its device."""
 
     def __init__(self, request: Request) -> None:

@@ -33,7 +33,7 @@ class Results:
 
     def __init__(self, folder: Path | None, order: Sequence[str]) -> None:
         self._folder, self._order = folder, list(order)
-        own = _load(folder / "results.json") if folder is not None and distributed.rank() == 0 else {}
+        own = load_rows(folder / "results.json") if folder is not None and distributed.rank() == 0 else {}
         known: dict[str, Row] = distributed.gather_objects({key: own[key] for key in order if key in own})[0]
         self._rows = known
 
@@ -63,7 +63,8 @@ class Results:
         return [self._rows[key] for key in self._order if key in self._rows]
 
 
-def _load(path: Path) -> dict[str, Row]:
+def load_rows(path: Path) -> dict[str, Row]:
+    """Rows by their fingerprint; none if there is no such file, or (which is logged) no JSON in it."""
     if not path.is_file():
         return {}
     try:

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning_cap.comparison.results import intersection_over_union, load_masks
 from lightning_cap.report.rows import Row, by_label, first_seed, percent, plain_rows, targets_of
-from lightning_cap.report.style import grid, legend, panels, save, styles
+from lightning_cap.report.style import NUM_COLORS, grid, legend, panels, save, styles
 
 _MOST_BARS = 120
 
@@ -40,7 +40,17 @@ def plot_layers(rows: Sequence[Row], path: Path) -> None:
                 )
             else:
                 x = [j - 0.42 + bar * (i + 0.5) for j in range(len(names))]
-                axes.bar(x, heights, bar, color=looks[label]["color"], label=label, linewidth=0)
+                hatch = "////" if i >= NUM_COLORS else None
+                axes.bar(
+                    x,
+                    heights,
+                    bar,
+                    color=looks[label]["color"],
+                    label=label,
+                    edgecolor="white",
+                    linewidth=0,
+                    hatch=hatch,
+                )
         axes.axhline(100 * target, color="0.3", linewidth=0.8, linestyle=(0, (4, 3)))
         axes.set_ylim(0, 102)
         axes.set_xlim(-0.7, len(names) - 0.3)

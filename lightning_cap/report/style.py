@@ -18,6 +18,7 @@ _COLORS = (
     "#000000",
     "#A8A116",
 )  # Okabe and Ito's, nearly
+NUM_COLORS = len(_COLORS)
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 _STYLES = ("-", "--", ":")
 
