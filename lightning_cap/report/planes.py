@@ -63,10 +63,10 @@ def plot_fisher_block(blocks: Mapping[str, Tensor], path: Path) -> None:
     away = correlation - torch.diag(correlation.diagonal())
     most = max(0.05, float(away.abs().flatten().quantile(0.995)) if away.numel() < 2**24 else 1.0)
     figure, (left, right) = panels(2, 4.4, 3.6)
-    image = left.imshow(size, norm=LogNorm(float(size.min()), float(size.max())), cmap="viridis")
+    image = left.imshow(size.numpy(), norm=LogNorm(float(size.min()), float(size.max())), cmap="viridis")
     left.set_title("size of the entries", fontsize=9)
     figure.colorbar(image, ax=left, shrink=0.85)
-    image = right.imshow(correlation, vmin=-most, vmax=most, cmap="RdBu_r")
+    image = right.imshow(correlation.numpy(), vmin=-most, vmax=most, cmap="RdBu_r")
     right.set_title("correlation", fontsize=9)
     figure.colorbar(image, ax=right, shrink=0.85, extend="both")
     for axes in (left, right):
