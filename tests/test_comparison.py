@@ -361,6 +361,17 @@ def test_a_pruner_of_the_users_own_needs_no_more_than_the_interface(tmp_path: Pa
     assert [row["parameters"].get("power") for row in rows[1:]] == [1.0, 2.0]
 
 
+def test_modules_may_keep_more_than_tensors_in_their_state(tmp_path: Path) -> None:
+    class Extra(Toy):
+        def get_extra_state(self) -> Any:
+            return {"note": "mine"}
+
+        def set_extra_state(self, state: Any) -> None:
+            pass
+
+    assert len(run(tmp_path, Magnitude(), [0.5], module=Extra())) == 2
+
+
 def test_no_validation_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="limit_val_batches=0"):
         compare(trainer(tmp_path, limit_val_batches=0), module(), Magnitude(), [0.5], datamodule=Data())

@@ -8,6 +8,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import Tensor
 
 from lightning_cap import distributed
 from lightning_cap.calibration import CalibrationBatches
@@ -82,7 +83,7 @@ def identity_of(trainer: pl.Trainer, module: pl.LightningModule, targets: Target
     loaders = CombinedLoader(trainer.val_dataloaders, "sequential").flattened
     datasets = [getattr(loader, "dataset", None) for loader in loaders]
     return {
-        "weights": digest(module.state_dict()),
+        "weights": digest({name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}),
         "targets": list(targets),
         "data": [type(data).__qualname__, settings if data is not module else {}],
         "samples": [len(dataset) if isinstance(dataset, Sized) else None for dataset in datasets],
