@@ -19,6 +19,7 @@ from toy import Toy, ToyData, cap, trainer
 
 from lightning_cap import prune
 from lightning_cap.comparison import LossSurface, compare, work
+from lightning_cap.comparison.plan import make_variants
 from lightning_cap.comparison.results import digest, intersection_over_union, load_masks, save_masks
 from lightning_cap.errors import ConfigError, PatternError, TargetError
 from lightning_cap.patterns import NofM
@@ -324,6 +325,8 @@ def test_intersection_over_union_by_hand(tmp_path: Path) -> None:
         (ConfigError, "has a setting 'dam'", {"grids": {"dam": [1.0]}}),
         (ConfigError, r"damp=\[\]", {"grids": {"damp": []}}),
         (ConfigError, "block_size=0", {"grids": {"block_size": [0]}}),
+        (ConfigError, "two would be called 'CAP damp=2", {"pruners": {"CAP": cap(), "CAP damp=2": cap()},
+                                                          "grids": {"damp": [2.0]}}),
         (ConfigError, "num_recomputations=0", {"num_recomputations": 0}),
         (ConfigError, r"num_recomputations=2: NofM", {"pruners": {"nm": cap(pattern=NofM(2, 4))}, "sparsities": [0.5],
                                                     "num_recomputations": 2}),
@@ -370,6 +373,14 @@ def test_modules_may_keep_more_than_tensors_in_their_state(tmp_path: Path) -> No
             pass
 
     assert len(run(tmp_path, Magnitude(), [0.5], module=Extra())) == 2
+
+
+def test_labels_tell_values_apart() -> None:
+    variants = make_variants({"CAP": cap()}, [0], {"damp": [0.1, 0.1000001, 1e-8], "block_size": [8]}, 1)
+    assert [v.label for v in variants] == [
+        "CAP", "CAP damp=0.1", "CAP damp=0.1000001", "CAP damp=1e-08", "CAP block_size=8",
+    ]  # fmt: skip
+    assert len({v.slug for v in variants}) == 5
 
 
 def test_no_validation_data_is_refused(tmp_path: Path) -> None:

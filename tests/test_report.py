@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -122,9 +123,15 @@ def test_flat_surfaces_zero_blocks_and_losses_that_fell_can_be_drawn(tmp_path: P
     flat = {"pruners": ["A", "B"], "sparsity": 0.5, "axis": [0.0, 1.0], "loss": [[1.0, 1.0], [1.0, 1.0]],
             "corners": {"dense": 1.0, "A": 1.0, "B": 1.0}}  # fmt: skip
     planes.plot_surface(flat, tmp_path / "surface.png")
+    nowhere = {**flat, "loss": [[math.nan, math.nan], [math.nan, math.inf]]}
+    planes.plot_surface(nowhere, tmp_path / "surface.png")
     planes.plot_fisher_block({"all": torch.zeros(3, 3)}, tmp_path / "block.png")
     assert not curves.plot_losses([DENSE, row("A", 0.5, 0, 0.9, loss=-0.1)], tmp_path / "losses.png")
     assert curves.plot_losses([DENSE, row("A", 0.5, 0, 0.9, loss=-0.1), row("A", 0.9, 0, 0.9)], tmp_path / "losses.png")
+    lost = [DENSE, row("A", 0.5, 0, math.nan, loss=math.nan), row("A", 0.9, 0, 0.9, loss=math.inf)]
+    assert not curves.plot_losses(lost, tmp_path / "losses.png")
+    curves.plot_accuracy(lost, tmp_path / "losses.png")
+    assert "| A | 0.9900 | nan | 0.9000 |" in markdown(lost)
     assert {path.name for path in tmp_path.iterdir()} == {"surface.png", "block.png", "losses.png"}
 
 

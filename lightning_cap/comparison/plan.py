@@ -103,11 +103,16 @@ def make_variants(
                 f"{RECOMPUTATIONS}={steps}: {pruner.pattern} of pruner {name!r} has only one sparsity, so that it cannot be "
                 "reached in steps. Leave it at 1, or compare that pruner by itself."
             )
-    return [
+    variants = [
         Variant(name, _seeded(pruner, seed), seed, int(steps), setting, value)
         for name, pruner, steps, setting, value in every
         for seed in seeds
     ]
+    slugs = [variant.slug.lower() for variant in variants]
+    for variant, slug in zip(variants, slugs, strict=True):
+        if slugs.count(slug) > 1:
+            raise ConfigError(f"pruners/grids: two would be called {variant.label!r}. Choose another name.")
+    return variants
 
 
 def check_sparsities(variants: Sequence[Variant], sparsities: Sequence[float]) -> None:
@@ -207,4 +212,5 @@ def _seeded(pruner: Pruner, seed: int) -> Pruner:
 
 
 def _short(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    """As few digits as tell it from any other."""
+    return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)

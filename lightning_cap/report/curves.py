@@ -71,8 +71,8 @@ def plot_losses(rows: Sequence[Row], path: Path) -> bool:
     """
     reading = [r for r in plain_rows(rows) if r["parameters"].get("num_gradients") or r["parameters"].get("num_inputs")]
     kind = "calibration" if any(row["loss_increase"]["calibration"] is not None for row in reading) else "validation"
-    known = [row for row in reading if row["loss_increase"][kind] is not None and row["predicted_loss"] > 0]
-    shown = [row for row in known if row["loss_increase"][kind] > 0]
+    known = [row for row in reading if row["loss_increase"][kind] is not None]
+    shown = [row for row in known if all(0 < v < math.inf for v in (row["predicted_loss"], row["loss_increase"][kind]))]
     if not shown:
         return False
     looks = styles(list(by_label(plain_rows(rows))))
@@ -92,7 +92,7 @@ def plot_losses(rows: Sequence[Row], path: Path) -> bool:
     axes.set_ylabel(f"measured increase ({kind} data)")
     if len(shown) < len(known):
         left = len(known) - len(shown)
-        axes.set_title(f"{left} of {len(known)} did not raise the loss: not shown", fontsize=8, color="0.35")
+        axes.set_title(f"{left} of {len(known)} have no increase to show", fontsize=8, color="0.35")
     grid(axes)
     legend(figure, axes)
     save(figure, path)

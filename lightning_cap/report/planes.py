@@ -26,7 +26,7 @@ def plot_surface(surface: Mapping[str, Any], path: Path) -> None:
     one, two = surface["pruners"]
     figure, (axes,) = panels(1, 5.4, 4.4)
     finite = loss[np.isfinite(loss)]
-    low, high = float(finite.min()), float(finite.max())
+    low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     span = high - low if high > low else 1.0  # a plain: contours need rising levels
     levels = np.concatenate([[low], low + span * np.geomspace(1 / 1024, 1, 21)])  # fine at the bottom of the basin
     norm = BoundaryNorm(levels, 256)
