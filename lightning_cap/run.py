@@ -13,7 +13,7 @@ from lightning_cap.pruners import Pruner
 from lightning_cap.schedules import SparsitySchedule
 from lightning_cap.targets import Targets
 
-_FAR = 10**9  # an epoch after the end of any schedule
+_FAR = 10**5  # an epoch after the end of any schedule
 
 
 class Run:

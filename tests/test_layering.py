@@ -42,7 +42,11 @@ ORDER_ROWS = [
         "calibration",
     ),
     ("lr",),
-    ("schedules",),
+    (
+        "schedules.gradual",
+        "schedules.recurrent",
+    ),
+    ("schedules.base",),
     ("storage",),
     (
         "pruners.cap",
@@ -90,7 +94,7 @@ ORDER_ROWS = [
     ("_version",),
 ]
 ORDER = [name for row in ORDER_ROWS for name in row]
-PACKAGES = {"report", "data", "pruners", "solver", "cpu"}
+PACKAGES = {"report", "data", "schedules", "pruners", "solver", "cpu"}
 HEIGHT = {name: -index for index, name in enumerate(ORDER)}
 HEIGHT |= {package: max(h for n, h in HEIGHT.items() if n.startswith(f"{package}.")) for package in PACKAGES}
 
