@@ -31,6 +31,7 @@ ORDER_ROWS = [
     ),
     (
         "lr_cycles",
+        "regrowth",
         "resume",
         "run",
         "cycle",
@@ -50,6 +51,7 @@ ORDER_ROWS = [
     ("storage",),
     (
         "pruners.cap",
+        "pruners.drop_and_grow",
         "pruners.magnitude",
     ),
     ("pruners.base",),

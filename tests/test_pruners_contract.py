@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_cap.allocation import Uniform
 from lightning_cap.errors import CAPError, ConfigError, GradientError, PatternError
 from lightning_cap.patterns import NofM
-from lightning_cap.pruners import CAP, Magnitude, Pruner, PruneResult, PruningPath
+from lightning_cap.pruners import CAP, DropAndGrow, Magnitude, Pruner, PruneResult, PruningPath
 from lightning_cap.targets import Targets
 
 
@@ -25,6 +25,7 @@ class Case:
     make: Callable[[], Pruner]
     updates: bool = True  # the kept weights
     owns_fisher: bool = True
+    regrows: bool = False  # masked weights may come back
 
 
 PRUNERS = {
@@ -36,6 +37,10 @@ PRUNERS = {
     "cap-diagonal": Case(lambda: CAP(block_size=1, num_gradients=40, damp=1e-2), updates=False),
     "magnitude": Case(lambda: Magnitude(), updates=False, owns_fisher=False),
     "magnitude-uniform": Case(lambda: Magnitude(allocation=Uniform()), updates=False, owns_fisher=False),
+    "drop-and-grow": Case(lambda: DropAndGrow(), updates=False, owns_fisher=False, regrows=True),
+    "drop-and-grow-uniform": Case(
+        lambda: DropAndGrow(allocation=Uniform()), updates=False, owns_fisher=False, regrows=True
+    ),
 }
 SHAPES = {"linear": (6, 8), "tiny": (1, 4), "conv": (4, 4, 2, 3), "odd": (7, 12)}
 SPARSITIES = [0.0, 0.1, 0.33, 0.5, 0.75, 0.9, 0.99]
@@ -91,6 +96,8 @@ def _check(result: PruneResult, targets: Targets, zeros: int) -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_counts_are_exact_and_masked_stays_masked(case: Case, targets: Targets, rows: Rows, masked: bool) -> None:
+    if masked and case.regrows:
+        pytest.skip("masked weights may come back; see test_drop_and_grow.py")
     masks = _masks(targets) if masked else None
     path = case.make().path(targets, rows, masks)
     low = sum(int((~m).sum()) for m in (masks or {}).values())
@@ -205,6 +212,8 @@ def test_zero_gradients(case: Case, targets: Targets, rows: Rows) -> None:
 
 
 def test_more_zeros_than_asked_for_warns_and_changes_nothing(case: Case, targets: Targets, rows: Rows) -> None:
+    if case.regrows:
+        pytest.skip("masked weights come back; see test_drop_and_grow.py")
     masks = _masks(targets, 0.4)
     path = case.make().path(targets, rows, masks)
     with pytest.warns(UserWarning, match=r"sparsity=0\.2: the model is already at 0\.[34]\d+.*higher sparsity"):

@@ -61,7 +61,7 @@ def test_phases_end_a_sparse_phase_before_the_run_does() -> None:
     assert schedule.events(8) == {1: 0.5, 3: 0.0, 4: 0.5}
     with pytest.raises(ScheduleError, match=r"second sparse phase would begin at epoch 4, after epoch 3.*OneShot"):
         schedule.events(5)
-    with pytest.raises(ScheduleError, match="end_epoch=None.*give AlternatingSchedule an end_epoch"):
+    with pytest.raises(ScheduleError, match=r"end_epoch=None.*give AlternatingSchedule an end_epoch"):
         schedule.events(None)
     assert list(AlternatingSchedule(0.5, 1, 2, 1, end_epoch=4).events(None)) == [1, 3, 4]
 
