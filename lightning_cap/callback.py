@@ -44,7 +44,7 @@ class CAPPruningCallback(pl.Callback):
         dirpath: Folder of ``sparsity=0.50.ckpt`` and ``.safetensors``. Default: ``checkpoints`` beside the logs.
         monitor: Logged metric for the table and for ``save="best"``. Default: the logged validation accuracy.
         mode: Whether more (``"max"``) or less of ``monitor`` is better.
-        evaluate: Validate right before and after each event, and log both.
+        evaluate: Validate right before and after each event that begins a cycle (all, unless ``pruner.regrows``); log both.
         seed: Key of the calibration samples and their augmentation, with the event and the sample's index.
 
     Raises:

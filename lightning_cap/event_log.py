@@ -56,7 +56,8 @@ def log_event(
     change = f"; {shown} {before[shown]:.4f} -> {after[shown]:.4f}" if shown in before and shown in after else ""
     skipped = f", {report.skipped} skipped" if report.skipped else ""
     grown = f", {report.grown} weights grew back" if report.grown else ""
+    outcome = f"pruned to {report.sparsity:.2%}" if report.sparsity or not report.grown else "masks lifted"
     rank_zero_info(
-        f"Epoch {when['epoch']:g}: pruned to {report.sparsity:.2%} ({report.gradients} gradients{skipped}{grown}, "
+        f"Epoch {when['epoch']:g}: {outcome} ({report.gradients} gradients{skipped}{grown}, "
         f"{sum(report.seconds.values()):.1f} s), predicted loss increase {report.predicted_loss:.4g}{change}"
     )

@@ -14,13 +14,14 @@ from jsonargparse import ArgumentParser
 from ranks import on_ranks
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from toy import ToyData
+from toy import Toy, ToyData, trainer
 
 from lightning_cap import distributed
 from lightning_cap.allocation import Global, Uniform
 from lightning_cap.calibration import CalibrationBatches
-from lightning_cap.errors import ConfigError, GradientError, PatternError
+from lightning_cap.errors import ConfigError, GradientError, PatternError, UnsupportedError
 from lightning_cap.gradients import GradientCollector
+from lightning_cap.oneshot import prune, sweep
 from lightning_cap.pruners import DropAndGrow, Pruner, PruneResult
 from lightning_cap.targets import Targets
 
@@ -177,6 +178,13 @@ def test_gradients_that_say_nothing_are_refused(targets: Targets, rows: Rows) ->
         DropAndGrow().path(targets, rows, masks)
     with pytest.raises(PatternError, match=r"sparsity=1\.5"):
         DropAndGrow().path(targets, rows[:1], masks).at(1.5)
+
+
+def test_one_shot_refuses_it(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match=r"pruner=DropAndGrow.*does not train"):
+        prune(nn.Linear(4, 4), [], loss, 0.5, DropAndGrow(), include=["weight"])
+    with pytest.raises(UnsupportedError, match="pruner=DropAndGrow"):
+        sweep(trainer(tmp_path), Toy(), [0.5], DropAndGrow())
 
 
 def test_instantiates_from_yaml() -> None:
