@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -44,6 +44,7 @@ class EventReport:
         gradients: Gradient samples used, in all.
         skipped: Gradient samples left out as not finite.
         seconds: Seconds of each phase (plan, collect, solve, apply).
+        grown: Weights that came back.
         peak_bytes: Planned peak extra memory on the device of the weights.
         stats: The pruner's own numbers, of the last recomputation.
     """
@@ -52,6 +53,7 @@ class EventReport:
     predicted_loss: float = 0.0
     gradients: int = 0
     skipped: int = 0
+    grown: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("plan", "collect", "solve", "apply"), 0.0))
     peak_bytes: int = 0
     stats: Mapping[str, float] = field(default_factory=dict)
@@ -68,6 +70,10 @@ class PruningEvent:
         masks: Weights that are pruned already; updated by `run`.
         seed: First part of the key that samples and augmentation are drawn by.
         progress: ``progress(phase, done, total)``.
+
+    Attributes:
+        report: What it did.
+        grown: ``{target: bool (*shape)}``, True where a masked weight came back.
     """
 
     def __init__(
@@ -84,12 +90,13 @@ class PruningEvent:
         self._targets, self._masks, self._seed, self._progress = targets, masks, seed, progress
         self._source = TimedSource(())
         self.report = EventReport()
+        self.grown: dict[str, Tensor] = {}
 
-    def run(self, sparsities: Iterable[float], position: int) -> int:
+    def run(self, sparsities: Sequence[float], position: int) -> int:
         """Prune to each sparsity in turn, with fresh gradients each time, and apply the result.
 
         Args:
-            sparsities: Rising, one for each recomputation.
+            sparsities: One for each recomputation, rising unless the pruner regrows. None at all lifts every mask.
             position: Sampler position: how many collections the run has made before.
 
         Returns:
@@ -107,12 +114,21 @@ class PruningEvent:
                 self.report.predicted_loss += result.predicted_loss
                 self.report.stats = result.stats
                 position += 1
-            self._masks.update(masks)
+            self._put(masks, lifted=not sparsities)
         except BaseException:
             self._targets.restore(before)
             raise
         self.report.sparsity = self._masks.global_sparsity
+        self.report.grown = sum(int(back.sum()) for back in self.grown.values())
         return position
+
+    def _put(self, masks: Mapping[str, Tensor], lifted: bool) -> None:
+        if lifted:
+            self.grown = self._masks.lift()
+        elif self._pruner.regrows:
+            self.grown = self._masks.replace(masks)
+        else:
+            self._masks.update(masks)
 
     def path(self, position: int, masks: Mapping[str, Tensor]) -> PruningPath:
         """Collect gradients and solve; the caller closes the path. Nothing in the module changes."""

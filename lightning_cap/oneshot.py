@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_cap.cycle import measured_sparsity, save_weights, sparsity_stem
-from lightning_cap.errors import ConfigError
+from lightning_cap.errors import ConfigError, UnsupportedError
 from lightning_cap.event import PruningEvent
 from lightning_cap.gradients import GradientCollector
 from lightning_cap.hooks import Progress
@@ -63,6 +63,7 @@ def prune(
     pruner = pruner or CAP()
     if num_recomputations < 1:
         raise ConfigError(f"num_recomputations={num_recomputations}: give a whole number of at least 1.")
+    _refuse_regrowth(pruner)
     pruner.check_sparsity(sparsity)
     targets = Targets.from_model(model, include, exclude)
     pruner.check(targets)
@@ -143,6 +144,7 @@ def sweep(
         )
     if not sparsities:
         raise ConfigError("sparsities=[]: give at least one, such as [0.5, 0.75, 0.9].")
+    _refuse_regrowth(pruner)
     for sparsity in sparsities:
         pruner.check_sparsity(sparsity)
     solver = _SolveInValidation(pruner, sorted(sparsities), include, exclude, seed)
@@ -165,6 +167,14 @@ def sweep(
     finally:
         trainer.callbacks.remove(solver)  # type: ignore[attr-defined]
     return rows
+
+
+def _refuse_regrowth(pruner: Pruner) -> None:
+    if pruner.regrows:
+        raise UnsupportedError(
+            f"pruner={type(pruner).__name__}: weights that it brings back are zero until training goes on, and one-shot pruning "
+            "does not train. Run it by CAPPruningCallback, or use Magnitude."
+        )
 
 
 def _row(target: float, targets: Targets, predicted_loss: float, metrics: Sequence[Any]) -> dict[str, Any]:

@@ -31,6 +31,7 @@ ORDER_ROWS = [
     ),
     (
         "lr_cycles",
+        "regrowth",
         "resume",
         "run",
         "cycle",
@@ -42,7 +43,11 @@ ORDER_ROWS = [
         "calibration",
     ),
     ("lr",),
-    ("schedules",),
+    (
+        "schedules.gradual",
+        "schedules.recurrent",
+    ),
+    ("schedules.base",),
     ("storage",),
     (
         "pruners.cap",
@@ -53,6 +58,7 @@ ORDER_ROWS = [
         "pruners.fast_cap",
         "pruners.gradient",
         "pruners.obd",
+        "pruners.drop_and_grow",
         "pruners.magnitude",
         "pruners.random",
         "pruners.scored",
@@ -105,7 +111,7 @@ ORDER_ROWS = [
     ("_version",),
 ]
 ORDER = [name for row in ORDER_ROWS for name in row]
-PACKAGES = {"report", "data", "pruners", "solver", "cpu"}
+PACKAGES = {"report", "data", "schedules", "pruners", "solver", "cpu"}
 HEIGHT = {name: -index for index, name in enumerate(ORDER)}
 HEIGHT |= {package: max(h for n, h in HEIGHT.items() if n.startswith(f"{package}.")) for package in PACKAGES}
 

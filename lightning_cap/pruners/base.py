@@ -181,12 +181,15 @@ class Pruner(ABC):
         samples_per_gradient: Inputs whose mean loss gives one gradient sample.
         num_inputs: Samples whose layer inputs the method wants instead of gradients, 0 for none.
         pattern: Which masks it gives.
+        regrows: Whether masked weights may come back: the masks of its results stand in place of those before, a weight that
+            comes back is zero in the result, and events are run at a sparsity that is reached already, too.
     """
 
     num_gradients: int = 0
     samples_per_gradient: int = 1
     num_inputs: int = 0
     pattern: Pattern = Unstructured()
+    regrows: bool = False
 
     def check(self, targets: Targets) -> None:  # noqa: B027 - optional
         """Refuse targets that do not fit, before anything runs.
@@ -202,6 +205,13 @@ class Pruner(ABC):
             PatternError: ``sparsity`` is not in [0, 1) or not the pattern's own.
         """
         Unstructured().check_sparsity(sparsity)
+
+    def begin_event(self, done: float) -> None:  # noqa: B027 - optional
+        """Hear how far the run is, before each event of a callback.
+
+        Args:
+            done: Events of the run that are done, over all of them: 0 at the first one, below 1.
+        """
 
     def plan(self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, rows_bytes: int = 0) -> EventPlan:
         """What `path` will take, and how it will go about it. Every process must call it.
