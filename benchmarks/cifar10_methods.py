@@ -20,7 +20,7 @@ from lightning_cap.pruners import (
     WoodFisher,
 )
 
-FISHER = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4)
+FISHER = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 RELATIVE = (1e-3, 1e-2, 1e-1)
 MFAC_ROWS = 512
 
