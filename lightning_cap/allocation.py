@@ -1,19 +1,19 @@
-"""From marginal losses and a budget of zeros to how many weights each block loses."""
+"""How the zeros of one model are shared out over its targets."""
 
 from __future__ import annotations
 
+import fnmatch
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from fractions import Fraction
 
-import torch
-from torch import Tensor
+from lightning_cap.errors import ConfigError
 
-from lightning_cap import distributed
-from lightning_cap.cpu.threads import over_blocks
-
-Ranking = Literal["marginal", "cumulative"]
+Shapes = Mapping[str, tuple[int, ...]]
+#: ``[(target names, zeros for them together, existing ones included)]``.
+Budgets = list[tuple[list[str], int]]
 
 
 def budget_of(sparsity: float, numel: int) -> int:
@@ -21,164 +21,228 @@ def budget_of(sparsity: float, numel: int) -> int:
     return int(sparsity * numel + 0.5)
 
 
-def block_scores(losses: Tensor, ranking: Ranking) -> Tensor:
-    """Score of every elimination, non-decreasing along each block, so that a threshold cuts it at a prefix.
-
-    Args:
-        losses: ``(K, B)`` marginal losses by step, infinite past a block's last step.
-        ranking: ``"cumulative"``: the block's summed loss so far (algorithm 1, lines 8-9). ``"marginal"``: the slopes of the
-            lower convex envelope of the block's loss curve (pool adjacent violators), which makes the total predicted
-            loss least.
-
-    Returns:
-        ``(K, B)`` float32, infinite where ``losses`` is.
-    """
-    if ranking == "cumulative":
-        # on the CPU: torch refuses a floating-point cumsum on CUDA where deterministic algorithms are asked for
-        return losses.cpu().double().cumsum(-1).float().to(losses.device)
-    return pool_adjacent_violators(losses)
-
-
-def pool_adjacent_violators(values: Tensor) -> Tensor:
-    """Least-squares non-decreasing fit of each row of ``values`` ``(k, B)``, as float32; infinite entries end a row."""
-    if values.device.type != "cpu":
-        return torch.cat([_pool_in_rounds(chunk) for chunk in values.split(2**13)])
-    from lightning_cap.cpu.pools import pool_rows
-
-    given, out = values.contiguous().numpy(), torch.empty(values.shape)
-    over_blocks(lambda first, last: pool_rows(given, out.numpy(), first, last), len(values))
-    return out
-
-
-def _pool_in_rounds(values: Tensor) -> Tensor:
-    """The same by whole-tensor operations, for a GPU.
-
-    Every row keeps a stack of pools (sum, count); in each round a row either merges its two last pools, if they are out
-    of order, or pushes its next value. Two rounds a value are enough.
-    """
-    k, B = values.shape
-    rows = torch.arange(k, device=values.device)
-    valid = torch.isfinite(values)
-    length = valid.sum(-1)
-    source = torch.where(valid, values, 0.0).double()
-    sums = torch.zeros(k, B + 2, dtype=torch.float64, device=values.device)  # slot -1 and -2: scratch
-    counts = torch.ones(k, B + 2, dtype=torch.float64, device=values.device)
-    top = torch.full((k,), -1, device=values.device)
-    taken = torch.zeros_like(top)
-    for _ in range(2 * B):
-        a, b = (top - 1).clamp_min(0), top.clamp_min(0)
-        merge = (top >= 1) & (sums[rows, a] / counts[rows, a] > sums[rows, b] / counts[rows, b])
-        push = ~merge & (taken < length)
-        total, count = sums[rows, a] + sums[rows, b], counts[rows, a] + counts[rows, b]
-        new = torch.where(push, source[rows, taken.clamp_max(B - 1)], total)
-        slot = torch.where(merge, a, torch.where(push, top + 1, B + 1))
-        sums[rows, slot] = new
-        counts[rows, slot] = torch.where(push, 1.0, count)
-        top = top + push.long() - merge.long()
-        taken = taken + push.long()
-    used = torch.arange(B + 2, device=values.device) <= top.unsqueeze(-1)
-    ends = torch.where(used, counts, 0.0).long().cumsum(-1)
-    position = torch.arange(B, device=values.device).expand(k, B).contiguous()
-    pool = torch.searchsorted(ends, position, right=True).clamp_max(B + 1)
-    return torch.where(valid, (sums / counts).gather(1, pool), torch.inf).float()
-
-
 class Allocation(ABC):
-    """How the zeros of one model are shared out over its targets."""
+    """Splits the zeros over the targets. Subclasses are frozen dataclasses.
+
+    Attributes:
+        min_density: Fraction of its weights that every target keeps at least, in [0, 1), against the collapse of a
+            layer (Gupta et al. 2022, "Global MP"). A target that has fewer already keeps those.
+    """
+
+    min_density: float = 0.0
 
     @abstractmethod
-    def budgets(self, sizes: Mapping[str, int], existing: Mapping[str, int], zeros: int) -> list[tuple[list[str], int]]:
+    def budgets(self, shapes: Shapes, existing: Mapping[str, int], zeros: int) -> Budgets:
         """Split the total into budgets, each for some targets that compete for it.
 
         Args:
-            sizes: Weights of each target.
+            shapes: Shape of each target.
             existing: Zeros that each target has already (they stay).
-            zeros: Zeros in all, existing ones included, ``sum(existing) <= zeros <= sum(sizes)``.
+            zeros: Zeros in all, existing ones included, ``sum(existing) <= zeros <= weights``.
 
         Returns:
-            ``[(target names, zeros for them together, existing included)]``; every target in exactly one entry, the
-            zeros add up to ``zeros``.
+            Every target in exactly one entry; the zeros add up to ``zeros``. Floors hold in entries of one target; where
+            several compete, `most_zeros` says how far each may go.
+
+        Raises:
+            ConfigError: The zeros cannot be placed.
         """
+
+    def check(self, shapes: Shapes) -> None:  # noqa: B027 - optional
+        """Refuse targets that the allocation does not fit, before anything runs.
+
+        Raises:
+            ConfigError: It names targets that are not there.
+        """
+
+    def most_zeros(self, shapes: Shapes, existing: Mapping[str, int]) -> dict[str, int]:
+        """How many zeros each target may have, by its floor."""
+        sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+        kept = {name: math.ceil(Fraction(self.min_density) * size) for name, size in sizes.items()}
+        return {name: max(existing[name], size - kept[name]) for name, size in sizes.items()}
 
 
 @dataclass(frozen=True)
 class Global(Allocation):
-    """All weights of all targets compete."""
+    """All weights of all targets compete.
 
-    def budgets(self, sizes: Mapping[str, int], existing: Mapping[str, int], zeros: int) -> list[tuple[list[str], int]]:
+    Args:
+        min_density: See `Allocation`.
+    """
+
+    min_density: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_floor(self.min_density)
+
+    def budgets(self, shapes: Shapes, existing: Mapping[str, int], zeros: int) -> Budgets:
         """One budget for all."""
-        return [(list(sizes), zeros)]
+        _check_room(sum(self.most_zeros(shapes, existing).values()), zeros, self)
+        return [(list(shapes), zeros)]
 
 
 @dataclass(frozen=True)
 class Uniform(Allocation):
-    """Every target has the same sparsity, up to rounding (largest remainder) and zeros that it has already."""
-
-    def budgets(self, sizes: Mapping[str, int], existing: Mapping[str, int], zeros: int) -> list[tuple[list[str], int]]:
-        """One budget a target."""
-        shares: dict[str, int] = {}
-        open_targets = list(sizes)
-        while True:  # a target with more zeros than its share keeps them; the others share the rest
-            rest = zeros - sum(shares.values())
-            split = _largest_remainder({name: sizes[name] for name in open_targets}, rest)
-            full = [name for name in open_targets if split[name] < existing[name]]
-            if not full:
-                shares.update(split)
-                return [([name], shares[name]) for name in sizes]
-            shares.update({name: existing[name] for name in full})
-            open_targets = [name for name in open_targets if name not in full]
-
-
-def _largest_remainder(sizes: Mapping[str, int], total: int) -> dict[str, int]:
-    """Whole numbers proportional to ``sizes`` that add up to ``total``; earlier names win ties."""
-    whole = sum(sizes.values())
-    shares = {name: size * total // whole for name, size in sizes.items()}
-    by_remainder = sorted(sizes, key=lambda name: -(sizes[name] * total % whole))
-    for name in by_remainder[: total - sum(shares.values())]:
-        shares[name] += 1
-    return shares
-
-
-def smallest(scores: Tensor, count: int, *, sharded: bool = False) -> Tensor:
-    """Mask of the ``count`` smallest entries of ``scores`` ``(K, B)``; ties go to the earlier block, then the earlier step.
-
-    With scores that do not decrease along a block, the selection is a prefix of every block. The exact threshold is found from
-    two histograms of 65,536 bins, of the upper and the lower halves of the numbers' bits, so that processes need to
-    exchange no scores.
+    """Every target has the same sparsity, up to rounding (largest remainder), its floor and zeros that it has already.
 
     Args:
-        scores: Float32, not negative.
-        count: Of all processes together, if ``sharded``.
-        sharded: Every process has some of the blocks, in order of rank; all must call.
+        min_density: See `Allocation`.
     """
-    chosen = torch.zeros_like(scores, dtype=torch.bool)
-    total = scores.numel()
-    if sharded:
-        total = sum(distributed.gather_counts(total, scores.device))
-    count = min(count, total)
-    if count <= 0:
-        return chosen
-    keys = (scores.reshape(-1).float() + 0.0).view(torch.int32)  # as whole numbers in the same order; no negative zero
-    upper, before = _bin_of(keys >> 16, count, sharded)
-    inside = keys[(keys >> 16) == upper] & 0xFFFF
-    lower, below = _bin_of(inside, count - before, sharded)
-    threshold = (upper << 16) | lower
-    flat = chosen.view(-1)
-    torch.lt(keys, threshold, out=flat)
-    ties = (keys == threshold).nonzero().squeeze(1)
-    wanted = count - before - below
-    if sharded:
-        counts = distributed.gather_counts(len(ties), scores.device)
-        wanted -= sum(counts[: distributed.rank()])
-    flat[ties[: max(0, wanted)]] = True
-    return chosen
+
+    min_density: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_floor(self.min_density)
+
+    def budgets(self, shapes: Shapes, existing: Mapping[str, int], zeros: int) -> Budgets:
+        """One budget a target."""
+        most = self.most_zeros(shapes, existing)
+        _check_room(sum(most.values()), zeros, self)
+        sizes = {name: Fraction(math.prod(shape)) for name, shape in shapes.items()}
+        return [([name], share) for name, share in share_out(sizes, existing, most, zeros).items()]
 
 
-def _bin_of(keys: Tensor, count: int, sharded: bool) -> tuple[int, int]:
-    """The key ``< 2**16`` that the ``count``-th smallest has, and how many are smaller than that."""
-    histogram = torch.bincount(keys, minlength=2**16)
-    if sharded:
-        histogram = distributed.sum_over_ranks(histogram)
-    sums = histogram.cumsum(0)
-    found = int(torch.searchsorted(sums, count))
-    return found, int(sums[found - 1]) if found else 0
+@dataclass(frozen=True)
+class ERK(Allocation):
+    """Erdős-Rényi kernel: larger layers are sparser (Evci et al. 2020, section 3, after Mocanu et al. 2018).
+
+    The density of a target is proportional to the sum of its dimensions over their product, ``(O + I + kH + kW) / (O·I·kH·kW)``;
+    targets that would be more than dense stay dense, and the others share the rest.
+
+    Args:
+        min_density: See `Allocation`.
+    """
+
+    min_density: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_floor(self.min_density)
+
+    def budgets(self, shapes: Shapes, existing: Mapping[str, int], zeros: int) -> Budgets:
+        """One budget a target."""
+        most = self.most_zeros(shapes, existing)
+        _check_room(sum(most.values()), zeros, self)
+        sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+        wanted = {name: Fraction(sum(shape)) for name, shape in shapes.items()}  # kept weights: density times size
+        lower = {name: sizes[name] - most[name] for name in sizes}
+        upper = {name: sizes[name] - existing[name] for name in sizes}
+        kept = share_out(wanted, lower, upper, sum(sizes.values()) - zeros)
+        return [([name], sizes[name] - kept[name]) for name in sizes]
+
+
+@dataclass(frozen=True)
+class PerTarget(Allocation):
+    """Given sparsities for some targets; the others compete for what is left of the total.
+
+    A target's own name goes before a glob, and an earlier glob before a later one. If all targets are named, the total
+    that is asked for must be the map's own (within half a percent, which is spread over them).
+
+    Args:
+        sparsities: Glob or name of a target -> its sparsity in [0, 1).
+        min_density: Floor of the targets that are not named. See `Allocation`.
+
+    Raises:
+        ConfigError: A sparsity is not one.
+    """
+
+    sparsities: dict[str, float] = field(default_factory=dict)
+    min_density: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_floor(self.min_density)
+        for glob, sparsity in self.sparsities.items():
+            if isinstance(sparsity, bool) or not 0 <= sparsity < 1:
+                raise ConfigError(f"sparsities[{glob!r}]={sparsity!r}: give a fraction of zeros in [0, 1).")
+
+    def check(self, shapes: Shapes) -> None:
+        """Refuse globs that match no target."""
+        for glob in self.sparsities:
+            if not any(glob == name or fnmatch.fnmatchcase(name, glob) for name in shapes):
+                raise ConfigError(
+                    f"sparsities: {glob!r} matches none of the {len(shapes)} targets, first {next(iter(shapes))!r}. Name "
+                    "targets, or leave it out."
+                )
+
+    def budgets(self, shapes: Shapes, existing: Mapping[str, int], zeros: int) -> Budgets:
+        """One budget for each named target, and one for all others."""
+        self.check(shapes)
+        sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+        given = {name: self._given(name) for name in shapes}
+        named = {n: max(existing[n], budget_of(s, sizes[n])) for n, s in given.items() if s is not None}
+        others = {n: shape for n, shape in shapes.items() if n not in named}
+        rest = zeros - sum(named.values())
+        if not others and abs(rest) <= 0.005 * sum(sizes.values()):
+            wanted = {n: Fraction(max(1, count)) for n, count in named.items()}
+            return [([n], share) for n, share in share_out(wanted, existing, sizes, zeros).items()]
+        low = sum(existing[n] for n in others)
+        high = sum(self.most_zeros(others, existing).values())
+        if not low <= rest <= high:
+            numel, fixed = sum(sizes.values()), sum(named.values())
+            raise ConfigError(
+                f"sparsities: the named targets have {fixed} zeros, so the whole can have a sparsity from "
+                f"{(fixed + low) / numel:.4f} to {(fixed + high) / numel:.4f}, not "
+                f"{zeros / numel:.4f}. Ask for one of those, or change the map."
+            )
+        return [([n], count) for n, count in named.items()] + ([(list(others), rest)] if others else [])
+
+    def most_zeros(self, shapes: Shapes, existing: Mapping[str, int]) -> dict[str, int]:
+        """By the floor; named targets have their own sparsity instead."""
+        most = super().most_zeros(shapes, existing)
+        return {n: size if self._given(n) is None else math.prod(shapes[n]) for n, size in most.items()}
+
+    def _given(self, name: str) -> float | None:
+        if name in self.sparsities:
+            return self.sparsities[name]
+        return next((s for glob, s in self.sparsities.items() if fnmatch.fnmatchcase(name, glob)), None)
+
+
+def check_floor(min_density: float) -> None:
+    """Refuse a floor that is not one.
+
+    Raises:
+        ConfigError: ``min_density`` is not in [0, 1).
+    """
+    if isinstance(min_density, bool) or not 0 <= min_density < 1:
+        raise ConfigError(
+            f"min_density={min_density!r}: give the fraction of weights that every target keeps, in [0, 1)."
+        )
+
+
+def _check_room(most: int, zeros: int, allocation: Allocation) -> None:
+    if most < zeros:
+        raise ConfigError(
+            f"min_density={allocation.min_density:g} leaves room for {most} zeros, but the sparsity asks for {zeros}. Lower one of "
+            "them."
+        )
+
+
+def share_out(
+    wanted: Mapping[str, Fraction], lower: Mapping[str, int], upper: Mapping[str, int], total: int
+) -> dict[str, int]:
+    """Whole numbers proportional to ``wanted`` within bounds that add up to ``total``.
+
+    Exact: names at a bound are fixed there and the others share the rest, until none breaks a bound; fractions are
+    then rounded by largest remainder, earlier names first.
+
+    Args:
+        wanted: Positive.
+        lower: At least so many each.
+        upper: At most so many each.
+        total: ``sum(lower) <= total <= sum(upper)``.
+    """
+    fixed: dict[str, int] = {}
+    while True:
+        free = [name for name in wanted if name not in fixed]
+        rest, whole = total - sum(fixed.values()), sum(wanted[name] for name in free)
+        shares = {name: rest * wanted[name] / whole for name in free}
+        low = {name: lower[name] for name in free if shares[name] < lower[name]}
+        high = {name: upper[name] for name in free if shares[name] > upper[name]}
+        if not low and not high:
+            break
+        excess = sum(low[n] - shares[n] for n in low) - sum(shares[n] - high[n] for n in high)
+        fixed.update({**(low if excess >= 0 else {}), **(high if excess <= 0 else {})})
+    out = {name: math.floor(share) for name, share in shares.items()}
+    by_remainder = sorted(free, key=lambda name: out[name] - shares[name])
+    for name in by_remainder[: rest - sum(out.values())]:
+        out[name] += 1
+    return {name: fixed[name] if name in fixed else out[name] for name in wanted}

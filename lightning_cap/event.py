@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +22,7 @@ from lightning_cap.distributed import check_equal_on_all_ranks
 from lightning_cap.errors import ConfigError
 from lightning_cap.gradients import GradientCollector, rows_at_once
 from lightning_cap.hooks import Progress
+from lightning_cap.layer_inputs import InputCollector
 from lightning_cap.masks import MaskSet
 from lightning_cap.planning import EventPlan
 from lightning_cap.pruners.base import Pruner, PruneResult, PruningPath
@@ -42,6 +43,7 @@ class EventReport:
         gradients: Gradient samples used, in all.
         skipped: Gradient samples left out as not finite.
         seconds: Seconds of each phase (plan, collect, solve, apply).
+        grown: Weights that came back.
         peak_bytes: Planned peak extra memory on the device of the weights.
         stats: The pruner's own numbers, of the last recomputation.
     """
@@ -50,6 +52,7 @@ class EventReport:
     predicted_loss: float = 0.0
     gradients: int = 0
     skipped: int = 0
+    grown: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("plan", "collect", "solve", "apply"), 0.0))
     peak_bytes: int = 0
     stats: Mapping[str, float] = field(default_factory=dict)
@@ -66,6 +69,10 @@ class PruningEvent:
         masks: Weights that are pruned already; updated by `run`.
         seed: First part of the key that samples and augmentation are drawn by.
         progress: ``progress(phase, done, total)``.
+
+    Attributes:
+        report: What it did.
+        grown: ``{target: bool (*shape)}``, True where a masked weight came back.
     """
 
     def __init__(
@@ -82,12 +89,13 @@ class PruningEvent:
         self._targets, self._masks, self._seed, self._progress = targets, masks, seed, progress
         self._source = TimedSource(())
         self.report = EventReport()
+        self.grown: dict[str, Tensor] = {}
 
-    def run(self, sparsities: Iterable[float], position: int) -> int:
+    def run(self, sparsities: Sequence[float], position: int) -> int:
         """Prune to each sparsity in turn, with fresh gradients each time, and apply the result.
 
         Args:
-            sparsities: Rising, one for each recomputation.
+            sparsities: One for each recomputation, rising unless the pruner regrows. None at all lifts every mask.
             position: Sampler position: how many collections the run has made before.
 
         Returns:
@@ -105,12 +113,21 @@ class PruningEvent:
                 self.report.predicted_loss += result.predicted_loss
                 self.report.stats = result.stats
                 position += 1
-            self._masks.update(masks)
+            self._put(masks, lifted=not sparsities)
         except BaseException:
             self._targets.restore(before)
             raise
         self.report.sparsity = self._masks.global_sparsity
+        self.report.grown = sum(int(back.sum()) for back in self.grown.values())
         return position
+
+    def _put(self, masks: Mapping[str, Tensor], lifted: bool) -> None:
+        if lifted:
+            self.grown = self._masks.lift()
+        elif self._pruner.regrows:
+            self.grown = self._masks.replace(masks)
+        else:
+            self._masks.update(masks)
 
     def path(self, position: int, masks: Mapping[str, Tensor], rows: GradientSource | None = None) -> PruningPath:
         """Collect gradients and solve; the caller closes the path. Nothing in the module changes.
@@ -121,20 +138,17 @@ class PruningEvent:
             rows: Read these instead of collecting, such as rows that several pruners share.
         """
         started = time.perf_counter()
-        source = self.source(position) if rows is None else rows
+        source = self.collector(position) if rows is None else rows
         self.report.peak_bytes = self._plan(source, masks).peak_bytes
         self.report.seconds["plan"] += time.perf_counter() - started
-        self._source = TimedSource(source, self._calibrating if rows is None else nullcontext)
+        context = self._calibrating if rows is None else nullcontext
+        self._source = TimedSource(source if source is not None else (), context)
         with self._timed("solve"), torch.inference_mode(False):
             path = self._pruner.path(self._targets, self._source, masks, progress=self._progress)
-        if isinstance(source, GradientCollector):
+        if isinstance(source, (GradientCollector, InputCollector)):
             self.report.gradients += source.collected
             self.report.skipped += source.skipped
         return path
-
-    def source(self, position: int) -> GradientSource:
-        """What the pruner asks for, at a sampler position: the one place where that is chosen."""
-        return self.collector(position) if self._pruner.num_gradients else ()
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -149,7 +163,7 @@ class PruningEvent:
 
     def rehearse(self, position: int) -> None:
         """Plan, and compute one gradient that is thrown away: what cannot work is to fail before training begins."""
-        collector = self.collector(position) if self._pruner.num_gradients else None
+        collector = self.collector(position)
         rank_zero_info(f"Pruning events: {self._plan(collector, self._masks)}")
         if collector is None:
             return
@@ -159,29 +173,33 @@ class PruningEvent:
             if first is not None:
                 collector.probe(first)
 
-    def collector(self, position: int) -> GradientCollector:
-        """The source of gradient rows at a sampler position."""
+    def collector(self, position: int) -> GradientCollector | InputCollector | None:
+        """The source of what the pruner wants, at a sampler position: gradient rows, layer inputs or nothing."""
+        pruner = self._pruner
+        batches = _Repeat(
+            lambda: ready_batches(self._trainer, self._module, self._batches(position), (self._seed, position, COMPUTE))
+        )
+        given = self._module, self._targets, calibration_loss(self._module), batches
+        context = precision_context(self._trainer)
+        if pruner.num_inputs:
+            return InputCollector(*given, pruner.num_inputs, context=context, progress=self._progress)
+        if not pruner.num_gradients:
+            return None
         return GradientCollector(
-            self._module,
-            self._targets,
-            calibration_loss(self._module),
-            _Repeat(
-                lambda: ready_batches(
-                    self._trainer, self._module, self._batches(position), (self._seed, position, COMPUTE)
-                )
-            ),
-            self._pruner.num_gradients,
-            self._pruner.samples_per_gradient,
-            context=precision_context(self._trainer),
+            *given,
+            pruner.num_gradients,
+            pruner.samples_per_gradient,
+            context=context,
             scale=_loss_scale(self._trainer),
             progress=self._progress,
         )
 
     def _batches(self, position: int) -> CalibrationBatches:
+        pruner = self._pruner
         return CalibrationBatches(
             calibration_source(self._trainer, self._module),
-            self._pruner.num_gradients * self._pruner.samples_per_gradient,
-            self._pruner.samples_per_gradient,
+            pruner.num_inputs or pruner.num_gradients * pruner.samples_per_gradient,
+            1 if pruner.num_inputs else pruner.samples_per_gradient,
             self._seed,
             position,
             rows_at_once(self._targets),

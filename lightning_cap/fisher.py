@@ -33,7 +33,7 @@ class FisherBlocks:
         device: Where to hand them out.
     """
 
-    def __init__(self, sums: _Sums, scale: float, device: torch.device) -> None:
+    def __init__(self, sums: BlockSums, scale: float, device: torch.device) -> None:
         self._sums, self._scale, self.device = sums, scale, device
 
     def __len__(self) -> int:
@@ -97,10 +97,13 @@ class EmpiricalFisher:
         home = home or device
         if home != device:
             storage = "packed"  # added up by a thread of its own, which must not touch torch's settings
-        make = _PackedSums if resolve_storage(storage, home) == "packed" else _FullSums
-        self._sums = make(len(self._selection), layout.block_size, home, allow_tf32)
+        self._sums = self._make_sums(storage, home, allow_tf32)
         shape = (row_chunk, len(self._selection), layout.block_size)
         self._rows: Rows = DirectRows(shape, home) if home == device else StagedRows(shape, device)
+
+    def _make_sums(self, storage: Storage, home: torch.device, allow_tf32: bool) -> BlockSums:
+        make = _PackedSums if resolve_storage(storage, home) == "packed" else _FullSums
+        return make(len(self._selection), self._layout.block_size, home, allow_tf32)
 
     @torch.no_grad()
     def update(self, chunk: Mapping[str, Tensor]) -> None:
@@ -192,7 +195,7 @@ def update_bytes(num_blocks: int, block_size: int, storage: Storage, home: torch
     return 2 * 4 * min(num_blocks, max(1, _TEMPORARY_FLOATS // block_size**2)) * block_size**2
 
 
-class _Sums(ABC):
+class BlockSums(ABC):
     """``Σ g gᵀ`` of ``K'`` blocks."""
 
     device: torch.device
@@ -213,7 +216,7 @@ class _Sums(ABC):
         """``(K', B)``."""
 
 
-class _FullSums(_Sums):
+class _FullSums(BlockSums):
     def __init__(self, num_blocks: int, block_size: int, device: torch.device, allow_tf32: bool) -> None:
         self._sums = torch.zeros(num_blocks, block_size, block_size, device=device)
         self._tf32, self.device = allow_tf32, device
@@ -234,7 +237,7 @@ class _FullSums(_Sums):
         return self._sums.diagonal(dim1=-2, dim2=-1)
 
 
-class _PackedSums(_Sums):
+class _PackedSums(BlockSums):
     """Triangles, ``(K', B (B + 1) / 2)``; in the order of `lightning_cap.cpu.packed` on the CPU."""
 
     def __init__(self, num_blocks: int, block_size: int, device: torch.device, allow_tf32: bool) -> None:

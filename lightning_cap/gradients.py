@@ -146,7 +146,7 @@ class GradientCollector:
     def _next(self, own: Iterator[Any]) -> tuple[Any, int]:
         """This rank's next batch, and how many gradient samples are in it."""
         batch = next(own, None)
-        size = _batch_size(batch, required=False) if batch is not None else 0
+        size = batch_size(batch, required=False) if batch is not None else 0
         return batch, 0 if batch is None else 1 if size is None or size <= self._samples else size // self._samples
 
     def _finite_rows(self, batch: Any, most: int) -> tuple[dict[str, Tensor], int]:
@@ -200,7 +200,7 @@ class GradientCollector:
             self.probe(batch)
             self._checked = True
         if self._vmap:
-            size = _batch_size(batch)
+            size = batch_size(batch)
             start, stop = 0, min(size, most)
             while start < stop:
                 end = min(start + self._at_once, stop)
@@ -235,7 +235,7 @@ class GradientCollector:
         )
 
     def _split(self, batch: Any, most: int) -> Iterator[Any]:
-        size = _batch_size(batch, required=False)
+        size = batch_size(batch, required=False)
         if size is None or size <= self._samples:
             yield batch
             return
@@ -267,7 +267,7 @@ class GradientCollector:
 
     def _vmap_rows(self, batch: Any) -> dict[str, Tensor]:
         leaves, spec = pytree.tree_flatten(batch)
-        size = _batch_size(batch)
+        size = batch_size(batch)
         dims = [0 if _is_batched(leaf, size) else None for leaf in leaves]
         tensors = [leaf for leaf, dim in zip(leaves, dims, strict=True) if dim == 0]
         names = list(self._targets)
@@ -313,7 +313,8 @@ def _is_batched(leaf: Any, size: int) -> bool:
     return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size
 
 
-def _batch_size(batch: Any, required: bool = True) -> Any:
+def batch_size(batch: Any, required: bool = True) -> Any:
+    """Samples in a batch, dim 0 of its first tensor; None if there is none and it is not ``required``."""
     for leaf in pytree.tree_leaves(batch):
         if isinstance(leaf, Tensor) and leaf.dim() > 0:
             return leaf.shape[0]

@@ -23,6 +23,7 @@ class BlockLayout:
         shapes: Shape of each target, in order.
         block_size: ``B``.
         group_size: Weights in one group of the pattern, 1 for none.
+        by_row: No block spans two output rows (dim 0) either: the last block of every row is padded.
 
     Raises:
         ConfigError: ``block_size`` < 1, or not a multiple of ``group_size``.
@@ -32,6 +33,7 @@ class BlockLayout:
     shapes: Mapping[str, tuple[int, ...]]
     block_size: int
     group_size: int = 1
+    by_row: bool = False
 
     def __post_init__(self) -> None:
         if self.block_size < 1:
@@ -54,7 +56,7 @@ class BlockLayout:
         """Target name -> its range of blocks."""
         spans, first = {}, 0
         for name, shape in self.shapes.items():
-            count = -(-_numel(shape) // self.block_size)
+            count = self._blocks_of(shape)
             spans[name] = slice(first, first + count)
             first += count
         return spans
@@ -62,7 +64,12 @@ class BlockLayout:
     @property
     def num_blocks(self) -> int:
         """``K``."""
-        return sum(-(-_numel(shape) // self.block_size) for shape in self.shapes.values())
+        return sum(self._blocks_of(shape) for shape in self.shapes.values())
+
+    def _blocks_of(self, shape: tuple[int, ...]) -> int:
+        if not self.by_row:
+            return -(-_numel(shape) // self.block_size)
+        return shape[0] * -(-_numel(shape[1:]) // self.block_size)
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -92,6 +99,8 @@ class BlockLayout:
         for name, span in self.spans.items():
             shape = self.shapes[name]
             flat = blocks[span].reshape(-1)[: _numel(shape)]
+            if self.by_row:
+                flat = blocks[span].reshape(shape[0], -1)[:, : _numel(shape[1:])].reshape(-1)
             out[name] = self._from_layout(flat, shape)
         return out
 
@@ -101,7 +110,12 @@ class BlockLayout:
         return self.pack(ones, torch.bool, device)
 
     def _to_layout(self, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
-        return rows.movedim(2, -1) if self.group_size > 1 and len(shape) > 2 else rows
+        """``(n, *shape)`` in the order of the blocks, each row of it padded if need be."""
+        rows = rows.movedim(2, -1) if self.group_size > 1 and len(shape) > 2 else rows
+        if self.by_row:
+            rows = rows.flatten(2) if rows.dim() > 2 else rows.unsqueeze(-1)
+            rows = torch.nn.functional.pad(rows, (0, -rows.shape[-1] % self.block_size))
+        return rows
 
     def _from_layout(self, flat: Tensor, shape: tuple[int, ...]) -> Tensor:
         if self.group_size > 1 and len(shape) > 2:

@@ -15,8 +15,11 @@ from torch.utils import _pytree as pytree
 from lightning_cap.errors import ConfigError
 from lightning_cap.gradients import GradientCollector
 from lightning_cap.hooks import Progress
+from lightning_cap.layer_inputs import InputCollector
 from lightning_cap.masks import MaskSet
 from lightning_cap.pruners import CAP, Pruner, PruneResult
+from lightning_cap.pruners.base import refuse_regrowth
+from lightning_cap.sources import GradientSource
 from lightning_cap.stepping import undisturbed
 from lightning_cap.targets import Targets
 
@@ -55,6 +58,7 @@ def prune(
     pruner = pruner or CAP()
     if num_recomputations < 1:
         raise ConfigError(f"num_recomputations={num_recomputations}: give a whole number of at least 1.")
+    refuse_regrowth(pruner)
     pruner.check_sparsity(sparsity)
     targets = Targets.from_model(model, include, exclude)
     pruner.check(targets)
@@ -74,16 +78,14 @@ def prune(
                 goal = (
                     sparsity if step == num_recomputations else start + (sparsity - start) * step / num_recomputations
                 )
-                source = GradientCollector(
-                    model,
-                    targets,
-                    loss_fn,
-                    _OnDevice(batches, device),
-                    pruner.num_gradients,
-                    pruner.samples_per_gradient,
-                    progress=show,
-                )
-                with pruner.path(targets, source if pruner.num_gradients else (), masks, progress=show) as path:
+                given = model, targets, loss_fn, _OnDevice(batches, device)
+                source: GradientSource = ()
+                if pruner.num_inputs:
+                    source = InputCollector(*given, pruner.num_inputs, progress=show)
+                elif pruner.num_gradients:
+                    counts = pruner.num_gradients, pruner.samples_per_gradient
+                    source = GradientCollector(*given, *counts, progress=show)
+                with pruner.path(targets, source, masks, progress=show) as path:
                     result = path.at(goal)
                 result.apply(targets)
                 masks.update(result.masks)

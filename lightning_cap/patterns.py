@@ -1,13 +1,16 @@
-"""Which masks are allowed: unstructured, or N of every M consecutive inputs."""
+"""Which masks are allowed: unstructured, N of every M consecutive inputs, whole groups of inputs, or whole output rows."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from lightning_cap.errors import PatternError
+from lightning_cap.targets import Targets
 
 
 class Pattern(ABC):
@@ -28,6 +31,16 @@ class Pattern(ABC):
         return None
 
     @property
+    def whole_groups(self) -> bool:
+        """Whether the weights of a group go together."""
+        return False
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether a block of consecutive weights is enough to enforce it."""
+        return True
+
+    @property
     @abstractmethod
     def sparsity(self) -> float | None:
         """The one sparsity that the pattern gives, or None if any can be had."""
@@ -43,9 +56,44 @@ class Pattern(ABC):
             ``(k, B)`` bool, a subset of ``alive``.
         """
 
+    def least(self, scores: Tensor, alive: Tensor) -> Tensor:
+        """The weights of least score that go when every group is pruned as far as the pattern has it, one by one.
+
+        Args:
+            scores: ``(k, B)``.
+            alive: ``(k, B)`` bool.
+
+        Returns:
+            ``(k, B)`` bool, a subset of ``alive``.
+        """
+        size = self.group_size
+        values, left = scores.reshape(-1, size), alive.reshape(-1, size).clone()
+        for _ in range(size):
+            candidates = self.candidates(left)
+            least = values.masked_fill(~candidates, torch.inf).argmin(-1, keepdim=True)
+            left.scatter_(1, least, left.gather(1, least) & ~candidates.gather(1, least))
+        return alive & ~left.view(alive.shape)
+
     @abstractmethod
     def holds(self, kept: Tensor) -> bool:
         """Whether a finished mask ``kept`` ``(K, B)`` (False on padding) obeys the pattern."""
+
+    def units(self, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """The weights that go together.
+
+        Args:
+            rows: ``(k, B)``, the blocks of one target.
+            shape: Of the target.
+
+        Returns:
+            A view ``(U, size)``; one weight a unit unless the pattern says otherwise.
+        """
+        return rows.reshape(-1, self.group_size if self.whole_groups else 1)
+
+    def broken(self, kept: Tensor, shape: tuple[int, ...]) -> int:
+        """How many units of a target's finished mask ``(k, B)`` (False on padding) break the pattern."""
+        groups = kept.reshape(-1, self.group_size)
+        return sum(not self.holds(group.unsqueeze(0)) for group in groups) if not self.holds(kept) else 0
 
     def check_sparsity(self, sparsity: float) -> None:
         """Refuse a sparsity that the pattern cannot give.
@@ -143,7 +191,130 @@ class NofM(Pattern):
 
     def holds(self, kept: Tensor) -> bool:
         """Whether no group keeps more than ``n``."""
-        return bool((kept.reshape(*kept.shape[:-1], -1, self.m).sum(-1) <= self.n).all())
+        return self.broken(kept, ()) == 0
+
+    def broken(self, kept: Tensor, shape: tuple[int, ...]) -> int:
+        """Groups that keep more than ``n``."""
+        return int((kept.reshape(-1, self.m).sum(-1) > self.n).sum())
+
+
+@dataclass(frozen=True)
+class BlockOf(Pattern):
+    """Groups of ``n`` consecutive inputs of an output row go or stay together, 4 by default ("block-4" of Kurtic et al. 2022).
+
+    Groups lie as those of `NofM`. The number of zeros is the largest one of whole groups that is not above the one asked for.
+
+    Args:
+        n: Weights in a group, at least 2.
+
+    Raises:
+        PatternError: ``n`` is not such a number.
+    """
+
+    n: int = 4
+
+    def __post_init__(self) -> None:
+        if isinstance(self.n, bool) or not isinstance(self.n, int) or self.n < 2:
+            raise PatternError(f"n={self.n!r}: a group has a whole number of at least 2 weights, such as BlockOf(4).")
+
+    @property
+    def group_size(self) -> int:
+        """``n``."""
+        return self.n
+
+    @property
+    def whole_groups(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
+    def sparsity(self) -> None:
+        """None: any sparsity of whole groups can be had."""
+        return
+
+    def candidates(self, alive: Tensor) -> Tensor:
+        """All that are alive; solvers remove a group at a time."""
+        return alive
+
+    def holds(self, kept: Tensor) -> bool:
+        """Whether every group is kept or gone as a whole."""
+        return self.broken(kept, ()) == 0
+
+    def broken(self, kept: Tensor, shape: tuple[int, ...]) -> int:
+        """Groups that are kept in part."""
+        groups = kept.reshape(-1, self.n)
+        return int((groups.any(-1) & ~groups.all(-1)).sum())
+
+
+@dataclass(frozen=True)
+class OutputRows(Pattern):
+    """Whole output rows: neurons of a Linear layer, output channels of a convolution (structured pruning).
+
+    Rows are compared by their saliency a weight; rows of all targets compete, unless the allocation says otherwise. Shapes do
+    not change: a row of zeros stays in the model.
+    """
+
+    @property
+    def group_size(self) -> int:
+        """1: any flattening will do."""
+        return 1
+
+    @property
+    def whole_groups(self) -> bool:
+        """Yes: rows."""
+        return True
+
+    @property
+    def in_blocks(self) -> bool:
+        """No: a row may span many blocks."""
+        return False
+
+    @property
+    def sparsity(self) -> None:
+        """None: any sparsity of whole rows can be had."""
+        return
+
+    def candidates(self, alive: Tensor) -> Tensor:
+        """All that are alive."""
+        return alive
+
+    def holds(self, kept: Tensor) -> bool:
+        """Whether the rows of ``kept``, those of the weight matrix here, are kept or gone as a whole."""
+        return self.broken(kept, tuple(kept.shape)) == 0
+
+    def units(self, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Output rows, ``(O, weights in a row)``, of blocks without padding."""
+        return rows.reshape(shape[0], -1)
+
+    def broken(self, kept: Tensor, shape: tuple[int, ...]) -> int:
+        """Rows that are kept in part."""
+        rows = kept.reshape(-1)[: torch.Size(shape).numel()].reshape(shape[0], -1)
+        return int((rows.any(-1) & ~rows.all(-1)).sum())
+
+
+def check_pattern(targets: Targets, pattern: Pattern, masks: Mapping[str, Tensor] | None = None) -> None:
+    """Verify a whole model: every target's zeros obey the pattern.
+
+    Args:
+        targets: The weights, e.g. ``Targets.from_model(model)``.
+        pattern: What they are to obey.
+        masks: ``{target: (*shape)}`` bool to look at instead of the zeros of the weights.
+
+    Raises:
+        PatternError: Some do not; the message counts them.
+        TargetError: A target does not fit the pattern.
+    """
+    layout = targets.blocks(pattern.group_size, pattern.group_size)
+    kept = masks or {name: weight != 0 for name, weight in targets.weights().items()}
+    packed = layout.pack({name: kept[name] for name in targets}, torch.bool, targets.device)
+    counts = {n: pattern.broken(packed[span], layout.shapes[n]) for n, span in layout.spans.items()}
+    bad = {name: count for name, count in counts.items() if count}
+    if bad:
+        shown = ", ".join(f"{name!r} ({count})" for name, count in list(bad.items())[:4])
+        raise PatternError(
+            f"pattern: {sum(bad.values())} groups in {len(bad)} of {len(counts)} targets break {pattern}: {shown}"
+            f"{', ...' if len(bad) > 4 else ''}. Prune the model with this pattern, or check against the one it was pruned with."
+        )
 
 
 def how_to_write(value: object) -> str:
@@ -167,3 +338,17 @@ def as_pattern(value: Pattern | int | str | None) -> Pattern:
     if isinstance(value, Pattern):
         return value
     raise PatternError(f"pattern={value!r} is not a pattern. {how_to_write(value)}")
+
+
+def in_blocks(pattern: Pattern, method: str) -> Pattern:
+    """``pattern`` itself, for a method that works inside blocks of consecutive weights.
+
+    Raises:
+        PatternError: Blocks cannot enforce it.
+    """
+    if not pattern.in_blocks:
+        raise PatternError(
+            f"pattern={pattern}: {method} works inside blocks of consecutive weights, which do not hold whole rows. Use "
+            "DiagonalFisher, GradientTimesWeight, Taylor, Magnitude or Random with it."
+        )
+    return pattern

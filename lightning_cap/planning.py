@@ -108,6 +108,10 @@ class Sizes:
         """The rows; with several processes also those that are sent and those that are received."""
         return self.rows_bytes * (1 if self.ranks == 1 else 3)
 
+    def _kept(self, blocks: int, storage: Storage, home: torch.device) -> int:
+        """Of the Fisher."""
+        return fisher_bytes(blocks, self.block_size, storage, home)
+
     def _buffer(self, blocks: int) -> int:
         return 4 * self.row_chunk * blocks * self.block_size
 
@@ -132,11 +136,11 @@ class Sizes:
         temporary = update_bytes(blocks, self.block_size, self.storage, device)
         collect = held + self._buffer(blocks) + temporary + self._source()
         solve = _SOLVED * entries + self._work(device, min(chunk, max(1, blocks)))
-        return fisher_bytes(blocks, self.block_size, self.storage, device) + max(collect, solve)
+        return self._kept(blocks, self.storage, device) + max(collect, solve)
 
     def offloaded(self, blocks: int, device: torch.device, chunk: int) -> tuple[int, int]:
         """Peak memory of the device and of the host, with the Fisher on the host."""
-        kept = fisher_bytes(blocks, self.block_size, "packed", CPU)
+        kept = self._kept(blocks, "packed", CPU)
         entries = self.num_blocks * self.block_size
         on_device = max(_FIRST_PASS * entries + 3 * self._source(), _SOLVED * entries + self._work(device, chunk))
         return on_device, kept + 2 * self._buffer(blocks) + 4 * chunk * self.block_size**2

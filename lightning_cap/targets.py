@@ -127,9 +127,10 @@ class Targets(Mapping[str, Tensor]):
         for name, weight in weights.items():
             self._weights[name].copy_(weight)
 
-    def blocks(self, block_size: int, group_size: int = 1) -> BlockLayout:
+    def blocks(self, block_size: int, group_size: int = 1, by_row: bool = False) -> BlockLayout:
         """The block view. See `BlockLayout`."""
-        return BlockLayout({name: tuple(w.shape) for name, w in self._weights.items()}, block_size, group_size)
+        shapes = {name: tuple(w.shape) for name, w in self._weights.items()}
+        return BlockLayout(shapes, block_size, group_size, by_row)
 
 
 def _named_parameters(model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:

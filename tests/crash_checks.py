@@ -167,7 +167,7 @@ def check_same_end(expected: Path, folder: Path, ranks: int = 1) -> None:
         ends = [load(f / f"end-{rank}.pt", f) for f in (expected, folder)]
         batches = [end.pop("batches") for end in ends]
         same(*ends)
-        assert not batches[1] or batches[0] == batches[1]  # empty if there was nothing left to train
+        assert batches[0][len(batches[0]) - len(batches[1]) :] == batches[1]  # fewer if little was left to train
     assert events(expected) == events(folder)
     for path in [expected / "last.ckpt", *(expected / "pruned").glob("*.ckpt")]:
         same(load(path, expected), load(folder / path.relative_to(expected), folder), path.name)

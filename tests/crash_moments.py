@@ -18,7 +18,7 @@ from lightning.pytorch.plugins import TorchCheckpointIO
 from toy import Toy
 
 import lightning_cap.event_log as event_log
-import lightning_cap.pruners.cap as cap_module
+import lightning_cap.pruners.blockwise as blockwise_module
 from lightning_cap import storage
 from lightning_cap.gradients import GradientCollector
 from lightning_cap.masks import MaskSet
@@ -75,8 +75,8 @@ def install(moments: Moments, folder: Path, elsewhere: bool) -> None:
         ("train", torch.optim.AdamW, "step"),
         ("validate", Toy, "validation_step"),
         ("solve", eliminate_module, "_eliminate_chunk"),
-        ("reconstruct", cap_module, "reconstruct"),
-        ("exchange", cap_module, "gather_rows"),
+        ("reconstruct", blockwise_module, "reconstruct"),
+        ("exchange", blockwise_module, "gather_rows"),
         ("log", event_log, "append_json_line"),
         ("remove", TorchCheckpointIO, "remove_checkpoint"),
         ("load", TorchCheckpointIO, "load_checkpoint"),

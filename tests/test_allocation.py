@@ -10,15 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.isotonic import isotonic_regression
 
-from lightning_cap.allocation import (
-    Global,
-    Uniform,
-    _pool_in_rounds,
-    block_scores,
-    budget_of,
-    pool_adjacent_violators,
-    smallest,
-)
+from lightning_cap.allocation import Global, Uniform, budget_of
+from lightning_cap.ranking import _pool_in_rounds, block_scores, pool_adjacent_violators, smallest
 
 LOSS = st.one_of(
     st.floats(0, 10, width=32, allow_subnormal=False),
@@ -156,8 +149,9 @@ def test_budgets_add_up_and_never_undo_a_zero(targets: list[tuple[int, int]], sh
     existing = {f"t{i}": z for i, (_, z) in enumerate(targets)}
     low, high = sum(existing.values()), sum(sizes.values())
     zeros = low + round(share * (high - low))
-    assert Global().budgets(sizes, existing, zeros) == [(list(sizes), zeros)]
-    uniform = Uniform().budgets(sizes, existing, zeros)
+    shapes = {name: (size,) for name, size in sizes.items()}
+    assert Global().budgets(shapes, existing, zeros) == [(list(sizes), zeros)]
+    uniform = Uniform().budgets(shapes, existing, zeros)
     assert [names for names, _ in uniform] == [[name] for name in sizes]
     budgets = {names[0]: count for names, count in uniform}
     assert sum(budgets.values()) == zeros
@@ -170,12 +164,12 @@ def test_budgets_add_up_and_never_undo_a_zero(targets: list[tuple[int, int]], sh
 
 
 def test_uniform_by_hand() -> None:
-    assert Uniform().budgets({"a": 10, "b": 10, "c": 10}, {"a": 0, "b": 0, "c": 0}, 16) == [
+    assert Uniform().budgets({"a": (2, 5), "b": (10,), "c": (5, 2)}, {"a": 0, "b": 0, "c": 0}, 16) == [
         (["a"], 6),
         (["b"], 5),
         (["c"], 5),
     ]
-    assert Uniform().budgets({"a": 10, "b": 10}, {"a": 8, "b": 0}, 10) == [(["a"], 8), (["b"], 2)]
+    assert Uniform().budgets({"a": (10,), "b": (10,)}, {"a": 8, "b": 0}, 10) == [(["a"], 8), (["b"], 2)]
 
 
 def test_the_two_ways_of_pooling_agree() -> None:

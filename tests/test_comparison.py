@@ -23,7 +23,18 @@ from lightning_cap.comparison.plan import make_variants
 from lightning_cap.comparison.results import digest, intersection_over_union, load_masks, save_masks
 from lightning_cap.errors import ConfigError, PatternError, TargetError
 from lightning_cap.patterns import NofM
-from lightning_cap.pruners import Magnitude, Pruner
+from lightning_cap.pruners import (
+    MFAC,
+    DiagonalFisher,
+    FastCAP,
+    GradientTimesWeight,
+    LayerwiseOBS,
+    Magnitude,
+    Pruner,
+    Random,
+    Taylor,
+    WoodFisher,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -251,6 +262,26 @@ def test_grids_change_one_setting_at_a_time(tmp_path: Path, monkeypatch: pytest.
         want = prune(net, [], lambda m, b: torch.zeros(()), sparsity, Magnitude(), progress=False)
     assert want is not None
     assert by_label["GM num_recomputations=2"]["solution"] == digest({"net.4.weight": want.weights["4.weight"]})
+
+
+def test_all_pruners_share_what_they_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = collections(monkeypatch)
+    few = {"num_gradients": 32}
+    pruners = {
+        "CAP": cap(), "WF": WoodFisher(16, **few), "MFAC": MFAC(64, **few), "fast": FastCAP(16, **few),
+        "OBD": DiagonalFisher(**few), "GrW": GradientTimesWeight(**few), "Taylor": Taylor(**few),
+        "layer": LayerwiseOBS(16, num_inputs=32),
+        "random": Random(), "GM": Magnitude(), "2:4": cap(pattern=NofM(2, 4)),
+    }  # fmt: skip
+    rows = run(tmp_path, pruners, [0.5], seeds=(0, 1), grids={"num_gradients": [16], "damp": [0.5]})
+    assert counts == [48, 48]
+    assert all(row["sparsity"] == 0.5 for row in rows[1:])
+    solutions = {name: [row["solution"] for row in rows if row["label"] == name] for name in pruners}
+    assert [name for name, (one, other) in solutions.items() if one == other] == ["GM"]  # the others take a seed
+    assert len({one for one, _ in solutions.values()}) == len(pruners)
+    changed = [row["label"] for row in rows if row["grid"] is not None and row["seed"] == 0]
+    assert "layer num_gradients=16" not in changed
+    assert {"layer damp=0.5", "MFAC num_gradients=16", "WF damp=0.5"} <= set(changed)
 
 
 class Lots(Pruner):

@@ -123,7 +123,7 @@ def test_dense_then_oneshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "--seeds=[0]",
         "--sparsities=[0.5]",
     ]
-    main([*comparison, *limits, "--grids={num_gradients: [8]}", "--pruners.CAP.num_gradients=16", "--loss_samples=32",
+    main([*comparison, *limits, *few, "--grids={num_gradients: [12]}", "--pruners.CAP.num_gradients=16", "--loss_samples=32",
           "--surface.sparsity=0.5", "--surface.points=2"])  # fmt: skip
     written = {path.name for path in (tmp_path / "runs/digits_compare").iterdir()}
     assert {"results.md", "layers.png", "losses.png", "iou.png", "grid-num_gradients.png"} <= written

@@ -21,7 +21,7 @@ from toy import Toy, callback, loaders, trainer
 from lightning_cap import CAPPruningCallback
 from lightning_cap.errors import ConfigError
 from lightning_cap.pruners import PruneResult
-from lightning_cap.pruners.cap import CAPPath
+from lightning_cap.pruners.blockwise import BlockwisePath
 from lightning_cap.schedules import SparsitySteps
 from lightning_cap.targets import Targets
 
@@ -297,9 +297,9 @@ class Unmovable(torch.Tensor):
 def test_an_event_that_fails_while_it_is_applied(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     """It leaves nothing behind, as when an exception checkpoint is saved then."""
     remember = Remember()
-    at, restore = CAPPath.at, Targets.restore
+    at, restore = BlockwisePath.at, Targets.restore
 
-    def at_then(self: CAPPath, sparsity: float) -> PruneResult:
+    def at_then(self: BlockwisePath, sparsity: float) -> PruneResult:
         result = at(self, sparsity)
         mask = result.masks["net.6.weight"]
         masks = {**result.masks, "net.6.weight": mask.as_subclass(Unmovable) if remember.armed else mask}
@@ -313,7 +313,7 @@ def test_an_event_that_fails_while_it_is_applied(tmp_path: Path, monkeypatch: py
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
     if where == "masks":
-        monkeypatch.setattr(CAPPath, "at", at_then)
+        monkeypatch.setattr(BlockwisePath, "at", at_then)
     else:
         monkeypatch.setattr(Targets, "restore", restore_half)
     module, cb, error = run_here(tmp_path, remember)

@@ -50,6 +50,7 @@ ORDER_ROWS = [
     ),
     (
         "lr_cycles",
+        "regrowth",
         "resume",
         "run",
         "cycle",
@@ -61,30 +62,50 @@ ORDER_ROWS = [
         "calibration",
     ),
     ("lr",),
-    ("schedules",),
+    (
+        "schedules.gradual",
+        "schedules.recurrent",
+    ),
+    ("schedules.base",),
     ("storage",),
     (
         "pruners.cap",
+        "pruners.woodfisher",
+        "pruners.mfac",
+        "pruners.layerwise",
+        "pruners.blockwise",
+        "pruners.fast_cap",
+        "pruners.gradient",
+        "pruners.obd",
+        "pruners.drop_and_grow",
         "pruners.magnitude",
+        "pruners.random",
+        "pruners.scored",
     ),
     ("pruners.base",),
     ("sources",),
     ("planning",),
+    ("ranking",),
     ("allocation",),
     ("patterns",),
     (
         "solver.eliminate",
         "solver.reconstruct",
+        "solver.alone",
         "solver.backend",
         "solver.numba_backend",
+        "solver.at_once",
+        "solver.groups",
         "solver.torch_backend",
         "solver.triton_backend",
         "solver.triton_kernels",
     ),
+    ("matrix_free",),
     (
         "fisher",
         "staging",
     ),
+    ("layer_inputs",),
     (
         "gradients",
         "vmap_support",
@@ -109,7 +130,7 @@ ORDER_ROWS = [
     ("_version",),
 ]
 ORDER = [name for row in ORDER_ROWS for name in row]
-PACKAGES = {"report", "comparison", "data", "pruners", "solver", "cpu"}
+PACKAGES = {"report", "comparison", "data", "schedules", "pruners", "solver", "cpu"}
 HEIGHT = {name: -index for index, name in enumerate(ORDER)}
 HEIGHT |= {package: max(h for n, h in HEIGHT.items() if n.startswith(f"{package}.")) for package in PACKAGES}
 

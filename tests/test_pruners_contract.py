@@ -13,11 +13,29 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_cap.allocation import Uniform
+from lightning_cap.allocation import ERK, Global, Uniform
 from lightning_cap.errors import CAPError, ConfigError, GradientError, PatternError
+from lightning_cap.layer_inputs import LayerGrams
 from lightning_cap.patterns import NofM
-from lightning_cap.pruners import CAP, Magnitude, Pruner, PruneResult, PruningPath
+from lightning_cap.pruners import (
+    CAP,
+    MFAC,
+    DiagonalFisher,
+    DropAndGrow,
+    FastCAP,
+    GradientTimesWeight,
+    LayerwiseOBS,
+    Magnitude,
+    Pruner,
+    PruneResult,
+    PruningPath,
+    Random,
+    Taylor,
+    WoodFisher,
+)
 from lightning_cap.targets import Targets
+
+Rows = list[dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -25,22 +43,58 @@ class Case:
     make: Callable[[], Pruner]
     updates: bool = True  # the kept weights
     owns_fisher: bool = True
+    uniform: bool = False  # every target has a budget of its own
+    signed: bool = False  # saliencies may be negative
+    blind: bool = False  # to the loss: zero gradients make no difference
+    regrows: bool = False  # masked weights may come back
 
+    def path(self, targets: Targets, rows: Any, masks: Any = None, **more: Any) -> Any:
+        pruner = self.make()
+        return pruner.path(targets, layer_grams(rows) if pruner.num_inputs else rows, masks, **more)
+
+
+def layer_grams(rows: Rows) -> list[LayerGrams]:
+    """Layer statistics as if the first output row's part of each gradient row were an input."""
+    out = []
+    for chunk in rows:
+        flat = {name: row[:, 0].flatten(1).float() for name, row in chunk.items()}
+        out.append(LayerGrams({name: (x.T @ x).unsqueeze(0) for name, x in flat.items()}))
+        out[-1].count = len(next(iter(chunk.values())))
+    return out
+
+
+COMMON: dict[str, Any] = {"num_gradients": 40, "damp": 1e-2}
 
 PRUNERS = {
-    "cap": Case(lambda: CAP(block_size=7, num_gradients=40, damp=1e-2)),
-    "cap-cumulative": Case(lambda: CAP(block_size=7, num_gradients=40, damp=1e-2, ranking="cumulative")),
-    "cap-uniform": Case(lambda: CAP(block_size=7, num_gradients=40, damp=1e-2, allocation=Uniform())),
-    "cap-float64": Case(lambda: CAP(block_size=16, num_gradients=40, damp=1e-8)),
-    "cap-one-block-each": Case(lambda: CAP(block_size=100, num_gradients=40, damp=1e-2)),
-    "cap-diagonal": Case(lambda: CAP(block_size=1, num_gradients=40, damp=1e-2), updates=False),
-    "magnitude": Case(lambda: Magnitude(), updates=False, owns_fisher=False),
-    "magnitude-uniform": Case(lambda: Magnitude(allocation=Uniform()), updates=False, owns_fisher=False),
+    "cap": Case(lambda: CAP(7, **COMMON)),
+    "cap-cumulative": Case(lambda: CAP(7, **COMMON, ranking="cumulative")),
+    "cap-uniform": Case(lambda: CAP(7, **COMMON, allocation=Uniform()), uniform=True),
+    "cap-float64": Case(lambda: CAP(16, num_gradients=40, damp=1e-8)),
+    "cap-one-block-each": Case(lambda: CAP(100, **COMMON)),
+    "cap-diagonal": Case(lambda: CAP(1, **COMMON), updates=False),
+    "woodfisher": Case(lambda: WoodFisher(7, **COMMON)),
+    "woodfisher-simple": Case(lambda: WoodFisher(7, **COMMON, update="simple")),
+    "woodfisher-none": Case(lambda: WoodFisher(7, **COMMON, update="none"), updates=False),
+    "woodfisher-float64": Case(lambda: WoodFisher(16, num_gradients=40, damp=1e-8)),
+    "mfac": Case(lambda: MFAC(50, **COMMON)),
+    "mfac-static": Case(lambda: MFAC(50, **COMMON, mode="static")),
+    "fast-cap": Case(lambda: FastCAP(7, **COMMON, columns=3), owns_fisher=False),
+    "layerwise": Case(lambda: LayerwiseOBS(5, allocation=Global())),
+    "layerwise-uniform": Case(lambda: LayerwiseOBS(100), uniform=True),
+    "obd": Case(lambda: DiagonalFisher(**COMMON), updates=False, owns_fisher=False),
+    "gradient-times-weight": Case(lambda: GradientTimesWeight(40), updates=False, owns_fisher=False),
+    "taylor": Case(lambda: Taylor(40), updates=False, owns_fisher=False, signed=True),
+    "magnitude": Case(lambda: Magnitude(), updates=False, owns_fisher=False, blind=True),
+    "magnitude-uniform": Case(lambda: Magnitude(Uniform()), updates=False, owns_fisher=False, uniform=True, blind=True),
+    "magnitude-erk": Case(lambda: Magnitude(ERK()), updates=False, owns_fisher=False, uniform=True, blind=True),
+    "random": Case(lambda: Random(3), updates=False, owns_fisher=False, blind=True),
+    "drop-and-grow": Case(lambda: DropAndGrow(), updates=False, owns_fisher=False, regrows=True),
+    "drop-and-grow-uniform": Case(
+        lambda: DropAndGrow(allocation=Uniform()), updates=False, owns_fisher=False, uniform=True, regrows=True
+    ),
 }
 SHAPES = {"linear": (6, 8), "tiny": (1, 4), "conv": (4, 4, 2, 3), "odd": (7, 12)}
 SPARSITIES = [0.0, 0.1, 0.33, 0.5, 0.75, 0.9, 0.99]
-
-Rows = list[dict[str, Tensor]]
 
 
 @pytest.fixture(params=PRUNERS)
@@ -73,7 +127,7 @@ def _equal(a: PruneResult, b: PruneResult) -> bool:
     return same and a.predicted_loss == b.predicted_loss and a.sparsity == b.sparsity
 
 
-def _check(result: PruneResult, targets: Targets, zeros: int) -> None:
+def _check(result: PruneResult, targets: Targets, zeros: int, signed: bool = False) -> None:
     """What holds of every result."""
     assert list(result.weights) == list(result.masks) == list(targets)
     for name, weight in targets.items():
@@ -86,13 +140,15 @@ def _check(result: PruneResult, targets: Targets, zeros: int) -> None:
     assert _zeros(result) == zeros
     assert result.sparsity == pytest.approx(zeros / targets.numel)
     assert math.isfinite(result.predicted_loss)
-    assert result.predicted_loss >= 0
+    assert result.predicted_loss >= 0 or signed
 
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_counts_are_exact_and_masked_stays_masked(case: Case, targets: Targets, rows: Rows, masked: bool) -> None:
+    if masked and case.regrows:
+        pytest.skip("masked weights may come back; see test_drop_and_grow.py")
     masks = _masks(targets) if masked else None
-    path = case.make().path(targets, rows, masks)
+    path = case.path(targets, rows, masks)
     low = sum(int((~m).sum()) for m in (masks or {}).values())
     assert path.sparsity == pytest.approx(low / targets.numel)
     for sparsity in SPARSITIES:
@@ -100,23 +156,23 @@ def test_counts_are_exact_and_masked_stays_masked(case: Case, targets: Targets, 
         if zeros < low:
             continue
         result = path.at(sparsity)
-        _check(result, targets, zeros)
+        _check(result, targets, zeros, case.signed)
         for name, mask in (masks or {}).items():
             assert not (result.masks[name] & ~mask).any()
 
 
 def test_masks_are_nested_and_loss_grows(case: Case, targets: Targets, rows: Rows) -> None:
-    path = case.make().path(targets, rows)
+    path = case.path(targets, rows)
     results = [path.at(sparsity) for sparsity in SPARSITIES]
     for less, more in pairwise(results):
-        assert all(not (more.masks[n] & ~less.masks[n]).any() for n in targets)
-        assert less.predicted_loss < more.predicted_loss
+        assert not path.nested or all(not (more.masks[n] & ~less.masks[n]).any() for n in targets)
+        assert less.predicted_loss < more.predicted_loss or case.signed
     assert results[0].predicted_loss == 0
     assert all(torch.equal(results[0].weights[n], w) for n, w in targets.items())
 
 
 def test_path_is_never_consumed_and_curve_tells_the_same(case: Case, targets: Targets, rows: Rows) -> None:
-    path = case.make().path(targets, rows)
+    path = case.path(targets, rows)
     first = [path.at(sparsity) for sparsity in SPARSITIES]
     again = [path.at(sparsity) for sparsity in reversed(SPARSITIES)][::-1]
     assert all(_equal(a, b) for a, b in zip(first, again, strict=True))
@@ -134,7 +190,7 @@ def test_model_changes_only_when_applied(case: Case, targets: Targets, rows: Row
     chunks = copy.deepcopy(rows)
     masks = _masks(targets)
     given = copy.deepcopy(masks)
-    result = case.make().path(targets, rows, masks).at(0.5)
+    result = case.path(targets, rows, masks).at(0.5)
     assert all(torch.equal(w, before[n]) and w.requires_grad and w.grad is None for n, w in targets.items())
     assert all(torch.equal(a[n], b[n]) for a, b in zip(chunks, rows, strict=True) for n in a)
     assert all(torch.equal(masks[n], given[n]) for n in masks)
@@ -144,14 +200,14 @@ def test_model_changes_only_when_applied(case: Case, targets: Targets, rows: Row
 
 def test_is_deterministic(case: Case, targets: Targets, rows: Rows) -> None:
     state = torch.get_rng_state()
-    one, two = (case.make().path(targets, rows, _masks(targets)).at(0.6) for _ in range(2))
+    one, two = (case.path(targets, rows, _masks(targets)).at(0.6) for _ in range(2))
     assert _equal(one, two)
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_does_not_depend_on_the_order_of_targets(case: Case, targets: Targets, rows: Rows) -> None:
     turned = Targets({name: targets[name] for name in reversed(list(targets))})
-    one, two = (case.make().path(t, rows).at(0.5) for t in (targets, turned))
+    one, two = (case.path(t, rows).at(0.5) for t in (targets, turned))
     assert list(two.weights) == list(turned)
     for name in targets:
         assert torch.equal(one.masks[name], two.masks[name])
@@ -159,7 +215,7 @@ def test_does_not_depend_on_the_order_of_targets(case: Case, targets: Targets, r
 
 
 def test_kept_weights_change_only_where_the_method_updates(case: Case, targets: Targets, rows: Rows) -> None:
-    result = case.make().path(targets, rows).at(0.5)
+    result = case.path(targets, rows).at(0.5)
     large = {name: w for name, w in targets.items() if name != "tiny"}  # a block that loses none is left alone
     moved = [bool((result.weights[n] != torch.where(result.masks[n], w, 0.0)).any()) for n, w in large.items()]
     assert all(moved) if case.updates else not any(moved)
@@ -168,8 +224,8 @@ def test_kept_weights_change_only_where_the_method_updates(case: Case, targets: 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 def test_other_types_of_weights(case: Case, targets: Targets, rows: Rows, dtype: torch.dtype) -> None:
     cast = Targets({name: nn.Parameter(w.detach().to(dtype)) for name, w in targets.items()})
-    path = case.make().path(cast, [{n: g.to(dtype) for n, g in chunk.items()} for chunk in rows])
-    _check(path.at(0.5), cast, math.floor(0.5 * cast.numel + 0.5))
+    path = case.path(cast, [{n: g.to(dtype) for n, g in chunk.items()} for chunk in rows])
+    _check(path.at(0.5), cast, math.floor(0.5 * cast.numel + 0.5), case.signed)
     dense = path.at(0.0)
     assert all(torch.equal(dense.weights[n], w) for n, w in cast.items())
     if not case.updates:
@@ -182,31 +238,33 @@ def test_float64_weights_keep_their_digits(case: Case, targets: Targets, rows: R
         name: w.detach().double() + torch.randn(w.shape, dtype=torch.float64) * 1e-10 for name, w in targets.items()
     }
     cast = Targets({name: nn.Parameter(w) for name, w in fine.items()})
-    dense = case.make().path(cast, rows).at(0.0)
+    dense = case.path(cast, rows).at(0.0)
     assert all(torch.equal(dense.weights[n], w) for n, w in cast.items())
 
 
 def test_all_zero_target(case: Case, targets: Targets, rows: Rows) -> None:
     with torch.no_grad():
         targets["linear"].zero_()
-    result = case.make().path(targets, rows).at(0.5)
+    result = case.path(targets, rows).at(0.5)
     assert _zeros(result) == math.floor(0.5 * targets.numel + 0.5)
     assert not result.weights["linear"].any()
     assert all(torch.equal(result.weights[n] != 0, result.masks[n]) for n in targets if n != "linear")
-    if not isinstance(getattr(case.make(), "allocation", None), Uniform):
+    if not case.uniform and not case.signed:
         assert not result.masks["linear"].any(), "what is zero costs nothing and goes first"
 
 
 def test_zero_gradients(case: Case, targets: Targets, rows: Rows) -> None:
-    path = case.make().path(targets, [{n: torch.zeros_like(g) for n, g in chunk.items()} for chunk in rows])
+    path = case.path(targets, [{n: torch.zeros_like(g) for n, g in chunk.items()} for chunk in rows])
     result = path.at(0.5)
-    _check(result, targets, math.floor(0.5 * targets.numel + 0.5))
+    _check(result, targets, math.floor(0.5 * targets.numel + 0.5), case.signed)
     assert all(torch.equal(result.weights[n], w * result.masks[n]) for n, w in targets.items())
 
 
 def test_more_zeros_than_asked_for_warns_and_changes_nothing(case: Case, targets: Targets, rows: Rows) -> None:
+    if case.regrows:
+        pytest.skip("masked weights come back; see test_drop_and_grow.py")
     masks = _masks(targets, 0.4)
-    path = case.make().path(targets, rows, masks)
+    path = case.path(targets, rows, masks)
     with pytest.warns(UserWarning, match=r"sparsity=0\.2: the model is already at 0\.[34]\d+.*higher sparsity"):
         result = path.at(0.2)
     assert result.predicted_loss == 0
@@ -224,7 +282,7 @@ def test_exactly_the_zeros_that_are_there(case: Case, targets: Targets, rows: Ro
     for name in ("odd", "linear"):
         masks[name].view(-1)[: numel // 8] = False
     zeros = sum(int((~m).sum()) for m in masks.values())
-    result = case.make().path(targets, rows, masks).at(zeros / numel)
+    result = case.path(targets, rows, masks).at(zeros / numel)
     assert _zeros(result) >= zeros
     assert _zeros(result) == zeros
 
@@ -232,7 +290,7 @@ def test_exactly_the_zeros_that_are_there(case: Case, targets: Targets, rows: Ro
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.1, 50, float("nan")])
 def test_sparsity_outside_is_refused(case: Case, targets: Targets, rows: Rows, sparsity: float) -> None:
     pruner = case.make()
-    path = pruner.path(targets, rows)
+    path = case.path(targets, rows)
     for ask in (path.at, pruner.check_sparsity, lambda s: path.curve([0.5, s])):
         with pytest.raises(PatternError, match=r"sparsity=.*\[0, 1\)"):
             ask(sparsity)
@@ -240,12 +298,12 @@ def test_sparsity_outside_is_refused(case: Case, targets: Targets, rows: Rows, s
 
 @pytest.mark.parametrize("sparsity", [0.995, 0.999, 1 - 1e-9])
 def test_to_the_last_weight(case: Case, targets: Targets, rows: Rows, sparsity: float) -> None:
-    _check(case.make().path(targets, rows).at(sparsity), targets, math.floor(sparsity * targets.numel + 0.5))
+    _check(case.path(targets, rows).at(sparsity), targets, math.floor(sparsity * targets.numel + 0.5), case.signed)
 
 
 def test_one_target_of_one_weight(case: Case) -> None:
     targets = Targets({"w": nn.Parameter(torch.tensor([[2.0]]))})
-    path = case.make().path(targets, [{"w": torch.ones(3, 1, 1)}])
+    path = case.path(targets, [{"w": torch.ones(3, 1, 1)}])
     assert path.at(0.4).weights["w"].item() == 2
     assert path.at(0.6).weights["w"].item() == 0
 
@@ -253,10 +311,10 @@ def test_one_target_of_one_weight(case: Case) -> None:
 def test_masks_that_do_not_fit_are_refused(case: Case, targets: Targets, rows: Rows) -> None:
     ones: dict[str, Any] = {name: torch.ones(s, dtype=torch.bool) for name, s in SHAPES.items()}
     with pytest.raises(ConfigError, match=r"masks: 'lin'.*there is no such target"):
-        case.make().path(targets, rows, {"lin": ones["linear"]})
+        case.path(targets, rows, {"lin": ones["linear"]})
     with pytest.raises(ConfigError, match=r"masks: 'linear' has shape \(8, 6\), but its weight has \(6, 8\)"):
-        case.make().path(targets, rows, {**ones, "linear": ones["linear"].t()})
-    partial = case.make().path(targets, rows, {"odd": torch.zeros(SHAPES["odd"], dtype=torch.bool)})
+        case.path(targets, rows, {**ones, "linear": ones["linear"].t()})
+    partial = case.path(targets, rows, {"odd": torch.zeros(SHAPES["odd"], dtype=torch.bool)})
     assert partial.sparsity == pytest.approx(84 / targets.numel)  # others are free
 
 
@@ -265,11 +323,11 @@ def test_broken_weights_are_refused(case: Case, targets: Targets, rows: Rows, va
     with torch.no_grad():
         targets["conv"][0, 1, 1, 2] = value
     with pytest.raises(CAPError, match="'conv' is not finite"):
-        case.make().path(targets, rows)
+        case.path(targets, rows)
 
 
 def test_closed_paths(case: Case, targets: Targets, rows: Rows) -> None:
-    with case.make().path(targets, rows) as path:
+    with case.path(targets, rows) as path:
         path.at(0.5)
     path.close()  # twice is no error
     if case.owns_fisher:
@@ -279,7 +337,7 @@ def test_closed_paths(case: Case, targets: Targets, rows: Rows) -> None:
 
 def test_progress_ends_at_its_total(case: Case, targets: Targets, rows: Rows) -> None:
     seen: list[tuple[str, int, int]] = []
-    case.make().path(targets, rows, progress=lambda *step: seen.append(step))
+    case.path(targets, rows, progress=lambda *step: seen.append(step))
     assert all(0 < done <= total for _, done, total in seen)
     assert not seen or seen[-1][1] == seen[-1][2]
 
@@ -287,9 +345,9 @@ def test_progress_ends_at_its_total(case: Case, targets: Targets, rows: Rows) ->
 def test_repr_and_copies(case: Case, targets: Targets, rows: Rows) -> None:
     pruner = case.make()
     assert repr(pruner).startswith(type(pruner).__name__)
-    path = copy.deepcopy(pruner).path(targets, rows)
+    path = case.path(targets, rows)
     assert isinstance(path, PruningPath)
-    assert _equal(path.at(0.5), pruner.path(targets, rows).at(0.5))
+    assert _equal(path.at(0.5), case.path(targets, rows).at(0.5))
 
 
 # N:M

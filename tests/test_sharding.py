@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 from toy import ToyData
 
 from lightning_cap import distributed, planning
-from lightning_cap.allocation import Global, Uniform, smallest
+from lightning_cap.allocation import Global, Uniform
 from lightning_cap.calibration import CalibrationBatches
 from lightning_cap.errors import CAPError
 from lightning_cap.fisher import EmpiricalFisher
@@ -24,6 +24,7 @@ from lightning_cap.layout import BlockLayout
 from lightning_cap.patterns import NofM
 from lightning_cap.planning import EventPlan
 from lightning_cap.pruners import CAP, Magnitude
+from lightning_cap.ranking import smallest
 from lightning_cap.targets import Targets
 
 CASES: dict[str, dict[str, Any]] = {
@@ -213,6 +214,7 @@ def test_an_error_on_one_rank_is_raised_on_all(tmp_path: Path, where: str) -> No
 
 
 def fail_on_rank_1(where: str) -> str:
+    import lightning_cap.pruners.blockwise as blockwise
     import lightning_cap.pruners.cap as cap
 
     def broken(*_: Any, **__: Any) -> Any:
@@ -224,7 +226,7 @@ def fail_on_rank_1(where: str) -> str:
         if where == "solve":
             cap.eliminate = broken
         if where == "reconstruct":
-            cap.reconstruct = broken
+            blockwise.reconstruct = broken
         if where == "finish":
             EmpiricalFisher._check = broken  # type: ignore[method-assign]
     failing = broken if where == "collect" and distributed.rank() == 1 else loss

@@ -14,7 +14,7 @@ from typing import Any
 
 from lightning_cap.comparison.surface import LossSurface
 from lightning_cap.errors import CAPError, ConfigError
-from lightning_cap.pruners.base import Pruner
+from lightning_cap.pruners.base import Pruner, refuse_regrowth
 from lightning_cap.targets import Targets
 
 #: Setting -> values to try, one setting at a time, the others as given.
@@ -158,6 +158,7 @@ def _check_names(pruners: Mapping[str, Pruner]) -> None:
     for name, pruner in pruners.items():
         if not isinstance(pruner, Pruner):
             raise ConfigError(f"pruners: {name!r} is a {type(pruner).__name__}, not a Pruner.")
+        refuse_regrowth(pruner)
         stem = file_name(name).lower()
         if not stem or stem in ("dense", "masks") or stem in files:
             other = f"its files would be those of {files[stem]!r}" if stem in files else "that name is not free"
@@ -172,7 +173,7 @@ def _grid_variants(
     for setting, values in grids.items():
         if not values or len(set(values)) != len(values):
             raise ConfigError(f"grids: {setting}={list(values)}: give at least one value, each once.")
-        having = {name: p for name, p in pruners.items() if setting in vars(p) and not setting.startswith("_")}
+        having = {name: pruner for name, pruner in pruners.items() if setting in _settings(pruner)}
         if setting == RECOMPUTATIONS:
             having = {name: pruner for name, pruner in pruners.items() if pruner.pattern.sparsity is None}
         if not having:
@@ -196,13 +197,25 @@ def changed(pruner: Pruner, setting: str, value: Any) -> Pruner:
     Raises:
         CAPError: The pruner refuses the value.
     """
-    parameters = inspect.signature(type(pruner)).parameters
-    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    if setting in parameters and all(p.kind not in kinds and n in vars(pruner) for n, p in parameters.items()):
-        return type(pruner)(**{**{name: getattr(pruner, name) for name in parameters}, setting: value})
+    arguments = _arguments(pruner)
+    if setting in arguments:
+        return type(pruner)(**{**{name: getattr(pruner, name) for name in arguments}, setting: value})
     other = copy.copy(pruner)
     setattr(other, setting, value)
     return other
+
+
+def _settings(pruner: Pruner) -> list[str]:
+    """What a grid may change: the arguments, or, where they are not kept under their names, every public attribute."""
+    return _arguments(pruner) or [name for name in vars(pruner) if not name.startswith("_")]
+
+
+def _arguments(pruner: Pruner) -> list[str]:
+    """The arguments that the pruner was made with, if it keeps all of them under their names; else none."""
+    parameters = inspect.signature(type(pruner)).parameters
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    kept = all(p.kind not in kinds and name in vars(pruner) for name, p in parameters.items())
+    return list(parameters) if kept else []
 
 
 def _seeded(pruner: Pruner, seed: int) -> Pruner:

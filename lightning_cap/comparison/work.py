@@ -56,7 +56,7 @@ class Work:
         self._masks.mask_zeros()
         self._before = self._targets.copies()
         self._identity = {**identity_of(trainer, module, self._targets), "loss_samples": request.loss_samples}
-        calibrates = any(v.pruner.num_gradients or getattr(v.pruner, "num_inputs", 0) for v in request.variants)
+        calibrates = any(v.pruner.num_gradients or v.pruner.num_inputs for v in request.variants)
         self._measure = Measure(trainer, module, self._targets, request.loss_samples if calibrates else 0)
         wanted = [(v, s) for v in request.variants for s in request.sparsities]
         self._prints = {(v.slug, s): v.fingerprint(s, self._identity) for v, s in wanted}
@@ -104,8 +104,8 @@ class Work:
                 rows.chunks.close()
 
     def _own_rows(self, variant: Variant, progress: Progress | None = None) -> TimedSource:
-        source = self._event(variant, progress).source(0)
-        return TimedSource(source, lambda: calibrating(self._trainer, self._module))
+        source = self._event(variant, progress).collector(0)
+        return TimedSource(source if source is not None else (), lambda: calibrating(self._trainer, self._module))
 
     def _missing(self, variant: Variant) -> list[float]:
         """Sparsities whose row, or a file of it, is not there yet."""
@@ -294,7 +294,7 @@ def _description(variant: Variant, sparsity: float) -> Row:
 
 def _reads_gradients(variant: Variant) -> bool:
     """Whether the pruner reads gradients, which can be shared, and nothing else."""
-    return bool(variant.pruner.num_gradients) and not getattr(variant.pruner, "num_inputs", 0)
+    return bool(variant.pruner.num_gradients) and not variant.pruner.num_inputs
 
 
 def _first(rows: SharedRows | None, variant: Variant) -> SharedRows | None:

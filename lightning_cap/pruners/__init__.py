@@ -2,6 +2,29 @@
 
 from lightning_cap.pruners.base import Pruner, PruneResult, PruningPath
 from lightning_cap.pruners.cap import CAP
+from lightning_cap.pruners.drop_and_grow import DropAndGrow
+from lightning_cap.pruners.fast_cap import FastCAP
+from lightning_cap.pruners.gradient import GradientTimesWeight, Taylor
+from lightning_cap.pruners.layerwise import LayerwiseOBS
 from lightning_cap.pruners.magnitude import Magnitude
+from lightning_cap.pruners.mfac import MFAC
+from lightning_cap.pruners.obd import DiagonalFisher
+from lightning_cap.pruners.random import Random
+from lightning_cap.pruners.woodfisher import WoodFisher
 
-__all__ = ["CAP", "Magnitude", "PruneResult", "Pruner", "PruningPath"]
+__all__ = [
+    "CAP",
+    "MFAC",
+    "DiagonalFisher",
+    "DropAndGrow",
+    "FastCAP",
+    "GradientTimesWeight",
+    "LayerwiseOBS",
+    "Magnitude",
+    "PruneResult",
+    "Pruner",
+    "PruningPath",
+    "Random",
+    "Taylor",
+    "WoodFisher",
+]

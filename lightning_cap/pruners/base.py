@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_cap.allocation import budget_of
-from lightning_cap.errors import ConfigError
+from lightning_cap.allocation import Allocation, budget_of
+from lightning_cap.errors import ConfigError, UnsupportedError
 from lightning_cap.hooks import Progress
 from lightning_cap.layout import BlockLayout
 from lightning_cap.patterns import Pattern, Unstructured
@@ -47,7 +47,13 @@ class PruneResult:
 
 
 class PruningPath(ABC):
-    """What one pass over the gradients yields: every sparsity can be read from it. A context manager."""
+    """What one pass over the gradients yields: every sparsity can be read from it. A context manager.
+
+    Attributes:
+        nested: Whether a lower sparsity keeps whatever a higher one does.
+    """
+
+    nested: bool = True
 
     def __init__(self, targets: Targets, layout: BlockLayout, masks: Mapping[str, Tensor] | None) -> None:
         self._layout = layout
@@ -88,6 +94,20 @@ class PruningPath(ABC):
             name: size - int(self._alive[span].sum())
             for (name, span), size in zip(self._layout.spans.items(), self._layout.sizes.values(), strict=True)
         }
+
+    def _removals(self, allocation: Allocation, zeros: int) -> list[tuple[list[str], int]]:
+        """How many weights of which targets go, beyond those that are zero already."""
+        existing = self._existing()
+        budgets = allocation.budgets(self._layout.shapes, existing, zeros)
+        return [(names, share - sum(existing[name] for name in names)) for names, share in budgets]
+
+    def _most(self, allocation: Allocation) -> dict[str, int] | None:
+        """How many weights of each target may go; None without a floor."""
+        if not allocation.min_density:
+            return None
+        existing = self._existing()
+        most = allocation.most_zeros(self._layout.shapes, existing)
+        return {name: most[name] - existing[name] for name in most}
 
     def _budget(self, sparsity: float) -> int | None:
         """Zeros in all, or None (with a warning) if the model has more already."""
@@ -159,12 +179,17 @@ class Pruner(ABC):
     Attributes:
         num_gradients: Gradient samples that the method wants, 0 for none.
         samples_per_gradient: Inputs whose mean loss gives one gradient sample.
+        num_inputs: Samples whose layer inputs the method wants instead of gradients, 0 for none.
         pattern: Which masks it gives.
+        regrows: Whether masked weights may come back: the masks of its results stand in place of those before, a weight that
+            comes back is zero in the result, and events are run at a sparsity that is reached already, too.
     """
 
     num_gradients: int = 0
     samples_per_gradient: int = 1
+    num_inputs: int = 0
     pattern: Pattern = Unstructured()
+    regrows: bool = False
 
     def check(self, targets: Targets) -> None:  # noqa: B027 - optional
         """Refuse targets that do not fit, before anything runs.
@@ -180,6 +205,13 @@ class Pruner(ABC):
             PatternError: ``sparsity`` is not in [0, 1) or not the pattern's own.
         """
         Unstructured().check_sparsity(sparsity)
+
+    def begin_event(self, done: float) -> None:  # noqa: B027 - optional
+        """Hear how far the run is, before each event of a callback.
+
+        Args:
+            done: Events of the run that are done, over all of them: 0 at the first one, below 1.
+        """
 
     def plan(self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, rows_bytes: int = 0) -> EventPlan:
         """What `path` will take, and how it will go about it. Every process must call it.
@@ -211,7 +243,8 @@ class Pruner(ABC):
 
         Args:
             targets: The weights; not changed.
-            gradients: Chunks ``{target: (n, *shape)}`` of gradient samples of the mean loss.
+            gradients: Chunks ``{target: (n, *shape)}`` of gradient samples of the mean loss; of layer statistics for a method
+                with ``num_inputs``; anything (it is not read) for one that wants neither.
             masks: ``{target: (*shape)}`` bool, False = already pruned and to stay so.
             progress: ``progress(phase, done, total)``.
         """
@@ -219,3 +252,16 @@ class Pruner(ABC):
     def __repr__(self) -> str:
         settings: dict[str, Any] = {k: v for k, v in vars(self).items() if not k.startswith("_")}
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in settings.items())})"
+
+
+def refuse_regrowth(pruner: Pruner) -> None:
+    """Refuse, for one-shot pruning, a pruner that brings weights back.
+
+    Raises:
+        UnsupportedError: It does.
+    """
+    if pruner.regrows:
+        raise UnsupportedError(
+            f"pruner={type(pruner).__name__}: weights that it brings back are zero until training goes on, and one-shot pruning "
+            "does not train. Run it by CAPPruningCallback, or use Magnitude."
+        )

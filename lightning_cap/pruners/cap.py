@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Literal
 
-import torch
 from torch import Tensor
 
-from lightning_cap.allocation import Allocation, Global, block_scores, smallest
-from lightning_cap.distributed import agreed, gather_rows, gather_tensors, world_size
-from lightning_cap.errors import ConfigError, GradientError
-from lightning_cap.fisher import ROW_CHUNK, EmpiricalFisher, FisherBlocks, Storage
+from lightning_cap.allocation import Allocation
+from lightning_cap.errors import ConfigError
+from lightning_cap.fisher import ROW_CHUNK, FisherBlocks, Storage
 from lightning_cap.hooks import Progress
-from lightning_cap.layout import BlockLayout
-from lightning_cap.patterns import Pattern, as_pattern
-from lightning_cap.planning import EventPlan, Sizes, parse_bytes, plan_event
-from lightning_cap.pruners.base import Pruner, PruneResult, PruningPath, pack_alive, pack_weights
-from lightning_cap.solver import Elimination, eliminate, reconstruct
-from lightning_cap.solver.backend import Backend, choose_backend
-from lightning_cap.sources import GradientSource, check_repeatable, reading, rows_bytes
-from lightning_cap.targets import Targets
+from lightning_cap.patterns import Pattern
+from lightning_cap.pruners.blockwise import Blockwise
+from lightning_cap.ranking import block_scores
+from lightning_cap.solver import Elimination, eliminate
+from lightning_cap.solver.backend import Backend
 
 
-class CAP(Pruner):
+class CAP(Blockwise):
     """Optimal Brain Surgeon inside blocks of the empirical Fisher, one weight at a time, merged over the model.
 
     Args:
@@ -66,255 +59,27 @@ class CAP(Pruner):
         row_chunk: int = ROW_CHUNK,
         allow_tf32: bool = False,
     ) -> None:
-        for name, value in (
-            ("block_size", block_size),
-            ("num_gradients", num_gradients),
-            ("samples_per_gradient", samples_per_gradient),
-            ("row_chunk", row_chunk),
-        ):
-            if value < 1 or value != int(value):
-                raise ConfigError(f"{name}={value}: give a whole number of at least 1.")
-        if not 0 < damp < float("inf"):
-            raise ConfigError(f"damp={damp}: the Fisher needs a positive damp to be invertible. Try 1e-8 ... 1e-4.")
         if ranking not in ("marginal", "cumulative"):
             raise ConfigError(f"ranking={ranking!r}: choose 'marginal' or 'cumulative'.")
-        self.block_size = block_size
-        self.num_gradients = num_gradients
-        self.samples_per_gradient = samples_per_gradient
-        self.damp = damp
         self.ranking = ranking
-        self.allocation = allocation or Global()
-        self.pattern = as_pattern(pattern)
-        parse_bytes(max_memory, "max_memory")
-        if storage not in ("auto", "full", "packed"):
-            raise ConfigError(f"storage={storage!r}: choose 'auto', 'full' or 'packed'.")
-        if backend not in ("auto", "torch", "numba", "triton"):
-            raise ConfigError(f"backend={backend!r}: choose 'auto', 'torch', 'numba' or 'triton'.")
-        self.max_memory, self.storage, self.backend = max_memory, storage, backend
-        self.row_chunk, self.allow_tf32 = row_chunk, allow_tf32
-
-    def check(self, targets: Targets) -> None:
-        """Refuse targets that the pattern does not divide, and a backend that cannot run on their device."""
-        self._layout(targets)
-        choose_backend(self.backend, targets.device, self.pattern)
-
-    def check_sparsity(self, sparsity: float) -> None:
-        """Refuse a sparsity that the pattern cannot give."""
-        self.pattern.check_sparsity(sparsity)
-
-    def plan(self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, rows_bytes: int = 0) -> EventPlan:
-        """Where the Fisher goes and in how many passes. See `Pruner.plan`."""
-        layout = self._layout(targets)
-        alive = pack_alive(targets, layout, masks)
-        return self._plan(layout, alive, rows_bytes)
-
-    def state_dict(self) -> dict[str, Any]:
-        """The row chunk, on which results depend by rounding."""
-        return {"row_chunk": self.row_chunk}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on with the row chunk of the checkpoint."""
-        self.row_chunk = int(state.get("row_chunk", self.row_chunk))
-
-    def path(
-        self,
-        targets: Targets,
-        gradients: GradientSource,
-        masks: Mapping[str, Tensor] | None = None,
-        *,
-        progress: Progress | None = None,
-    ) -> CAPPath:
-        """Accumulate the Fisher and eliminate every block to its end."""
-        path = CAPPath(self, targets, self._layout(targets), masks, gradients, progress)
-        redamped = path.stats["blocks_redamped"]
-        if redamped:
-            warnings.warn(
-                f"damp={self.damp:g}: {redamped:g} of {path.stats['blocks']:g} Fisher blocks factored only with a larger one "
-                f"(up to {path.stats['largest_damp']:g}). Raise damp if there are many.",
-                stacklevel=2,
-            )
-        return path
-
-    def _plan(self, layout: BlockLayout, alive: Tensor, rows_bytes: int) -> EventPlan:
-        backend = choose_backend(self.backend, alive.device, self.pattern)
-        sizes = Sizes(
-            layout.block_size, layout.num_blocks, self.row_chunk, self.storage, backend, rows_bytes, world_size()
+        super().__init__(
+            block_size,
+            num_gradients,
+            samples_per_gradient,
+            damp,
+            allocation,
+            pattern,
+            max_memory,
+            storage,
+            backend,
+            row_chunk,
+            allow_tf32,
         )
-        busy = alive.any(-1).nonzero().squeeze(1).cpu()
-        plan = plan_event(sizes, busy, alive.device, parse_bytes(self.max_memory, "max_memory"))
-        plan.check()
-        return plan
 
-    def _layout(self, targets: Targets) -> BlockLayout:
-        return targets.blocks(self.block_size, self.pattern.group_size)
+    def _order(
+        self, fisher: FisherBlocks, weights: Tensor, alive: Tensor, chunk: int, progress: Progress | None
+    ) -> Elimination:
+        return eliminate(fisher, weights, alive, self.damp, self.pattern, progress, self.backend, chunk)
 
-
-class CAPPath(PruningPath):
-    """The order of elimination in every block and its marginal losses; owns the Fisher until `close`.
-
-    With several processes each has some of the blocks: their Fisher, their order and their losses.
-
-    Attributes:
-        plan: Where the Fisher is, in how many passes it is built, and which rank has which blocks.
-        elimination: Order and losses of this rank's blocks that are not fully masked, in rising order.
-        stats: Numbers for logs, of all ranks together.
-    """
-
-    def __init__(
-        self,
-        pruner: CAP,
-        targets: Targets,
-        layout: BlockLayout,
-        masks: Mapping[str, Tensor] | None,
-        gradients: GradientSource,
-        progress: Progress | None,
-    ) -> None:
-        super().__init__(targets, layout, masks)
-        self._pruner, self._gradients, self._progress = pruner, gradients, progress
-        self._targets = targets
-        with agreed("Reading the weights"):
-            self._weights = pack_weights(targets, layout, self._alive)
-        self.plan = pruner._plan(layout, self._alive, rows_bytes(gradients))
-        check_repeatable(gradients, self.plan.passes)
-        self._own = torch.cat(self.plan.groups)  # (K_r,)
-        self._sizes = [sum(len(share[r]) for share in self.plan.shares) for r in range(world_size())]
-        self._kept: FisherBlocks | None = None  # of the only pass
-        self._closed = False
-        self._seen: dict[int, Tensor] = {}  # diagonals of the first time that each group was read
-        parts = [Elimination.untouched(0, layout.block_size, pruner.damp, self._alive.device)]
-        for number, blocks in enumerate(self.plan.groups if sum(self._sizes) else ()):
-            fisher = self._fisher(number)
-            here = blocks.to(self._alive.device)
-            settings = pruner.damp, pruner.pattern, progress, pruner.backend, self.plan.chunk
-            with agreed("Solving the blocks"):
-                parts.append(eliminate(fisher, self._weights[here].float(), self._alive[here], *settings))
-            self._kept = fisher if self.plan.passes == 1 else None
-            del fisher
-        self.elimination: Elimination = Elimination.joined(parts)
-        del parts
-        self._scores = block_scores(self.elimination.losses, pruner.ranking)
-        self.stats = self._gather_stats()
-
-    def _fisher(self, number: int) -> FisherBlocks:
-        """Read the gradients for the blocks of one pass."""
-        pruner, plan = self._pruner, self.plan
-        with agreed("Making room for the Fisher"):
-            fisher = EmpiricalFisher(
-                self._layout,
-                plan.device,
-                pruner.row_chunk,
-                pruner.storage,
-                plan.home,
-                plan.shares[number],
-                pruner.allow_tf32,
-            )
-        with reading(self._gradients) as chunks:
-            for chunk in chunks:
-                fisher.update(chunk)
-        blocks = fisher.finish()
-        if plan.passes > 1:
-            with agreed("Reading the gradients again"):
-                self._check_same(number, blocks)
-        return blocks
-
-    def _check_same(self, number: int, blocks: FisherBlocks) -> None:
-        """Refuse a second pass that saw other gradients: its blocks would not be those that were solved."""
-        diagonal = blocks.diagonal
-        first = self._seen.setdefault(number, diagonal)
-        scale = first.amax() if first.numel() else first.new_zeros(())
-        if first is not diagonal and not torch.allclose(first, diagonal, rtol=1e-3, atol=1e-6 * float(scale)):
-            raise GradientError(
-                "gradients: they differ between two passes over the source, which memory makes necessary. Give a source that "
-                "yields the same rows each time (no shuffling, no new augmentation), or raise max_memory."
-            )
-
-    def _gather_stats(self) -> dict[str, float]:
-        own = self.elimination
-        numbers = [float(own.precise.sum()), float(own.num_redamped), max([own.requested_damp, *own.damp.tolist()])]
-        all_ranks = torch.stack(gather_tensors(torch.tensor(numbers, dtype=torch.float64, device=own.damp.device)))
-        return {
-            "blocks": float(self._layout.num_blocks),
-            "blocks_float64": float(all_ranks[:, 0].sum()),
-            "blocks_redamped": float(all_ranks[:, 1].sum()),
-            "largest_damp": float(all_ranks[:, 2].max()),
-            "passes": float(self.plan.passes),
-        }
-
-    def at(self, sparsity: float) -> PruneResult:
-        """Cut every block at its prefix and reconstruct the kept weights. See `PruningPath.at`.
-
-        With a plan of several passes the gradients are read again, once for each group of blocks. Every process must call it.
-        """
-        if self._closed:
-            raise GradientError("path: it was closed, and its Fisher is gone. Call pruner.path(...) again.")
-        cut = self._cut(sparsity)
-        if cut is None:
-            return self._result(self._weights, self._alive, 0.0, self.stats)
-        own = self._own.to(self._alive.device)
-        lost = self._alive[own] & (self.elimination.rank < cut.unsqueeze(-1))
-        moved = self._reconstruct(own, lost)
-        blocks = torch.cat([share[r] for r in range(world_size()) for share in self.plan.shares]).to(own.device)
-        pruned = torch.zeros_like(self._alive)
-        pruned[blocks] = gather_rows(lost, self._sizes)
-        weights = self._weights.clone()
-        weights[blocks] = gather_rows(moved, self._sizes)
-        return self._result(weights, self._alive & ~pruned, self._loss(cut), self.stats)
-
-    def _reconstruct(self, own: Tensor, lost: Tensor) -> Tensor:
-        """The weights of this rank's blocks without the ``lost`` ones, ``(K_r, B)``."""
-        if self.plan.passes > 1:
-            with agreed("Reading the weights"):
-                self._check_unchanged()
-        parts, first = [self._weights[:0]], 0
-        for number, group in enumerate(self.plan.groups if sum(self._sizes) else ()):
-            fisher = self._kept if self._kept is not None else self._fisher(number)
-            part = slice(first, first + len(group))
-            damp, precise = self.elimination.damp[part], self.elimination.precise[part]
-            given = self._weights[own[part]], self._alive[own[part]], lost[part], damp, precise
-            with agreed("Reconstructing the weights"):
-                parts.append(reconstruct(fisher, *given, self._pruner.backend, self.plan.chunk))
-            first = part.stop
-            del fisher
-        return torch.cat(parts)
-
-    def _check_unchanged(self) -> None:
-        now = pack_weights(self._targets, self._layout, self._alive)
-        if not torch.equal(now, self._weights):
-            raise GradientError(
-                "path: the weights have changed since it was made, and memory makes it necessary to compute the gradients again "
-                "for every result. Take all results before one is applied, put the weights back in between, or raise "
-                "max_memory."
-            )
-
-    def curve(self, sparsities: Sequence[float]) -> list[float]:
-        """Sums of the raw marginal losses. See `PruningPath.curve`."""
-        cuts = [self._cut(sparsity) for sparsity in sparsities]
-        return [0.0 if cut is None else self._loss(cut) for cut in cuts]
-
-    def close(self) -> None:
-        """Free the Fisher."""
-        self._kept, self._closed = None, True
-
-    def _cut(self, sparsity: float) -> Tensor | None:
-        """How many weights each of this rank's blocks loses, ``(K_r,)``; None if the model is sparser already."""
-        self._pruner.pattern.check_sparsity(sparsity)
-        if self._pruner.pattern.sparsity is not None:
-            return self.elimination.steps
-        zeros = self._budget(sparsity)
-        if zeros is None:
-            return None
-        cut = torch.zeros_like(self.elimination.steps)
-        existing, spans = self._existing(), self._layout.spans
-        for names, share in self._pruner.allocation.budgets(self._layout.sizes, existing, zeros):
-            inside = torch.zeros(len(self._own), dtype=torch.bool)
-            for name in names:
-                inside |= (self._own >= spans[name].start) & (self._own < spans[name].stop)
-            mine = inside.nonzero().squeeze(1).to(cut.device)
-            remove = share - sum(existing[name] for name in names)
-            cut[mine] = smallest(self._scores[mine], remove, sharded=world_size() > 1).sum(-1)
-        return cut
-
-    def _loss(self, cut: Tensor) -> float:
-        taken = torch.arange(self._layout.block_size, device=cut.device) < cut.unsqueeze(-1)
-        own = torch.where(taken, self.elimination.losses, 0.0).sum(dtype=torch.float64)
-        return float(sum(float(part) for part in gather_tensors(own)))
+    def _scores(self, losses: Tensor) -> Tensor:
+        return block_scores(losses, self.ranking)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_cap.errors import ConfigError, GradientError
 from lightning_cap.linalg import restrict, spd_inverse
+from lightning_cap.solver.groups import eliminate_groups
 from lightning_cap.solver.numba_backend import solve_numba
 from lightning_cap.solver.torch_backend import eliminate_left_looking
 from lightning_cap.solver.triton_backend import eliminate_triton, unavailable
@@ -27,8 +28,8 @@ Backend = Literal["auto", "torch", "numba", "triton"]
 #: ``safe`` ``(k,)``, False for blocks that cannot be trusted in that dtype, whose other outputs mean nothing.
 Solve = Callable[["Blocks", Tensor, Tensor, Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor, Tensor]]
 
-#: ``eliminate(inverse, floor, weights, alive)`` -> ``(rank, losses)``.
-_Eliminate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
+#: ``eliminate(inverse, floor, weights, alive)`` -> ``(rank, losses)``, from the inverses of blocks that can be trusted.
+Eliminate = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 _CPU_FLOATS = 2**22  # of (k, B, B) in one chunk: stays in the last-level cache
 _LARGE_FLOATS = 2**26  # enough programs to fill the device a few times over
@@ -113,15 +114,19 @@ def choose_solve(backend: Backend, device: torch.device, pattern: Pattern) -> So
         )
     if chosen == "triton":
         return functools.partial(
-            _factor_first, lambda inverse, floor, w, alive: eliminate_triton(inverse, floor, w, alive, group, keep)
+            factor_first, lambda inverse, floor, w, alive: eliminate_triton(inverse, floor, w, alive, group, keep)
+        )
+    if pattern.whole_groups:
+        return functools.partial(
+            factor_first, lambda inverse, floor, w, alive: eliminate_groups(inverse, floor, w, alive, group)
         )
     return functools.partial(
-        _factor_first, lambda inverse, floor, w, alive: eliminate_left_looking(inverse, floor, w, alive, pattern)
+        factor_first, lambda inverse, floor, w, alive: eliminate_left_looking(inverse, floor, w, alive, pattern)
     )
 
 
-def _factor_first(
-    eliminate: _Eliminate,
+def factor_first(
+    eliminate: Eliminate,
     fisher: Blocks,
     blocks: Tensor,
     weights: Tensor,

@@ -78,6 +78,7 @@ def eliminate(
     progress: Progress | None = None,
     backend: Backend = "auto",
     chunk: int | None = None,
+    solve: Solve | None = None,
 ) -> Elimination:
     """OBS elimination of every block (algorithm 1, lines 3-14, without its stored traces).
 
@@ -93,19 +94,20 @@ def eliminate(
         progress: Called as ``progress("solve", blocks done, K)``.
         backend: ``"torch"`` (any device), ``"numba"`` (CPU), ``"triton"`` (CUDA), or the fastest that there is.
         chunk: Blocks at a time; halved when memory runs out. Default: what suits the device's caches.
+        solve: Another order than that of OBS elimination, instead of a backend.
 
     Raises:
         ConfigError: The backend cannot run here, or does not know the pattern.
     """
     K, B = weights.shape
-    solve = choose_solve(backend, weights.device, pattern)
+    code = solve or choose_solve(backend, weights.device, pattern)
     out = Elimination.untouched(K, B, damp, weights.device)
     busy = pattern.candidates(alive).any(-1).nonzero().squeeze(1)
     done = 0
 
     def work(blocks: Tensor) -> None:
         nonlocal done
-        _eliminate_chunk(solve, fisher, blocks, weights[blocks], alive[blocks], out)
+        _eliminate_chunk(code, fisher, blocks, weights[blocks], alive[blocks], out)
         done += len(blocks)
         if progress is not None:
             progress("solve", done, len(busy))

@@ -1,0 +1,168 @@
+"""Layer-wise OBS (OBC, SparseGPT): the solver of CAP on the Hessian of each layer's output error."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from lightning_cap import distributed
+from lightning_cap.allocation import Allocation, Uniform
+from lightning_cap.distributed import world_size
+from lightning_cap.errors import ConfigError, GradientError
+from lightning_cap.hooks import Progress
+from lightning_cap.layer_inputs import LayerGrams
+from lightning_cap.layout import BlockLayout
+from lightning_cap.patterns import Pattern
+from lightning_cap.planning import EventPlan
+from lightning_cap.pruners.blockwise import Blockwise
+from lightning_cap.ranking import pool_adjacent_violators
+from lightning_cap.solver import Elimination, eliminate
+from lightning_cap.solver.backend import Backend, choose_backend, work_bytes
+from lightning_cap.sources import GradientSource, reading
+from lightning_cap.targets import Targets
+
+
+class LayerwiseOBS(Blockwise):
+    """OBS on ``‖(W - Ŵ) X‖²``, the change of each layer's output on calibration inputs, in place of the loss.
+
+    The Hessian ``2 X Xᵀ / n`` of a row's error is the same for all output rows of a layer (OBC, Frantar & Alistarh 2022), and
+    needs forward passes alone: no labels, no gradients. Rows are cut into blocks of ``block_size`` inputs; with one no smaller
+    than a row it is OBC itself. The predicted loss is the squared error of the layers' outputs, a sum over targets of different
+    scales, which is why zeros are shared out uniformly by default.
+
+    Args:
+        block_size: Weights of an output row in a block, ``B``.
+        num_inputs: Samples whose layer inputs are collected, ``n``.
+        damp: Added to the diagonal of a layer's Hessian, as a fraction of its mean.
+        allocation: How zeros are shared out over the targets. Default: `Uniform`.
+        pattern: Which masks are allowed. Default: `Unstructured`.
+        backend: See `CAP`.
+
+    Raises:
+        ConfigError: A number is out of range, or the backend cannot run.
+        PatternError: ``pattern`` is not one, or one that blocks cannot enforce.
+    """
+
+    def __init__(
+        self,
+        block_size: int = 192,
+        num_inputs: int = 1024,
+        damp: float = 0.01,
+        allocation: Allocation | None = None,
+        pattern: Pattern | int | str | None = None,
+        backend: Backend = "auto",
+    ) -> None:
+        if num_inputs < 1 or num_inputs != int(num_inputs):
+            raise ConfigError(f"num_inputs={num_inputs}: give a whole number of at least 1.")
+        super().__init__(block_size, 1, 1, damp, allocation or Uniform(), pattern, backend=backend)
+        self.num_inputs, self.num_gradients = num_inputs, 0
+
+    def _layout(self, targets: Targets) -> BlockLayout:
+        group = self.pattern.group_size
+        longest = max((weight[0].numel() for weight in targets.values()), default=1)
+        return targets.blocks(min(self.block_size, -(-longest // group) * group), group, by_row=True)
+
+    def _plan(self, layout: BlockLayout, alive: Tensor, rows_bytes: int) -> EventPlan:
+        busy = alive.any(-1).nonzero().squeeze(1).cpu()
+        shares = tuple(busy.tensor_split(world_size()))
+        B, entries = layout.block_size, layout.num_blocks * layout.block_size
+        backend = choose_backend(self.backend, alive.device, self.pattern)
+        chunk = max(1, min(2**22 // B**2, len(shares[0])))
+        peak = 30 * entries + rows_bytes + work_bytes(backend, B, chunk, packed=False) + 8 * chunk * B**2
+        return EventPlan(alive.device, peak, None, "block_size", alive.device, 0, (shares,), chunk)
+
+    def _read(self, layout: BlockLayout, plan: EventPlan, number: int, gradients: GradientSource) -> SharedBlocks:
+        grams = _sum_up(layout, plan.device, gradients)
+        own = plan.groups[number]
+        return SharedBlocks(layout, grams, own, plan.device)
+
+    def _order(
+        self, fisher: SharedBlocks, weights: Tensor, alive: Tensor, chunk: int, progress: Progress | None
+    ) -> Elimination:
+        out = eliminate(fisher, weights, alive, self.damp, self.pattern, progress, self.backend, chunk)
+        out.losses.mul_(fisher.scale.unsqueeze(-1))
+        return out
+
+    def _scores(self, losses: Tensor) -> Tensor:
+        return pool_adjacent_violators(losses)
+
+
+class SharedBlocks:
+    """Blocks ``(k, B, B)`` on the diagonal of the layers' Hessians, each layer's scaled to a mean diagonal of 1.
+
+    Args:
+        layout: With blocks inside output rows.
+        hessians: ``{target: (G, I, I)}`` float64, ``I`` in the order of the weight as stored.
+        own: ``(K_r,)`` indices of this process's blocks.
+        device: Where to hand them out.
+
+    Attributes:
+        scale: ``(K_r,)`` float32, what each block was divided by.
+        triangles: None: blocks are not packed.
+    """
+
+    triangles = None
+
+    def __init__(self, layout: BlockLayout, hessians: Mapping[str, Tensor], own: Tensor, device: torch.device) -> None:
+        B = layout.block_size
+        blocks, places, scales, first = [], [], [], 0
+        for name, shape in layout.shapes.items():
+            hessian = _ordered(hessians[name], shape, layout.group_size)
+            scale = float(hessian.diagonal(dim1=-2, dim2=-1).mean()) or 1.0
+            groups, count = len(hessian), -(-hessian.shape[-1] // B)
+            extra = count * B - hessian.shape[-1]
+            padded = torch.nn.functional.pad(hessian / scale, (0, extra, 0, extra))
+            parts = padded.view(groups, count, B, count, B).diagonal(dim1=1, dim2=3).movedim(-1, 1)
+            blocks.append(parts.reshape(-1, B, B).float())
+            row = torch.arange(shape[0]) // (shape[0] // groups)
+            places.append((first + row.unsqueeze(1) * count + torch.arange(count)).flatten())
+            scales.append(torch.full((shape[0] * count,), scale))
+            first += groups * count
+        self._blocks = torch.cat(blocks).to(device)
+        self._places = torch.cat(places)[own].to(device)
+        self.scale = torch.cat(scales)[own].to(device)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __getitem__(self, index: Tensor) -> Tensor:
+        """``(k,)`` int64 -> ``(k, B, B)`` float32."""
+        taken: Tensor = self._blocks[self._places[index]]
+        return taken
+
+
+def _ordered(hessian: Tensor, shape: tuple[int, ...], group_size: int) -> Tensor:
+    """Rows and columns in the order of the layout: kernel positions before inputs where groups lie along the inputs."""
+    if group_size == 1 or len(shape) < 3:
+        return hessian
+    inputs = shape[1]
+    split: Tensor = hessian.unflatten(2, (inputs, -1)).unflatten(1, (inputs, -1))  # (G, I, k, I, k)
+    return split.permute(0, 2, 1, 4, 3).reshape(hessian.shape)
+
+
+def _sum_up(layout: BlockLayout, device: torch.device, source: GradientSource) -> dict[str, Tensor]:
+    """``2 X Xᵀ / n`` of every target, ``(G, I, I)`` float64, over all processes."""
+    sums: dict[str, Tensor] = {}
+    count = 0
+    with distributed.agreed("Collecting layer inputs"), reading(source) as chunks:
+        for chunk in chunks:
+            if not isinstance(chunk, LayerGrams):
+                raise GradientError(
+                    f"gradients: LayerwiseOBS needs layer statistics (LayerGrams), got {type(chunk).__name__}. Give "
+                    "an InputCollector as the source."
+                )
+            for name in layout.shapes:
+                gram = chunk[name].to(device).double()
+                sums[name] = sums[name] + gram if name in sums else gram
+            count += chunk.count
+        if sums and not all(bool(torch.isfinite(total).all()) for total in sums.values()):
+            raise GradientError("inputs: layer inputs are not finite. Check the model and the calibration data.")
+    counts = distributed.gather_counts(count, device)
+    if sum(counts) == 0:
+        raise GradientError("inputs: the calibration batches are empty. Check the data set and its batch size.")
+    if min(counts) == 0:  # a process without a batch of its own
+        shapes = next(s for s in distributed.gather_objects({n: list(t.shape) for n, t in sums.items()}) if s)
+        sums = sums or {n: torch.zeros(shape, dtype=torch.float64, device=device) for n, shape in shapes.items()}
+    return {name: 2 * distributed.sum_over_ranks(total) / sum(counts) for name, total in sums.items()}

@@ -1,0 +1,40 @@
+"""Random pruning: what any method must beat."""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+from lightning_cap.allocation import Allocation
+from lightning_cap.layout import BlockLayout
+from lightning_cap.patterns import Pattern
+from lightning_cap.pruners.scored import Scored
+from lightning_cap.sources import GradientSource
+from lightning_cap.targets import Targets
+
+
+class Random(Scored):
+    """Remove weights by lot. The same seed and target name draw the same lots, so events of one run are nested.
+
+    Needs no gradients. Zeros cost nothing and go first.
+
+    Args:
+        seed: Of the lots.
+        allocation: See `Scored`.
+        pattern: See `Scored`.
+    """
+
+    def __init__(
+        self, seed: int = 0, allocation: Allocation | None = None, pattern: Pattern | int | str | None = None
+    ) -> None:
+        super().__init__(allocation, pattern)
+        self.seed = seed
+
+    def _saliency(self, targets: Targets, layout: BlockLayout, weights: Tensor, gradients: GradientSource) -> Tensor:
+        drawn = {}
+        for name, weight in targets.items():
+            generator = torch.Generator().manual_seed(hash((self.seed, zlib.crc32(name.encode()))) % 2**63)
+            drawn[name] = 1 - torch.rand(weight.shape, generator=generator)  # in (0, 1]
+        return layout.pack(drawn, torch.float32, weights.device).masked_fill_(weights == 0, 0.0)

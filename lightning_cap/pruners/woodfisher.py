@@ -1,0 +1,103 @@
+"""WoodFisher: block OBS saliencies, all weights removed at once (Singh & Alistarh 2020; oBERT, Kurtic et al. 2022)."""
+
+from __future__ import annotations
+
+import functools
+from typing import Literal
+
+from torch import Tensor
+
+from lightning_cap.allocation import Allocation
+from lightning_cap.errors import ConfigError
+from lightning_cap.fisher import ROW_CHUNK, FisherBlocks, Storage
+from lightning_cap.hooks import Progress
+from lightning_cap.patterns import Pattern
+from lightning_cap.pruners.blockwise import Blockwise
+from lightning_cap.solver import Elimination, eliminate, reconstruct, update_alone
+from lightning_cap.solver.at_once import order_at_once
+from lightning_cap.solver.backend import factor_first
+
+
+class WoodFisher(Blockwise):
+    """The saliency of equation 2 on the dense model, ``w_p² / (2 [F⁻¹]_pp)``, in blocks; the least go together.
+
+    Unlike in `CAP`, a weight's saliency does not know what else is removed, and the predicted loss, the sum of the
+    saliencies, leaves their interplay out. With `lightning_cap.patterns.BlockOf` groups go by ``½ w_gᵀ ([F⁻¹]_gg)⁻¹ w_g`` (equation
+    5, oBERT). For recomputations see ``num_recomputations`` of `lightning_cap.CAPPruningCallback`.
+
+    Args:
+        block_size: Weights in a Fisher block, ``B``.
+        num_gradients: Gradient samples, ``N`` of equation 3.
+        samples_per_gradient: Inputs whose mean loss gives one gradient sample.
+        damp: ``λ`` of equation 3.
+        update: How kept weights move: ``"joint"``, ``δw = -F⁻¹ E_Qᵀ ([F⁻¹]_QQ)⁻¹ w_Q`` for all removed ones ``Q`` together
+            (equation 5); ``"simple"``, each removed weight's own ``δw`` of equation 2 added up, as in the published code; or
+            ``"none"``.
+        allocation: How zeros are shared out over the targets. Default: `Global`.
+        pattern: Which masks are allowed. Default: `Unstructured`.
+        max_memory: See `CAP`.
+        storage: See `CAP`.
+        row_chunk: See `CAP`.
+        allow_tf32: See `CAP`.
+
+    Raises:
+        ConfigError: A setting is out of range.
+        PatternError: ``pattern`` is not one, or one that blocks cannot enforce.
+    """
+
+    def __init__(
+        self,
+        block_size: int = 64,
+        num_gradients: int = 4096,
+        samples_per_gradient: int = 1,
+        damp: float = 1e-8,
+        update: Literal["joint", "simple", "none"] = "joint",
+        allocation: Allocation | None = None,
+        pattern: Pattern | int | str | None = None,
+        max_memory: int | str | None = None,
+        storage: Storage = "auto",
+        row_chunk: int = ROW_CHUNK,
+        allow_tf32: bool = False,
+    ) -> None:
+        if update not in ("joint", "simple", "none"):
+            raise ConfigError(f"update={update!r}: choose 'joint', 'simple' or 'none'.")
+        self.update = update
+        super().__init__(
+            block_size,
+            num_gradients,
+            samples_per_gradient,
+            damp,
+            allocation,
+            pattern,
+            max_memory,
+            storage,
+            "torch",
+            row_chunk,
+            allow_tf32,
+        )
+
+    def _order(
+        self, fisher: FisherBlocks, weights: Tensor, alive: Tensor, chunk: int, progress: Progress | None
+    ) -> Elimination:
+        pattern = self.pattern
+        order = functools.partial(
+            factor_first, lambda inverse, floor, w, left: order_at_once(inverse, floor, w, left, pattern)
+        )
+        return eliminate(fisher, weights, alive, self.damp, pattern, progress, chunk=chunk, solve=order)
+
+    def _rebuild(
+        self,
+        fisher: FisherBlocks,
+        weights: Tensor,
+        alive: Tensor,
+        lost: Tensor,
+        damp: Tensor,
+        precise: Tensor,
+        chunk: int,
+    ) -> Tensor:
+        if self.update == "joint":
+            return reconstruct(fisher, weights, alive, lost, damp, precise, "auto", chunk)
+        if self.update == "none":
+            return weights.masked_fill(~alive | lost, 0.0)
+        size = self.pattern.group_size if self.pattern.whole_groups else 1
+        return update_alone(fisher, weights, alive, lost, damp, precise, size, chunk)
