@@ -123,6 +123,8 @@ def test_dense_then_oneshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         "--seeds=[0]",
         "--sparsities=[0.5]",
     ]
+    few = [f"--pruners.{name}.num_gradients=8" for name in ("FastCAP", "WoodFisher", "M-FAC", "OBD", "GrW", "Taylor")]
+    few.append("--pruners.layerwise OBS.num_inputs=8")
     main([*comparison, *limits, *few, "--grids={num_gradients: [12]}", "--pruners.CAP.num_gradients=16", "--loss_samples=32",
           "--surface.sparsity=0.5", "--surface.points=2"])  # fmt: skip
     written = {path.name for path in (tmp_path / "runs/digits_compare").iterdir()}
