@@ -114,7 +114,7 @@ def plot_agreement(agreement: Mapping[str, Any], path: Path) -> None:
     most = max(len(entry["pruners"]) for entry in agreement.values())
     longest = max(len(name) for entry in agreement.values() for name in entry["pruners"])
     size = 1.0 + 0.46 * most + 0.05 * longest
-    figure, every = panels(len(agreement), size, size)
+    figure, every = panels(len(agreement), size, size, columns=2 if most > 6 else None)
     for axes, (sparsity, entry) in zip(every, agreement.items(), strict=True):
         names, matrix = entry["pruners"], entry["iou"]
         axes.imshow(matrix, vmin=0, vmax=1, cmap="cividis")
