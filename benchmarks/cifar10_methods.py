@@ -22,7 +22,7 @@ from lightning_cap.pruners import (
 
 FISHER = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 RELATIVE = (1e-3, 1e-2, 1e-1)
-MFAC_ROWS = 512
+MFAC_ROWS = 256
 
 
 @dataclass(frozen=True)
