@@ -58,7 +58,8 @@ class Allocation(ABC):
     def most_zeros(self, shapes: Shapes, existing: Mapping[str, int]) -> dict[str, int]:
         """How many zeros each target may have, by its floor."""
         sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-        kept = {name: math.ceil(Fraction(self.min_density) * size) for name, size in sizes.items()}
+        floor = Fraction(str(self.min_density))  # as it was written: 0.05 of 1,000 weights is 50, not a rounding above
+        kept = {name: math.ceil(floor * size) for name, size in sizes.items()}
         return {name: max(existing[name], size - kept[name]) for name, size in sizes.items()}
 
 
@@ -83,7 +84,7 @@ class Global(Allocation):
 
 @dataclass(frozen=True)
 class Uniform(Allocation):
-    """Every target has the same sparsity, up to rounding (largest remainder), its floor and zeros that it has already.
+    """Every target has the same sparsity, up to rounding, its floor and zeros that it has already.
 
     Args:
         min_density: See `Allocation`.
@@ -219,10 +220,11 @@ def _check_room(most: int, zeros: int, allocation: Allocation) -> None:
 def share_out(
     wanted: Mapping[str, Fraction], lower: Mapping[str, int], upper: Mapping[str, int], total: int
 ) -> dict[str, int]:
-    """Whole numbers proportional to ``wanted`` within bounds that add up to ``total``.
+    """Whole numbers proportional to ``wanted`` within bounds that add up to ``total``; none falls when ``total`` rises.
 
-    Exact: names at a bound are fixed there and the others share the rest, until none breaks a bound; fractions are
-    then rounded by largest remainder, earlier names first.
+    The ``k``-th unit of a name is due at the level ``(k - 1/2) / wanted`` (Webster's method); units go out in that order, earlier
+    names first, once every name has its lower bound. Largest remainders would not do: with them a larger total can mean
+    less for somebody. The level is found exactly: names at a bound are fixed there, until none breaks one.
 
     Args:
         wanted: Positive.
@@ -233,16 +235,19 @@ def share_out(
     fixed: dict[str, int] = {}
     while True:
         free = [name for name in wanted if name not in fixed]
-        rest, whole = total - sum(fixed.values()), sum(wanted[name] for name in free)
-        shares = {name: rest * wanted[name] / whole for name in free}
-        low = {name: lower[name] for name in free if shares[name] < lower[name]}
-        high = {name: upper[name] for name in free if shares[name] > upper[name]}
+        if not free:
+            return {name: fixed[name] for name in wanted}
+        level = Fraction(total - sum(fixed.values())) / sum(wanted[name] for name in free)
+        low = {name: lower[name] for name in free if level * wanted[name] < lower[name]}
+        high = {name: upper[name] for name in free if level * wanted[name] > upper[name]}
         if not low and not high:
             break
-        excess = sum(low[n] - shares[n] for n in low) - sum(shares[n] - high[n] for n in high)
+        excess = sum(low[n] - level * wanted[n] for n in low) - sum(level * wanted[n] - high[n] for n in high)
         fixed.update({**(low if excess >= 0 else {}), **(high if excess <= 0 else {})})
-    out = {name: math.floor(share) for name, share in shares.items()}
-    by_remainder = sorted(free, key=lambda name: out[name] - shares[name])
-    for name in by_remainder[: rest - sum(out.values())]:
-        out[name] += 1
-    return {name: fixed[name] if name in fixed else out[name] for name in wanted}
+    half = Fraction(1, 2)
+    out = {n: min(max(math.floor(level * wanted[n] + half), lower[n]), upper[n]) for n in wanted}
+    while sum(out.values()) < total:
+        out[min((n for n in out if out[n] < upper[n]), key=lambda n: (out[n] + half) / wanted[n])] += 1
+    while sum(out.values()) > total:
+        out[max((n for n in reversed(out) if out[n] > lower[n]), key=lambda n: (out[n] - half) / wanted[n])] -= 1
+    return out

@@ -97,16 +97,16 @@ class InputCollector:
     def _of(self, batch: Any) -> LayerGrams:
         grams = LayerGrams()
 
-        def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            def take(layer: nn.Module, args: tuple[Any, ...]) -> None:
-                gram = _gram(layer, args[0])
+        def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
+            def take(layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
+                gram = _gram(layer, args[0] if args else named["input"])
                 grams[name] = grams[name] + gram if name in grams else gram
 
             return take
 
         with ExitStack() as stack:
             for name, layer in self._layers.items():
-                handle = layer.register_forward_pre_hook(hook(name))
+                handle = layer.register_forward_pre_hook(hook(name), with_kwargs=True)
                 stack.callback(handle.remove)
             with torch.inference_mode(False), torch.no_grad(), self._context():
                 self._loss(self._model, batch)

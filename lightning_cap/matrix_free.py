@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_cap.fisher import BlockSums, EmpiricalFisher, FisherBlocks, Storage
+from lightning_cap.linalg import FLOAT64_CONDITION
 
 _FLOATS = 2**24  # of (k, N, B) at a time
 
@@ -90,10 +91,28 @@ class _Rows(BlockSums):
 
 
 class Inverse(ABC):
-    """``F⁻¹`` of ``k`` blocks, ``F = damp·I + (1/N) Σ g gᵀ``, in float64."""
+    """``F⁻¹`` of ``k`` blocks, ``F = damp·I + (1/N) Σ g gᵀ``, in float64.
+
+    Args:
+        rows: ``G``, ``(k, N, B)`` float64, zero at weights that are not alive.
+        damp: ``(k,)`` float64.
+
+    Attributes:
+        safe: ``(k,)`` bool, whether the inverse of the block can be trusted.
+    """
+
+    safe: Tensor
+
+    def __init__(self, rows: Tensor, damp: Tensor) -> None:
+        self._damp = damp.view(-1, 1)
+        self._floor = 1 / (rows.square().mean(1) + self._damp)
+
+    def diagonal(self) -> Tensor:
+        """``(k, B)``, never below ``1 / F_pp``, which it cannot be but by rounding."""
+        return torch.maximum(self._diagonal(), self._floor)
 
     @abstractmethod
-    def diagonal(self) -> Tensor:
+    def _diagonal(self) -> Tensor:
         """``(k, B)``."""
 
     @abstractmethod
@@ -103,23 +122,19 @@ class Inverse(ABC):
 
 class DynamicInverse(Inverse):
     """By the Gram matrix of the rows (M-FAC's dynamic algorithm): ``F⁻¹ = (I - Gᵀ (N·damp·I + G Gᵀ)⁻¹ G) / damp``.
-
-    Args:
-        rows: ``G``, ``(k, N, B)`` float64, zero at weights that are not alive.
-        damp: ``(k,)`` float64.
-
-    Attributes:
-        safe: ``(k,)`` bool, whether the Gram matrix of the block could be factored.
+    See `Inverse`.
     """
 
     def __init__(self, rows: Tensor, damp: Tensor) -> None:
-        self._rows, self._damp = rows, damp.view(-1, 1)
+        super().__init__(rows, damp)
+        self._rows = rows
         gram = torch.bmm(rows, rows.mT)
         gram.diagonal(dim1=-2, dim2=-1).add_(self._damp * rows.shape[1])
         self._factor, info = torch.linalg.cholesky_ex(gram)
-        self.safe = (info == 0) & torch.isfinite(self._factor.diagonal(dim1=-2, dim2=-1)).all(-1)
+        pivots = self._factor.diagonal(dim1=-2, dim2=-1).square()
+        self.safe = (info == 0) & (pivots.amax(-1) < FLOAT64_CONDITION * pivots.amin(-1))
 
-    def diagonal(self) -> Tensor:
+    def _diagonal(self) -> Tensor:
         """``(k, B)``."""
         half: Tensor = torch.linalg.solve_triangular(self._factor, self._rows, upper=False)
         return (1 - half.square().sum(1)) / self._damp
@@ -134,17 +149,12 @@ class StaticInverse(Inverse):
     """By rank-1 updates (M-FAC's static algorithm): ``v_i = F_{i-1}⁻¹ g_i``, after which a product costs ``O(N·B)``.
 
     ``F⁻¹ x = x / damp - Σ_i v_i (v_iᵀ x) / (N + g_iᵀ v_i)``.
-
-    Args:
-        rows: ``G``, ``(k, N, B)`` float64, zero at weights that are not alive; overwritten by the ``v_i``.
-        damp: ``(k,)`` float64.
-
-    Attributes:
-        safe: ``(k,)`` bool, whether all ``v_i`` are finite.
+    See `Inverse`; ``rows`` are overwritten by the ``v_i``.
     """
 
     def __init__(self, rows: Tensor, damp: Tensor) -> None:
-        self._vectors, self._damp = rows, damp.view(-1, 1)
+        super().__init__(rows, damp)
+        self._vectors = rows
         self._scales = torch.ones_like(rows[:, :, 0])
         for i in range(rows.shape[1]):
             gradient = rows[:, i].clone()
@@ -155,9 +165,9 @@ class StaticInverse(Inverse):
                 vector -= torch.bmm(past.mT, inner).squeeze(-1)
             self._scales[:, i] = rows.shape[1] + (gradient * vector).sum(-1)
             rows[:, i] = vector
-        self.safe = torch.isfinite(self._scales).all(-1) & (self._scales > 0).all(-1)
+        self.safe = ((self._scales > 0) & (self._scales < FLOAT64_CONDITION * rows.shape[1])).all(-1)
 
-    def diagonal(self) -> Tensor:
+    def _diagonal(self) -> Tensor:
         """``(k, B)``."""
         return 1 / self._damp - (self._vectors.square() / self._scales.unsqueeze(-1)).sum(1)
 

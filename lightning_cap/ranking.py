@@ -76,6 +76,23 @@ def _pool_in_rounds(values: Tensor) -> Tensor:
     return torch.where(valid, (sums / counts).gather(1, pool), torch.inf).float()
 
 
+def at_group_ends(scores: Tensor, rank: Tensor, size: int) -> Tensor:
+    """Give every step the score at which its group of weights is gone as a whole, so that no threshold cuts inside a group.
+
+    Args:
+        scores: ``(K, B)`` by step, not decreasing along a block.
+        rank: ``(K, B)`` the step at which each weight goes, ``B`` for never; groups go one after the other.
+        size: Consecutive weights in a group.
+    """
+    parts = []
+    for score, step in zip(scores.split(2**13), rank.split(2**13), strict=True):
+        group = step.argsort(dim=-1, stable=True) // size  # by step
+        last = torch.arange(scores.shape[1], device=step.device) + 1 == (step < scores.shape[1]).sum(-1, keepdim=True)
+        last[:, :-1] |= group[:, 1:] != group[:, :-1]
+        parts.append(score.masked_fill(~last, torch.inf).flip(-1).cummin(-1).values.flip(-1))
+    return torch.cat(parts)
+
+
 def select(
     scores: Tensor,
     rows: Mapping[str, Tensor],
@@ -101,8 +118,11 @@ def select(
         part = scores[mine]
         if most is not None and len(names) > 1:  # what lies beyond a target's floor goes last
             allowed = [smallest(scores[rows[name]], most[name], sharded=sharded, signed=signed) for name in names]
-            part = part.masked_fill(~torch.cat(allowed), torch.inf)
-        chosen[mine] = smallest(part, count, sharded=sharded, signed=signed)
+            within = torch.cat(allowed)
+            part = part.masked_fill(~within, torch.inf)
+            chosen[mine] = within & smallest(part, count, sharded=sharded, signed=signed)
+        else:
+            chosen[mine] = smallest(part, count, sharded=sharded, signed=signed)
     return chosen
 
 

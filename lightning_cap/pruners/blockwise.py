@@ -19,7 +19,7 @@ from lightning_cap.layout import BlockLayout
 from lightning_cap.patterns import Pattern, as_pattern, in_blocks
 from lightning_cap.planning import EventPlan, Sizes, parse_bytes, plan_event
 from lightning_cap.pruners.base import Pruner, PruneResult, PruningPath, pack_alive, pack_weights
-from lightning_cap.ranking import select
+from lightning_cap.ranking import at_group_ends, select
 from lightning_cap.solver import Elimination, reconstruct
 from lightning_cap.solver.backend import Backend, choose_backend
 from lightning_cap.sources import GradientSource, check_repeatable, reading, rows_bytes
@@ -208,6 +208,8 @@ class BlockwisePath(PruningPath):
         self.elimination: Elimination = Elimination.joined(parts)
         del parts
         self._scores = pruner._scores(self.elimination.losses)
+        if pruner.pattern.whole_groups:
+            self._scores = at_group_ends(self._scores, self.elimination.rank, pruner.pattern.group_size)
         self.stats = self._gather_stats()
 
     def _fisher(self, number: int) -> Any:
@@ -308,6 +310,9 @@ class BlockwisePath(PruningPath):
         rows = {n: ((self._own >= s.start) & (self._own < s.stop)).nonzero().squeeze(1) for n, s in spans.items()}
         rows = {name: own.to(self._scores.device) for name, own in rows.items()}
         removals, most = self._removals(allocation, zeros), self._most(allocation)
+        if most and self._pruner.pattern.whole_groups:
+            size = self._pruner.pattern.group_size
+            most = {name: count // size * size for name, count in most.items()}
         cut = select(self._scores, rows, removals, most, sharded=world_size() > 1).sum(-1)
         return self._whole_groups(cut) if self._pruner.pattern.whole_groups else cut
 

@@ -92,7 +92,9 @@ class FastCAP(Pruner):
         progress: Progress | None = None,
     ) -> FastCAPPath:
         """Accumulate and factor one block a layer."""
-        return FastCAPPath(self, targets, self._layout(targets), masks, mean_blocks(self._layout(targets), gradients))
+        return FastCAPPath(
+            self, targets, self._layout(targets), masks, mean_blocks(self._layout(targets), gradients, targets.device)
+        )
 
     def _layout(self, targets: Targets) -> BlockLayout:
         return targets.blocks(self.block_size, self.pattern.group_size)
@@ -165,7 +167,7 @@ class FastCAPPath(ScoredPath):
         return smallest(scores.masked_fill(~alive, torch.inf), int(pruned.sum()))
 
 
-def mean_blocks(layout: BlockLayout, gradients: GradientSource) -> dict[str, Tensor]:
+def mean_blocks(layout: BlockLayout, gradients: GradientSource, device: torch.device) -> dict[str, Tensor]:
     """The mean Fisher block of each target, without damp: ``{name: (B, B)}`` float64, over rows, blocks and processes.
 
     Padding counts as zeros of the last block.
@@ -173,14 +175,14 @@ def mean_blocks(layout: BlockLayout, gradients: GradientSource) -> dict[str, Ten
     Args:
         layout: Block view of the targets.
         gradients: Rows; read once.
+        device: Where to add them up.
 
     Raises:
         GradientError: There is no row, a row is not finite, a target is missing or its rows do not have its shape.
     """
     B = layout.block_size
-    sums: dict[str, Tensor] = {}
+    sums = {name: torch.zeros(B, B, dtype=torch.float64, device=device) for name in layout.shapes}
     count = 0
-    device = torch.device("cpu")
     parts = {name: BlockLayout({name: shape}, B, layout.group_size) for name, shape in layout.shapes.items()}
     with reading(gradients) as chunks:
         for chunk in chunks:
@@ -191,11 +193,9 @@ def mean_blocks(layout: BlockLayout, gradients: GradientSource) -> dict[str, Ten
                         f"gradients: the rows of {name!r} have shape {got}, its weight has {shape}. Give a chunk "
                         "{target name: (n, *weight.shape)} with every target in it."
                     )
-                rows = parts[name].pack_rows({name: chunk[name]}, torch.float32).flatten(0, 1)
-                device = rows.device
+                rows = parts[name].pack_rows({name: chunk[name]}, torch.float32, device).flatten(0, 1)
                 with full_float32():
-                    product = (rows.mT @ rows).double()
-                sums[name] = sums[name] + product if name in sums else product
+                    sums[name] += rows.mT @ rows
             count += next(iter(chunk.values())).shape[0]
     counts = distributed.gather_counts(count, device)
     if sum(counts) == 0:

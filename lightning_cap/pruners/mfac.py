@@ -129,8 +129,7 @@ class MFAC(Blockwise):
         damp = torch.full_like(out.damp[blocks], self.damp)
         while True:
             inverse = self._inverse(fisher, blocks, alive, damp)
-            floor = 1 / (fisher.rows(blocks).double().square().mean(1) + damp.unsqueeze(-1))
-            diagonal = torch.maximum(inverse.diagonal(), floor)  # [F⁻¹]_pp >= 1 / F_pp
+            diagonal = inverse.diagonal()
             good = inverse.safe & torch.isfinite(diagonal).all(-1)
             if bool(good.all()):
                 break

@@ -166,7 +166,10 @@ class ScoredPath(PruningPath):
             for name in names:
                 value, size = self._scores_of_units(name)
                 if most is not None and len(names) > 1:
-                    value = value.masked_fill(~_take(value, size, most[name]), torch.inf)
+                    size = torch.where(
+                        _take(value, size, most[name]), size, 0
+                    )  # beyond the floor there is nothing to take
+                    value = value.masked_fill(size == 0, torch.inf)
                 scores.append(value)
                 sizes.append(size)
             gone = _take(torch.cat(scores), torch.cat(sizes), count).split([len(value) for value in scores])
