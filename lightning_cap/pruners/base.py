@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_cap.allocation import Allocation, budget_of
-from lightning_cap.errors import ConfigError, UnsupportedError
+from lightning_cap.errors import ConfigError, PatternError, UnsupportedError
 from lightning_cap.hooks import Progress
 from lightning_cap.layout import BlockLayout
 from lightning_cap.patterns import Pattern, Unstructured
@@ -265,3 +265,17 @@ def refuse_regrowth(pruner: Pruner) -> None:
             f"pruner={type(pruner).__name__}: weights that it brings back are zero until training goes on, and one-shot pruning "
             "does not train. Run it by CAPPruningCallback, or use Magnitude."
         )
+
+
+def in_blocks(pattern: Pattern, method: str) -> Pattern:
+    """``pattern`` itself, for a method that works inside blocks of consecutive weights.
+
+    Raises:
+        PatternError: Blocks cannot enforce it.
+    """
+    if not pattern.in_blocks:
+        raise PatternError(
+            f"pattern={pattern}: {method} works inside blocks of consecutive weights, which do not hold whole rows. Use "
+            "DiagonalFisher, GradientTimesWeight, Taylor, Magnitude or Random with it."
+        )
+    return pattern
