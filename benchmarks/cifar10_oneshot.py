@@ -14,6 +14,7 @@ import os
 import statistics
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -22,24 +23,26 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from cifar10_methods import METHODS, PAPER, Method, Scale
 from machine import machine
 from resnet20 import ResNet20
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 
 from lightning_cap.calibration import CalibrationBatches
 from lightning_cap.data import ImageNetDataModule
 from lightning_cap.gradients import GradientCollector
+from lightning_cap.layer_inputs import InputCollector
 from lightning_cap.module import load_weights
-from lightning_cap.pruners import CAP, Magnitude, PruneResult
+from lightning_cap.pruners import MFAC, PruneResult, PruningPath, Random
 from lightning_cap.storage import save_json
 from lightning_cap.targets import Targets
 
 EVAL_BATCH = 500
 DRAW_BATCH = 64  # images decoded at a time
-METHODS = ("magnitude", "CAP cumulative", "CAP marginal")
+HELD_OUT = 10  # with --tune, every tenth training image is for tuning alone
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,8 @@ class Settings:
     num_gradients: int
     samples_per_gradient: int
     damp: float
+    methods: list[str]
+    tuned_at: list[float]
     sparsities: list[float]
     seeds: list[int]
     pad: str
@@ -109,6 +114,9 @@ class Benchmark:
     images: Tensor
     labels: Tensor
     clock: Stopwatch
+    tuning: tuple[Tensor, Tensor] | None = None  # images and labels that no calibration sample is drawn from
+    damps: dict[str, float] = field(default_factory=dict)
+    grid: dict[str, dict[str, float]] = field(default_factory=dict)
     runs: list[dict[str, Any]] = field(default_factory=list)
 
     def run(self) -> dict[str, Any]:
@@ -116,46 +124,90 @@ class Benchmark:
         dense = self.accuracy(self.model)
         targets = Targets.from_model(self.model)
         print(f"dense: {dense:.2f}", file=sys.stderr)
-        self.sweep(Magnitude().path(targets), "magnitude", None)
-        for seed in self.settings.seeds:
-            rows = self.gradients(targets, seed)
-            for ranking in ("cumulative", "marginal"):
-                with self.clock.phase(f"Fisher and elimination, {ranking}"):
-                    path = self.pruner(ranking).path(targets, rows)
-                with path:
-                    self.sweep(path, f"CAP {ranking}", seed)
+        chosen = {name: METHODS[name] for name in self.settings.methods}
+        for number, seed in enumerate(self.settings.seeds):
+            sources = self.sources(targets, seed, chosen)
+            if number == 0:
+                self.tune(targets, chosen, sources)
+            for name, method in chosen.items():
+                if method.seeded or number == 0:
+                    with self.path(targets, name, method, self.damps[name], sources, seed) as path:
+                        self.sweep(path, name, seed if method.seeded else None)
         return {
             "dense": dense,
             "val_images": len(self.labels),
             "targets": len(targets),
             "weights": targets.numel,
+            "damps": self.damps,
+            "grid": self.grid,
             "runs": self.runs,
-            "summary": summarise(self.runs, self.settings.sparsities),
+            "summary": summarise(self.runs, self.settings),
             "seconds": {name: round(value, 2) for name, value in self.clock.seconds.items()},
         }
 
-    def pruner(self, ranking: Any) -> CAP:
-        s = self.settings
-        return CAP(s.block_size, s.num_gradients, s.samples_per_gradient, s.damp, ranking)
+    def tune(self, targets: Targets, chosen: Mapping[str, Method], sources: Mapping[str, Any]) -> None:
+        """The damp of each method by its mean accuracy on the held-out images, with the first seed's gradients."""
+        for name, method in chosen.items():
+            self.damps[name] = self.settings.damp
+            if self.tuning is None or not method.damps:
+                continue
+            scores = {}
+            for damp in method.damps:
+                with self.path(targets, name, method, damp, sources, self.settings.seeds[0]) as path:
+                    pruned = [self.pruned(path.at(s)) for s in self.settings.tuned_at]
+                    scores[f"{damp:g}"] = statistics.fmean(self.accuracy(m, self.tuning) for m in pruned)
+                print(f"tuning {name}, damp {damp:g}: {scores[f'{damp:g}']:.2f}", file=sys.stderr)
+            self.grid[name] = scores
+            self.damps[name] = float(max(scores, key=lambda damp: scores[damp]))
 
-    def gradients(self, targets: Targets, seed: int) -> list[dict[str, Tensor]]:
-        """Gradient rows of the dense model, ``4·N·d`` bytes; both rankings get the same."""
+    def path(
+        self, targets: Targets, name: str, method: Method, damp: float, sources: Mapping[str, Any], seed: int
+    ) -> PruningPath:
+        """Solve with one method."""
+        s = self.settings
+        pruner = method.make(Scale(s.block_size, s.num_gradients, s.samples_per_gradient), damp)
+        if isinstance(pruner, Random):
+            pruner.seed = seed
+        source = sources["inputs" if pruner.num_inputs else "rows"] if pruner.num_inputs or pruner.num_gradients else ()
+        if isinstance(pruner, MFAC):
+            source = first_rows(source, pruner.num_gradients)
+        with self.clock.phase(f"statistics and order, {name}"), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "damp=")  # of a grid that begins too low on purpose
+            return pruner.path(targets, source)
+
+    def sources(self, targets: Targets, seed: int, chosen: Mapping[str, Method]) -> dict[str, Any]:
+        """Gradient rows of the dense model, ``4·N·d`` bytes, and layer statistics; all methods get the same."""
         count, samples = self.settings.num_gradients, self.settings.samples_per_gradient
         loader = self.data.calibration_dataloader()
-        if self.settings.pad == "mean":
-            loader = DataLoader(PaddedAfterwards(self.data.training_set(augment=False)), DRAW_BATCH)
+        dataset: Any = self.data.training_set(augment=False) if self.settings.pad == "mean" else loader.dataset
+        augmented = PaddedAfterwards(dataset) if self.settings.pad == "mean" else dataset
+        if self.tuning is not None:
+            augmented = Subset(augmented, [i for i in range(len(dataset)) if i % HELD_OUT])
         with self.clock.phase("images"):
-            batches = list(CalibrationBatches(loader, count * samples, samples, seed=seed, event=0))
+            batches = list(
+                CalibrationBatches(DataLoader(augmented, DRAW_BATCH), count * samples, samples, seed=seed, event=0)
+            )
+        found: dict[str, Any] = {}
         with self.clock.phase("gradients"):
-            return list(GradientCollector(self.model, targets, loss, batches, count, samples))
+            if any(method.make(Scale(4, 2, 1), 1.0).num_gradients for method in chosen.values()):
+                found["rows"] = list(GradientCollector(self.model, targets, loss, batches, count, samples))
+        with self.clock.phase("layer inputs"):
+            if any(method.make(Scale(4, 2, 1), 1.0).num_inputs for method in chosen.values()):
+                found["inputs"] = list(InputCollector(self.model, targets, loss, batches, count * samples))
+        return found
+
+    def pruned(self, result: PruneResult) -> nn.Module:
+        """A copy of the model with a result applied."""
+        pruned = copy.deepcopy(self.model)
+        result.apply(Targets.from_model(pruned))
+        return pruned
 
     def sweep(self, path: Any, method: str, seed: int | None) -> None:
         """Evaluate a copy of the model at every sparsity of the path."""
         for sparsity in self.settings.sparsities:
             with self.clock.phase("cut and reconstruction"):
                 result: PruneResult = path.at(sparsity)
-                pruned = copy.deepcopy(self.model)
-                result.apply(Targets.from_model(pruned))
+                pruned = self.pruned(result)
             accuracy = self.accuracy(pruned)
             print(f"{method}, seed {seed}, {100 * sparsity:g} %: {accuracy:.2f}", file=sys.stderr)
             self.runs.append(
@@ -170,20 +222,31 @@ class Benchmark:
                 }
             )
 
-    def accuracy(self, model: nn.Module) -> float:
-        """Top-1 in percent, in eval mode."""
+    def accuracy(self, model: nn.Module, on: tuple[Tensor, Tensor] | None = None) -> float:
+        """Top-1 in percent, in eval mode; on the validation images unless told."""
         model.eval()
+        images, labels = on or (self.images, self.labels)
         with self.clock.phase("evaluation"), torch.inference_mode():
             correct = sum(
                 int((model(x).argmax(1) == y).sum())
-                for x, y in zip(self.images.split(EVAL_BATCH), self.labels.split(EVAL_BATCH), strict=True)
+                for x, y in zip(images.split(EVAL_BATCH), labels.split(EVAL_BATCH), strict=True)
             )
-        return 100 * correct / len(self.labels)
+        return 100 * correct / len(labels)
 
 
 def loss(model: nn.Module, batch: Any) -> Tensor:
     """Mean cross entropy of a batch."""
     return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def first_rows(chunks: Sequence[Mapping[str, Tensor]], count: int) -> Iterator[dict[str, Tensor]]:
+    """The first ``count`` gradient rows."""
+    for chunk in chunks:
+        if count <= 0:
+            return
+        rows = {name: tensor[:count] for name, tensor in chunk.items()}
+        count -= len(next(iter(rows.values())))
+        yield rows
 
 
 def open_data(root: Path) -> ImageNetDataModule:
@@ -204,20 +267,19 @@ def open_data(root: Path) -> ImageNetDataModule:
     )
 
 
-def decode(data: ImageNetDataModule, limit: int | None) -> tuple[Tensor, Tensor]:
-    """Validation images ``(n, 3, 32, 32)`` and labels ``(n,)``, decoded once; with a limit, evenly spaced ones."""
-    dataset: Any = data.validation_set()
-    size = len(dataset)
-    count = size if limit is None else min(limit, size)
-    samples = [dataset[i * size // count] for i in range(count)]
+def decode(dataset: Any, limit: int | None, step: int = 1) -> tuple[Tensor, Tensor]:
+    """Images ``(n, 3, 32, 32)`` and labels ``(n,)``, decoded once: every ``step``-th; with a limit, evenly spaced ones."""
+    chosen = range(0, len(dataset), step)
+    count = len(chosen) if limit is None else min(limit, len(chosen))
+    samples = [dataset[chosen[i * len(chosen) // count]] for i in range(count)]
     return torch.stack([image for image, _ in samples]), torch.tensor([int(label) for _, label in samples])
 
 
-def summarise(runs: Sequence[Mapping[str, Any]], sparsities: Sequence[float]) -> dict[str, dict[str, dict[str, Any]]]:
+def summarise(runs: Sequence[Mapping[str, Any]], settings: Settings) -> dict[str, dict[str, dict[str, Any]]]:
     """Mean and standard deviation over seeds: ``{method: {sparsity: {mean, sd, seeds}}}``."""
-    summary: dict[str, dict[str, dict[str, Any]]] = {method: {} for method in METHODS}
-    for method in METHODS:
-        for sparsity in sparsities:
+    summary: dict[str, dict[str, dict[str, Any]]] = {method: {} for method in settings.methods}
+    for method in settings.methods:
+        for sparsity in settings.sparsities:
             values = [r["accuracy"] for r in runs if r["method"] == method and r["target"] == sparsity]
             sd = statistics.stdev(values) if len(values) > 1 else None
             summary[method][f"{sparsity:g}"] = {"mean": statistics.fmean(values), "sd": sd, "seeds": len(values)}
@@ -239,7 +301,8 @@ def markdown(results: Mapping[str, Any]) -> str:
             f"{c['mean']:.1f}" + ("" if c["sd"] is None else f" ± {c['sd']:.1f}")
             for c in (cells[f"{s:g}"] for s in sparsities)
         ]
-        lines.append(f"| {method} | " + " | ".join(shown) + " |")
+        damp = f" (damp {results['damps'][method]:g})" if method in results["grid"] else ""
+        lines.append(f"| {method}{damp} | " + " | ".join(shown) + " |")
     lines += ["", "| phase | seconds, all seeds |", "| --- | ---: |"]
     lines += [f"| {name} | {value:.1f} |" for name, value in results["seconds"].items()]
     return "\n".join(lines)
@@ -256,6 +319,16 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-gradients", type=int, help="instead of 256 or 2048")
     parser.add_argument("--block-size", type=int, help="instead of the model's own (64, ViT 128)")
     parser.add_argument("--damp", type=float, default=1e-8)
+    parser.add_argument("--methods", nargs="+", choices=["all", *METHODS], default=list(PAPER), metavar="NAME")
+    parser.add_argument(
+        "--tune",
+        type=float,
+        nargs="+",
+        metavar="SPARSITY",
+        help="choose each method's damp from a grid by its mean accuracy at these sparsities on every tenth training image, "
+        "which calibration then leaves out",
+    )
+    parser.add_argument("--tune-images", type=int, help="evenly spaced ones of those (default: all)")
     parser.add_argument(
         "--pad",
         choices=["black", "mean"],
@@ -280,6 +353,8 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         num_gradients=options.num_gradients or (2048 if options.per_sample else 256),
         samples_per_gradient=1 if options.per_sample else 64,
         damp=options.damp,
+        methods=list(METHODS) if "all" in options.methods else options.methods,
+        tuned_at=options.tune or [],
         sparsities=options.sparsities,
         seeds=options.seeds,
         pad=options.pad,
@@ -289,10 +364,12 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     load_weights(model, options.data / "weights" / f"{options.model}_cifar10.safetensors")
     data = open_data(options.data / "cifar10")
     with clock.phase("validation images"):
-        images, labels = decode(data, options.val_images)
-    measured = Benchmark(settings, model, data, images, labels, clock).run()
+        images, labels = decode(data.validation_set(), options.val_images)
+        tuning = decode(data.training_set(augment=False), options.tune_images, HELD_OUT) if options.tune else None
+    measured = Benchmark(settings, model, data, images, labels, clock, tuning).run()
     results = {"settings": asdict(settings), "machine": machine(), **measured}
     suffix = ("_per_sample" if options.per_sample else "") + ("" if options.pad == "mean" else f"_pad_{options.pad}")
+    suffix += "_all" if "all" in options.methods else ""
     output = options.output or Path(__file__).parent / "results" / f"cifar10_oneshot_{options.model}{suffix}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     save_json(output, results)

@@ -19,7 +19,7 @@ import torch
 from machine import machine
 
 from lightning_cap.cli import CAPCLI, CAPTrainer
-from lightning_cap.oneshot import sweep
+from lightning_cap.comparison import compare
 from lightning_cap.pruners import CAP, Magnitude
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,7 +63,7 @@ def run_seed(seed: int, folder: Path) -> dict[str, Any]:
     for name, pruner in (("CAP", pruning.pruner), ("magnitude", Magnitude())):
         cli.model.load_state_dict(dense.state)
         trainer = CAPTrainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
-        rows = sweep(trainer, cli.model, ONESHOT, pruner, cli.datamodule)
+        rows = compare(trainer, cli.model, pruner, ONESHOT, datamodule=cli.datamodule, loss_samples=0)
         out[name] = {f"{row['target']:g}": row["metrics"]["val/acc"] for row in rows}
     assert isinstance(pruning.pruner, CAP)
     out["pruner"] = repr(pruning.pruner)

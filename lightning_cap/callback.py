@@ -10,16 +10,16 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_cap import distributed, rng
-from lightning_cap.allocation import budget_of
 from lightning_cap.cycle import Row, checkpoint_dir, is_better, make_row, measured_sparsity, monitored, save_cycle
 from lightning_cap.ema import mask_averages, restart_averages
 from lightning_cap.errors import ConfigError, UnsupportedError
-from lightning_cap.event import PruningEvent
+from lightning_cap.event import EventReport, PruningEvent
 from lightning_cap.event_log import log_event
 from lightning_cap.lr_cycles import refuse_beyond_max_steps, restart_schedulers
 from lightning_cap.masks import MaskSet
 from lightning_cap.progress import end_bar, event_progress
 from lightning_cap.pruners import CAP, Pruner
+from lightning_cap.regrowth import Way, choose_way, pruners_of, settle
 from lightning_cap.resume import begin_epoch_anew, restore_random_state
 from lightning_cap.run import Run, is_dry, resolve_events
 from lightning_cap.schedules import SparsitySchedule
@@ -44,7 +44,7 @@ class CAPPruningCallback(pl.Callback):
         dirpath: Folder of ``sparsity=0.50.ckpt`` and ``.safetensors``. Default: ``checkpoints`` beside the logs.
         monitor: Logged metric for the table and for ``save="best"``. Default: the logged validation accuracy.
         mode: Whether more (``"max"``) or less of ``monitor`` is better.
-        evaluate: Validate right before and after each event, and log both.
+        evaluate: Validate right before and after each event that begins a cycle (all, unless ``pruner.regrows``); log both.
         seed: Key of the calibration samples and their augmentation, with the event and the sample's index.
 
     Raises:
@@ -147,17 +147,13 @@ class CAPPruningCallback(pl.Callback):
                 f"strategy={type(trainer.strategy).__name__}: it shards parameters, and a pruning event needs whole weights. "
                 "Use Trainer(strategy='ddp') or a single device."
             )
-        if (
-            not pl_module.automatic_optimization
-            and not hasattr(pl_module, "calibration_step")
-            and self.pruner.num_gradients
-        ):
+        wanted = sum(p.num_gradients for p in pruners_of(self.pruner, self.schedule, self._events(trainer)))
+        if wanted and not pl_module.automatic_optimization and not hasattr(pl_module, "calibration_step"):
             raise UnsupportedError(
                 "automatic_optimization=False: training_step cannot be called for its loss alone. Define "
                 "calibration_step(batch, batch_idx) on the LightningModule; let it return the mean loss of the batch."
             )
         make_checkpoints_atomic(trainer)
-        self._events(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the targets, restore or begin the masks, and put them in force."""
@@ -180,7 +176,7 @@ class CAPPruningCallback(pl.Callback):
             if trainer.current_epoch == 0:
                 self.history, self._cycle, self._position = [], {}, 0
         masks.apply_to_weights()
-        self._run = Run(targets, masks, self._events(trainer), checkpoint_dir(trainer, self.dirpath))
+        self._run = Run(targets, masks, self._events(trainer), checkpoint_dir(trainer, self.dirpath), self.pruner)
         mask_averages(trainer, masks)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -188,10 +184,11 @@ class CAPPruningCallback(pl.Callback):
         run = self._active
         for optimizer in trainer.optimizers:
             run.masks.apply_to_optimizer(optimizer)
-        restart_schedulers(trainer, list(run.events), self._warned, only_new=bool(self._restored))
+        restart_schedulers(trainer, run.starts, self._warned, only_new=bool(self._restored))
         refuse_beyond_max_steps(trainer, [epoch for epoch in run.events if epoch not in self._done])
         if any(epoch not in self._done for epoch in run.events):
-            self._event(trainer, pl_module).rehearse(self._position)
+            for pruner in pruners_of(self.pruner, self.schedule, run.events):
+                self._event(trainer, pl_module, pruner).rehearse(self._position)
         if self._restored and getattr(trainer.fit_loop, "restarted_mid_epoch", False):
             restore_random_state(self._restored)
 
@@ -209,43 +206,46 @@ class CAPPruningCallback(pl.Callback):
 
     def _prune(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int) -> dict[str, float]:
         run, target = self._active, self._active.events[epoch]
-        before = evaluate(trainer, module) if self.evaluate else {}
+        begins = epoch in run.starts or self._cycle.get("target") != target  # a cycle, unless the same sparsity goes on
+        before = evaluate(trainer, module) if self.evaluate and begins else {}
         known = {**(trainer.callback_metrics if self._validated == epoch - 1 else {}), **before}
-        # due now only in a run that was stopped at the validation of the cycle's last epoch
-        self._end_cycle(trainer, module, epoch - 1, known)
+        if begins:  # due now only in a run that was stopped at the validation of the cycle's last epoch
+            self._end_cycle(trainer, module, epoch - 1, known)
         if not self.history:
             value = monitored(known, self.monitor)[1]
             self.history.append(make_row(0.0, epoch, value, measured_sparsity(run.targets)))
-        start = run.masks.global_sparsity
-        free = self.pruner.pattern.sparsity is None
-        if free and budget_of(target, run.targets.numel) < round(start * run.targets.numel):
-            rank_zero_warn(
-                f"schedule: sparsity {target:g} at epoch {epoch}, but the model is already at {start:.4g}. Nothing is changed; "
-                "pruned weights do not grow back."
-            )
+        way = choose_way(self.pruner, self.schedule, run.masks, target, epoch, self.num_recomputations)
+        if way is None:
             self._done.append(epoch)
             return before
-        steps = [start + (target - start) * (i + 1) / self.num_recomputations for i in range(self.num_recomputations)]
-        with event_progress(trainer, f"Pruning to {target:.4g}") as progress:
-            event = self._event(trainer, module, progress)
-            self._position = event.run([*steps[:-1], target], self._position)
-        run.masks.apply_to_weights()
-        for optimizer in trainer.optimizers:
-            run.masks.apply_to_optimizer(optimizer)
-        restart_averages(trainer, module)
+        report = self._take(trainer, module, way, epoch, begins)
         self._done.append(epoch)
-        self._cycle = {"target": target, "best": None, "saved": False}
-        restart_schedulers(trainer, list(self._active.events), self._warned)
-        after = evaluate(trainer, module) if self.evaluate else {}
-        report = event.report
+        self._cycle = {"target": target, "best": None if begins else self._cycle["best"], "saved": False}
+        if begins:
+            restart_schedulers(trainer, run.starts, self._warned)
+        after = evaluate(trainer, module) if self.evaluate and begins else {}
         folder = None if is_dry(trainer) or self.save == "none" else run.folder
         shown = monitored(known, self.monitor)[0]
         log_event(trainer, run.masks, report, {"epoch": epoch, "target": target}, before, after, shown, folder)
         return after
 
-    def _event(self, trainer: pl.Trainer, module: pl.LightningModule, progress: Any = None) -> PruningEvent:
+    def _take(self, trainer: pl.Trainer, module: pl.LightningModule, way: Way, epoch: int, begins: bool) -> EventReport:
+        """Go to the target of an event; bring weights, optimizers and averages in line with the masks."""
         run = self._active
-        return PruningEvent(trainer, module, self.pruner, run.targets, run.masks, self.seed, progress)
+        with event_progress(trainer, f"Pruning to {run.events[epoch]:.4g}") as progress:
+            way.pruner.begin_event(run.done(epoch))
+            event = self._event(trainer, module, way.pruner, progress)
+            self._position = event.run(way.sparsities, self._position)
+        run.masks.apply_to_weights()
+        for optimizer in trainer.optimizers:
+            settle(optimizer, run.targets, run.masks, event.grown, anew=way.anew)
+        if begins:
+            restart_averages(trainer, module)
+        return event.report
+
+    def _event(self, trainer: pl.Trainer, module: Any, pruner: Pruner, progress: Any = None) -> PruningEvent:
+        run = self._active
+        return PruningEvent(trainer, module, pruner, run.targets, run.masks, self.seed, progress)
 
     # ---------------------------------------------------------- between events
 
@@ -283,7 +283,7 @@ class CAPPruningCallback(pl.Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the end of the cycle before the next event."""
         following = trainer.current_epoch + 1
-        if following in self._active.events or following == trainer.max_epochs:
+        if following in self._active.starts or following == trainer.max_epochs:
             self._end_cycle(trainer, pl_module, trainer.current_epoch)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

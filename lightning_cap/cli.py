@@ -10,11 +10,10 @@ import lightning.pytorch as pl
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
-from lightning_cap.errors import CAPError
-from lightning_cap.oneshot import sweep
+from lightning_cap.comparison import LossSurface, compare
+from lightning_cap.errors import CAPError, ConfigError
 from lightning_cap.pruners import Pruner
-from lightning_cap.report import plot_sweep, print_sweep
-from lightning_cap.storage import save_json
+from lightning_cap.report import print_comparison, report
 
 
 class CAPTrainer(pl.Trainer):
@@ -25,49 +24,70 @@ class CAPTrainer(pl.Trainer):
         model: pl.LightningModule,
         sparsities: list[float],
         pruner: Pruner | None = None,
+        pruners: dict[str, Pruner] | None = None,
+        seeds: list[int] | None = None,
+        grids: dict[str, list[int | float | str]] | None = None,
+        surface: LossSurface | None = None,
+        fisher_block: int = 0,
         datamodule: pl.LightningDataModule | None = None,
         include: list[str] | None = None,
         exclude: list[str] | None = None,
         ckpt_path: str | None = None,
         output_dir: str = "oneshot",
-        seed: int = 0,
+        save_weights: bool | None = None,
         num_recomputations: int = 1,
+        loss_samples: int = 1024,
+        max_rows_memory: int | str | None = None,
     ) -> None:
-        """Prune a trained model at several sparsities from one gradient pass; print and plot accuracy and predicted loss.
+        """Prune a trained model in one shot, by one pruner or several, at several sparsities; compare what they give.
 
-        Writes ``results.json``, ``sweep.png`` and a ``sparsity=0.50.safetensors`` for each sparsity into ``output_dir``.
+        Writes ``results.json``, ``results.md`` and pictures into ``output_dir``. Started again, it does what is missing there.
 
         Args:
             model: The module to prune.
             sparsities: Fractions of zeros over all weights of the targets, e.g. [0.5, 0.75, 0.9].
-            pruner: The method. Default: CAP.
+            pruner: The method, if there is one; its pruned weights are written too.
+            pruners: Several methods by name.
+            seeds: Keys of the calibration samples and their augmentation. Default: [0].
+            grids: Settings and their values, e.g. {damp: [1e-8, 1e-6]}: each pruner that has it is run with each too.
+            surface: Draw the loss in the plane of two solutions.
+            fisher_block: Draw the average block of the Fisher, of this size. Default: 0, for not.
             datamodule: Validation and calibration data.
             include: Globs or names of the weights to prune. Default: all Linear and Conv weights but the ends.
             exclude: Globs or names to leave dense.
             ckpt_path: A Lightning checkpoint to load first.
             output_dir: Folder for the results.
-            seed: Key of the calibration samples and their augmentation.
-            num_recomputations: Must be 1.
+            save_weights: Write the pruned weights. Default: only of a single pruner.
+            num_recomputations: Reach each sparsity in so many steps, with fresh gradients for each.
+            loss_samples: Calibration samples to measure the loss on, beside the validation data.
+            max_rows_memory: Main memory for gradients that pruners share, e.g. 20GB. Default: a quarter of what is free.
         """
-        folder = Path(output_dir)
-        rows = sweep(
+        if (pruner is None) == (pruners is None):
+            given = "both" if pruner is not None else "neither"
+            raise ConfigError(f"pruner/pruners: {given} given. Give pruner, one method, or pruners, several by name.")
+        rows = compare(
             self,
             model,
+            pruner if pruner is not None else pruners or {},
             sparsities,
-            pruner=pruner,
+            (0,) if seeds is None else seeds,
             datamodule=datamodule,
             include=include,
             exclude=exclude,
             ckpt_path=ckpt_path,
-            folder=folder,
-            seed=seed,
+            folder=output_dir,
             num_recomputations=num_recomputations,
+            grids=grids,
+            surface=surface,
+            fisher_block=fisher_block,
+            save_weights=save_weights,
+            loss_samples=loss_samples,
+            max_rows_memory=max_rows_memory,
         )
         if self.is_global_zero:
-            save_json(folder / "results.json", rows)
-            plot_sweep(rows, folder / "sweep.png")
-            print_sweep(rows)
-            rank_zero_info(f"Written to {folder}: results.json, sweep.png and the pruned weights.")
+            written = report(rows, Path(output_dir))
+            print_comparison(rows)
+            rank_zero_info(f"Written to {output_dir}: results.json, {', '.join(written)}.")
 
 
 class _SaveConfig(SaveConfigCallback):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
@@ -27,11 +26,11 @@ from lightning_cap.layer_inputs import InputCollector
 from lightning_cap.masks import MaskSet
 from lightning_cap.planning import EventPlan
 from lightning_cap.pruners.base import Pruner, PruneResult, PruningPath
-from lightning_cap.sources import TimedSource, rows_bytes
-from lightning_cap.stepping import calibration_loss, in_stage, quiet, ready_batches, undisturbed
+from lightning_cap.sources import GradientSource, TimedSource, rows_bytes
+from lightning_cap.stepping import calibrating, calibration_loss, ready_batches
 from lightning_cap.targets import Targets
 
-_COMPUTE = 4  # domain of the key for generators during the computation of a batch
+COMPUTE = 4  # domain of the key for generators during the computation of a batch
 
 
 @dataclass
@@ -44,6 +43,7 @@ class EventReport:
         gradients: Gradient samples used, in all.
         skipped: Gradient samples left out as not finite.
         seconds: Seconds of each phase (plan, collect, solve, apply).
+        grown: Weights that came back.
         peak_bytes: Planned peak extra memory on the device of the weights.
         stats: The pruner's own numbers, of the last recomputation.
     """
@@ -52,6 +52,7 @@ class EventReport:
     predicted_loss: float = 0.0
     gradients: int = 0
     skipped: int = 0
+    grown: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("plan", "collect", "solve", "apply"), 0.0))
     peak_bytes: int = 0
     stats: Mapping[str, float] = field(default_factory=dict)
@@ -61,13 +62,17 @@ class PruningEvent:
     """Prunes the module of a running Trainer.
 
     Args:
-        trainer: In ``fit`` (or, for the one-shot sweep, in ``validate``).
+        trainer: In ``fit`` (or, for a comparison, in ``validate``).
         module: Its LightningModule.
         pruner: The method.
         targets: The weights.
         masks: Weights that are pruned already; updated by `run`.
         seed: First part of the key that samples and augmentation are drawn by.
         progress: ``progress(phase, done, total)``.
+
+    Attributes:
+        report: What it did.
+        grown: ``{target: bool (*shape)}``, True where a masked weight came back.
     """
 
     def __init__(
@@ -84,12 +89,13 @@ class PruningEvent:
         self._targets, self._masks, self._seed, self._progress = targets, masks, seed, progress
         self._source = TimedSource(())
         self.report = EventReport()
+        self.grown: dict[str, Tensor] = {}
 
-    def run(self, sparsities: Iterable[float], position: int) -> int:
+    def run(self, sparsities: Sequence[float], position: int) -> int:
         """Prune to each sparsity in turn, with fresh gradients each time, and apply the result.
 
         Args:
-            sparsities: Rising, one for each recomputation.
+            sparsities: One for each recomputation, rising unless the pruner regrows. None at all lifts every mask.
             position: Sampler position: how many collections the run has made before.
 
         Returns:
@@ -107,25 +113,41 @@ class PruningEvent:
                 self.report.predicted_loss += result.predicted_loss
                 self.report.stats = result.stats
                 position += 1
-            self._masks.update(masks)
+            self._put(masks, lifted=not sparsities)
         except BaseException:
             self._targets.restore(before)
             raise
         self.report.sparsity = self._masks.global_sparsity
+        self.report.grown = sum(int(back.sum()) for back in self.grown.values())
         return position
 
-    def path(self, position: int, masks: Mapping[str, Tensor]) -> PruningPath:
-        """Collect gradients and solve; the caller closes the path. Nothing in the module changes."""
+    def _put(self, masks: Mapping[str, Tensor], lifted: bool) -> None:
+        if lifted:
+            self.grown = self._masks.lift()
+        elif self._pruner.regrows:
+            self.grown = self._masks.replace(masks)
+        else:
+            self._masks.update(masks)
+
+    def path(self, position: int, masks: Mapping[str, Tensor], rows: GradientSource | None = None) -> PruningPath:
+        """Collect gradients and solve; the caller closes the path. Nothing in the module changes.
+
+        Args:
+            position: Sampler position.
+            masks: Weights that are pruned already.
+            rows: Read these instead of collecting, such as rows that several pruners share.
+        """
         started = time.perf_counter()
-        collector = self.collector(position)
-        self.report.peak_bytes = self._plan(collector, masks).peak_bytes
+        source = self.collector(position) if rows is None else rows
+        self.report.peak_bytes = self._plan(source, masks).peak_bytes
         self.report.seconds["plan"] += time.perf_counter() - started
-        self._source = TimedSource(collector if collector is not None else (), self._calibrating)
+        context = self._calibrating if rows is None else nullcontext
+        self._source = TimedSource(source if source is not None else (), context)
         with self._timed("solve"), torch.inference_mode(False):
             path = self._pruner.path(self._targets, self._source, masks, progress=self._progress)
-        if collector is not None:
-            self.report.gradients += collector.collected
-            self.report.skipped += collector.skipped
+        if isinstance(source, (GradientCollector, InputCollector)):
+            self.report.gradients += source.collected
+            self.report.skipped += source.skipped
         return path
 
     @contextmanager
@@ -147,7 +169,7 @@ class PruningEvent:
             return
         with self._calibrating(), distributed.agreed("The first gradient"):
             batches = self._batches(position)
-            first = next(ready_batches(self._trainer, self._module, batches, (self._seed, position, _COMPUTE)), None)
+            first = next(ready_batches(self._trainer, self._module, batches, (self._seed, position, COMPUTE)), None)
             if first is not None:
                 collector.probe(first)
 
@@ -155,12 +177,10 @@ class PruningEvent:
         """The source of what the pruner wants, at a sampler position: gradient rows, layer inputs or nothing."""
         pruner = self._pruner
         batches = _Repeat(
-            lambda: ready_batches(
-                self._trainer, self._module, self._batches(position), (self._seed, position, _COMPUTE)
-            )
+            lambda: ready_batches(self._trainer, self._module, self._batches(position), (self._seed, position, COMPUTE))
         )
         given = self._module, self._targets, calibration_loss(self._module), batches
-        context = _precision_context(self._trainer)
+        context = precision_context(self._trainer)
         if pruner.num_inputs:
             return InputCollector(*given, pruner.num_inputs, context=context, progress=self._progress)
         if not pruner.num_gradients:
@@ -185,14 +205,11 @@ class PruningEvent:
             rows_at_once(self._targets),
         )
 
-    @contextmanager
-    def _calibrating(self) -> Iterator[None]:
-        training = in_stage(self._trainer, RunningStage.TRAINING)  # augmentation in transfer hooks is the training's
-        with undisturbed(self._module), quiet(self._module), training:
-            yield
+    def _calibrating(self) -> AbstractContextManager[None]:
+        return calibrating(self._trainer, self._module)
 
-    def _plan(self, collector: GradientCollector | InputCollector | None, masks: Mapping[str, Tensor]) -> EventPlan:
-        return self._pruner.plan(self._targets, masks, rows_bytes=rows_bytes(collector))
+    def _plan(self, source: GradientSource | None, masks: Mapping[str, Tensor]) -> EventPlan:
+        return self._pruner.plan(self._targets, masks, rows_bytes=rows_bytes(source))
 
     def _prune(self, sparsity: float, position: int, masks: Mapping[str, Tensor]) -> PruneResult:
         with self.path(position, masks) as path, self._timed("apply"), torch.inference_mode(False):
@@ -243,7 +260,8 @@ class _Repeat:
         return self._make()
 
 
-def _precision_context(trainer: pl.Trainer) -> Callable[[], AbstractContextManager[Any]]:
+def precision_context(trainer: pl.Trainer) -> Callable[[], AbstractContextManager[Any]]:
+    """What a training step is computed in, such as autocast."""
     plugin = getattr(trainer, "precision_plugin", None)
     return nullcontext if plugin is None else plugin.train_step_context
 

@@ -40,6 +40,7 @@ def log_event(
         "predicted_loss": report.predicted_loss,
         "gradients": report.gradients,
         "gradients_skipped": report.skipped,
+        "grown_back": report.grown,
         "peak_bytes": report.peak_bytes,
         **report.stats,
         **{f"seconds/{phase}": seconds for phase, seconds in report.seconds.items()},
@@ -54,7 +55,9 @@ def log_event(
             append_json_line(folder / "events.jsonl", {**when, **row})
     change = f"; {shown} {before[shown]:.4f} -> {after[shown]:.4f}" if shown in before and shown in after else ""
     skipped = f", {report.skipped} skipped" if report.skipped else ""
+    grown = f", {report.grown} weights grew back" if report.grown else ""
+    outcome = f"pruned to {report.sparsity:.2%}" if report.sparsity or not report.grown else "masks lifted"
     rank_zero_info(
-        f"Epoch {when['epoch']:g}: pruned to {report.sparsity:.2%} ({report.gradients} gradients{skipped}, "
+        f"Epoch {when['epoch']:g}: {outcome} ({report.gradients} gradients{skipped}{grown}, "
         f"{sum(report.seconds.values()):.1f} s), predicted loss increase {report.predicted_loss:.4g}{change}"
     )

@@ -69,6 +69,22 @@ class MaskSet(Mapping[str, Tensor]):
         self._masks |= {name: self._masks[name] & mask.to(self._masks[name].device) for name, mask in masks.items()}
         self._masks_changed()
 
+    def replace(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Put ``masks`` in the place of those in force; weights may come back.
+
+        Returns:
+            ``{target name: bool (*shape)}``, True = was masked and is kept now; only targets with such weights.
+        """
+        new = {name: mask.to(self._masks[name].device, copy=True) for name, mask in masks.items()}
+        grown = {name: mask & ~self._masks[name] for name, mask in new.items()}
+        self._masks |= new
+        self._masks_changed()
+        return {name: back for name, back in grown.items() if bool(back.any())}
+
+    def lift(self) -> dict[str, Tensor]:
+        """Keep every weight again. Returns what came back, as `replace`."""
+        return self.replace({name: torch.ones_like(mask) for name, mask in self._masks.items()})
+
     def mask_zeros(self) -> None:
         """Take the zeros that the weights have now as pruned; targets that are all zero stay free, with a warning."""
         weights = self._targets.weights()

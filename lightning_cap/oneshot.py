@@ -1,29 +1,24 @@
-"""Prune a plain torch model without a Trainer, or sweep many sparsities from one gradient pass."""
+"""Prune a plain torch model without a Trainer."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_cap.cycle import measured_sparsity, save_weights, sparsity_stem
 from lightning_cap.errors import ConfigError
-from lightning_cap.event import PruningEvent
 from lightning_cap.gradients import GradientCollector
 from lightning_cap.hooks import Progress
 from lightning_cap.layer_inputs import InputCollector
 from lightning_cap.masks import MaskSet
-from lightning_cap.progress import event_progress
 from lightning_cap.pruners import CAP, Pruner, PruneResult
+from lightning_cap.pruners.base import refuse_regrowth
 from lightning_cap.sources import GradientSource
 from lightning_cap.stepping import undisturbed
 from lightning_cap.targets import Targets
@@ -63,6 +58,7 @@ def prune(
     pruner = pruner or CAP()
     if num_recomputations < 1:
         raise ConfigError(f"num_recomputations={num_recomputations}: give a whole number of at least 1.")
+    refuse_regrowth(pruner)
     pruner.check_sparsity(sparsity)
     targets = Targets.from_model(model, include, exclude)
     pruner.check(targets)
@@ -98,126 +94,6 @@ def prune(
         targets.restore(before)
         raise
     return PruneResult(result.weights, result.masks, predicted, result.sparsity, result.stats)
-
-
-def sweep(
-    trainer: pl.Trainer,
-    model: pl.LightningModule,
-    sparsities: Sequence[float],
-    pruner: Pruner | None = None,
-    datamodule: pl.LightningDataModule | None = None,
-    include: Sequence[str] | None = None,
-    exclude: Sequence[str] | None = None,
-    ckpt_path: str | None = None,
-    folder: Path | None = None,
-    seed: int = 0,
-    num_recomputations: int = 1,
-) -> list[dict[str, Any]]:
-    """Prune a trained model at each of many sparsities from one gradient pass, and validate each.
-
-    Args:
-        trainer: Validates, and gives device and precision.
-        model: Its weights are as before afterwards.
-        sparsities: Zeros over all weights of the targets; order does not matter.
-        pruner: Default: `CAP` with its defaults.
-        datamodule: Validation data and ``calibration_dataloader()`` (else ``train_dataloader()``).
-        include: Globs or names of the weights to prune.
-        exclude: Globs or names to leave dense.
-        ckpt_path: A Lightning checkpoint to load first.
-        folder: Where to write ``sparsity=0.50.safetensors`` files, None for nowhere.
-        seed: Key of the calibration samples and their augmentation.
-        num_recomputations: Must be 1: one gradient pass serves all sparsities.
-
-    Returns:
-        A row for the dense model and one for each sparsity, rising: ``sparsity`` (measured), ``target``,
-        ``predicted_loss``, the logged validation metrics under ``metrics``, and ``weights``, the file.
-
-    Raises:
-        ConfigError: ``num_recomputations`` is not 1, or no sparsity was given.
-    """
-    pruner = pruner or CAP()
-    if num_recomputations != 1:
-        raise ConfigError(
-            f"num_recomputations={num_recomputations}: the one-shot sweep reads every sparsity from one gradient pass, so there is "
-            "nothing to recompute. Use prune(..., num_recomputations=...) or CAPPruningCallback for that."
-        )
-    if not sparsities:
-        raise ConfigError("sparsities=[]: give at least one, such as [0.5, 0.75, 0.9].")
-    for sparsity in sparsities:
-        pruner.check_sparsity(sparsity)
-    solver = _SolveInValidation(pruner, sorted(sparsities), include, exclude, seed)
-    trainer.callbacks.append(solver)  # type: ignore[attr-defined]
-    try:
-        dense = trainer.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
-        targets, results = solver.solved
-        before = targets.copies()
-        rows = [_row(0.0, targets, 0.0, dense)]
-        try:
-            for sparsity, result in results:
-                result.apply(targets)
-                metrics = trainer.validate(model, datamodule=datamodule, verbose=False)
-                rows.append(_row(sparsity, targets, result.predicted_loss, metrics))
-                if folder is not None and trainer.is_global_zero:
-                    rows[-1]["weights"] = str(folder / f"{sparsity_stem(sparsity)}.safetensors")
-                    save_weights(model, targets, rows[-1])
-        finally:
-            targets.restore(before)
-    finally:
-        trainer.callbacks.remove(solver)  # type: ignore[attr-defined]
-    return rows
-
-
-def _row(target: float, targets: Targets, predicted_loss: float, metrics: Sequence[Any]) -> dict[str, Any]:
-    merged = {name: float(value) for entry in metrics for name, value in entry.items()}
-    return {
-        "target": target,
-        "sparsity": measured_sparsity(targets),
-        "predicted_loss": predicted_loss,
-        "metrics": merged,
-        "weights": "",
-    }
-
-
-class _SolveInValidation(pl.Callback):
-    """Collects and solves when the first validation starts, with the model on its device."""
-
-    def __init__(
-        self,
-        pruner: Pruner,
-        sparsities: Sequence[float],
-        include: Sequence[str] | None,
-        exclude: Sequence[str] | None,
-        seed: int,
-    ) -> None:
-        self._pruner, self._sparsities = pruner, sparsities
-        self._include, self._exclude, self._seed = include, exclude, seed
-        self._solved: tuple[Targets, list[tuple[float, PruneResult]]] | None = None
-
-    @property
-    def solved(self) -> tuple[Targets, list[tuple[float, PruneResult]]]:
-        """The targets, and ``[(sparsity, result)]`` with its tensors in main memory."""
-        if self._solved is None:
-            raise ConfigError("limit_val_batches=0: the sweep validates every sparsity. Give it validation data.")
-        return self._solved
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Once."""
-        if self._solved is not None:
-            return
-        targets = Targets.from_model(pl_module, self._include, self._exclude)
-        self._pruner.check(targets)
-        with torch.inference_mode(False):
-            masks = MaskSet(targets)
-            masks.mask_zeros()
-            with event_progress(trainer, "One-shot") as progress:
-                event = PruningEvent(trainer, pl_module, self._pruner, targets, masks, self._seed, progress)
-                with event.path(0, masks) as path:
-                    self._solved = targets, [(sparsity, _on_cpu(path.at(sparsity))) for sparsity in self._sparsities]
-
-
-def _on_cpu(result: PruneResult) -> PruneResult:
-    weights, masks = ({name: tensor.cpu() for name, tensor in part.items()} for part in (result.weights, result.masks))
-    return dataclasses.replace(result, weights=weights, masks=masks)
 
 
 class _OnDevice:

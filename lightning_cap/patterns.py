@@ -338,17 +338,3 @@ def as_pattern(value: Pattern | int | str | None) -> Pattern:
     if isinstance(value, Pattern):
         return value
     raise PatternError(f"pattern={value!r} is not a pattern. {how_to_write(value)}")
-
-
-def in_blocks(pattern: Pattern, method: str) -> Pattern:
-    """``pattern`` itself, for a method that works inside blocks of consecutive weights.
-
-    Raises:
-        PatternError: Blocks cannot enforce it.
-    """
-    if not pattern.in_blocks:
-        raise PatternError(
-            f"pattern={pattern}: {method} works inside blocks of consecutive weights, which do not hold whole rows. Use "
-            "DiagonalFisher, GradientTimesWeight, Taylor, Magnitude or Random with it."
-        )
-    return pattern

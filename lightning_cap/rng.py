@@ -56,4 +56,7 @@ def seed_by(*key: int) -> None:
     a, b, c = (int(word) for word in np.random.SeedSequence(key).generate_state(3, np.uint64))
     random.seed(a)
     np.random.seed(b % 2**32)
-    torch.manual_seed(c >> 1)
+    if torch.cuda.is_initialized() or torch.backends.mps.is_available():
+        torch.manual_seed(c >> 1)
+    else:  # torch would note the call for a CUDA that may come, with a stack trace: milliseconds for every sample
+        torch.default_generator.manual_seed(c >> 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -13,19 +13,36 @@ from lightning_cap.pruners import Pruner
 from lightning_cap.schedules import SparsitySchedule
 from lightning_cap.targets import Targets
 
-_FAR = 10**9  # an epoch after the end of any schedule
+_FAR = 10**5  # an epoch after the end of any schedule
 
 
 class Run:
-    """Targets, masks, events and the folder for checkpoints of one ``fit``."""
+    """Targets, masks, events and the folder for checkpoints of one ``fit``.
 
-    def __init__(self, targets: Targets, masks: MaskSet, events: dict[int, float], folder: Path) -> None:
+    Attributes:
+        starts: Epochs of the events that begin a cycle.
+    """
+
+    def __init__(
+        self, targets: Targets, masks: MaskSet, events: dict[int, float], folder: Path, pruner: Pruner
+    ) -> None:
         self.targets, self.masks, self.events, self.folder = targets, masks, events, folder
+        self.starts = cycle_starts(events, pruner)
+
+    def done(self, epoch: int) -> float:
+        """Events before that of ``epoch``, over all."""
+        return list(self.events).index(epoch) / len(self.events)
 
 
 def is_dry(trainer: pl.Trainer) -> bool:
     """Whether this is a ``fast_dev_run``."""
     return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def cycle_starts(events: Mapping[int, float], pruner: Pruner) -> list[int]:
+    """Epochs of the events that begin a cycle: all; with a pruner that regrows, those that change the target."""
+    epochs = list(events)
+    return [e for i, e in enumerate(epochs) if not (pruner.regrows and i and events[epochs[i - 1]] == events[e])]
 
 
 def resolve_events(
@@ -45,7 +62,13 @@ def resolve_events(
         return {0: next(iter(schedule.events(_FAR).values()))}  # the wiring is tried, once
     events = schedule.events(max_epochs)
     for sparsity in events.values():
-        pruner.check_sparsity(sparsity)
+        if sparsity > 0 or not schedule.regrows:  # to 0 all masks are lifted, by no pruner
+            pruner.check_sparsity(sparsity)
+    if num_recomputations > 1 and pruner.regrows:
+        raise ConfigError(
+            f"num_recomputations={num_recomputations}: {type(pruner).__name__} exchanges weights in one go at each event. Leave "
+            "num_recomputations at 1, and give the schedule more events."
+        )
     if num_recomputations > 1 and pruner.pattern.sparsity is not None:
         raise ConfigError(
             f"num_recomputations={num_recomputations}: {pruner.pattern} has only one sparsity, so its events "

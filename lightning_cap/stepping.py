@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -43,6 +44,13 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
 def quiet(module: nn.Module) -> Iterator[None]:
     """Logging is suppressed and metrics stand still inside: ``self.log(on_step=True)`` raises in most hooks."""
     with _logging(module, _ignore), _metrics(module, _stand):
+        yield
+
+
+@contextmanager
+def calibrating(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
+    """Around the reading of calibration batches and losses on them: no trace in the run, the training's augmentation."""
+    with undisturbed(module), quiet(module), in_stage(trainer, RunningStage.TRAINING):
         yield
 
 
@@ -88,10 +96,15 @@ def in_stage(trainer: pl.Trainer, stage: RunningStage) -> Iterator[None]:
         trainer.state.stage = before
 
 
-def evaluate(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float]:
+def evaluate(trainer: pl.Trainer, module: pl.LightningModule, batches: int | None = None) -> dict[str, float]:
     """One pass over the validation data: whatever the module logs in it, averaged or computed as Lightning would.
 
     Callbacks and loggers see nothing of it; metrics are updated in copies. Empty if there is nothing to validate with.
+
+    Args:
+        trainer: In ``fit`` or ``validate``.
+        module: Its LightningModule.
+        batches: Stop after so many of each loader. Default: as the Trainer is set.
     """
     if trainer.val_dataloaders is None and trainer.enable_validation:  # no epoch has been validated yet
         with in_stage(trainer, RunningStage.VALIDATING):
@@ -112,10 +125,10 @@ def evaluate(trainer: pl.Trainer, module: pl.LightningModule) -> dict[str, float
         for index, loader in enumerate(flat):
             record.suffix = f"/dataloader_idx_{index}" if len(flat) > 1 else ""
             for number, raw in enumerate(loader):
-                if number >= trainer.num_val_batches[index]:
+                if number >= min(trainer.num_val_batches[index], math.inf if batches is None else batches):
                     break
                 batch = to_device(trainer, module, raw, index)
-                record.batch_size = _size_of(batch)
+                record.batch_size = size_of(batch)
                 with trainer.precision_plugin.val_step_context():
                     module.validation_step(*_arguments(module.validation_step, batch, number, index))
         record.suffix, record.batch_size = "", 1
@@ -287,7 +300,8 @@ def _internal_attributes() -> frozenset[str]:
     return frozenset(nn.Module().__dict__.keys() | pl.LightningModule().__dict__.keys())
 
 
-def _size_of(batch: Any) -> int:
+def size_of(batch: Any) -> int:
+    """Samples in a batch: dim 0 of its first tensor."""
     for leaf in torch.utils._pytree.tree_leaves(batch):
         if isinstance(leaf, Tensor) and leaf.dim() > 0:
             return leaf.shape[0]

@@ -108,7 +108,7 @@ def test_oneshot_writes_json_and_table(
     assert {"gradients", "evaluation", "validation images"} <= set(results["seconds"])
     assert min(results["seconds"].values()) >= 0
 
-    seeds = {method: [r["seed"] for r in results["runs"] if r["method"] == method] for method in oneshot.METHODS}
+    seeds = {method: [r["seed"] for r in results["runs"] if r["method"] == method] for method in oneshot.PAPER}
     assert seeds == {"magnitude": [None] * 2, "CAP cumulative": [0, 0, 7, 7], "CAP marginal": [0, 0, 7, 7]}
     for run in results["runs"]:
         assert run["sparsity"] == pytest.approx(run["target"], abs=1 / weights)
@@ -125,7 +125,7 @@ def test_oneshot_writes_json_and_table(
 
     table = capsys.readouterr().out.splitlines()
     head = table.index("| top-1 in % at a sparsity of | 50 % | 90 % |")
-    assert [line.split("|")[1].strip() for line in table[head + 2 : head + 5]] == list(oneshot.METHODS)
+    assert [line.split("|")[1].strip() for line in table[head + 2 : head + 5]] == list(oneshot.PAPER)
     assert all(line.count("|") == 4 for line in table[head : head + 5])
 
 

@@ -23,7 +23,7 @@ from toy import Toy, ToyData, callback, cap, loaders, trainer, zeros
 from lightning_cap.calibration import CalibrationBatches
 from lightning_cap.errors import ConfigError, ScheduleError
 from lightning_cap.gradients import GradientCollector
-from lightning_cap.schedules import OneShot, SparsitySteps
+from lightning_cap.schedules import OneShot
 from lightning_cap.targets import Targets
 
 
@@ -216,15 +216,6 @@ def test_tuners_do_not_disturb_the_run(tmp_path: Path, finder: pl.Callback) -> N
     trainer(tmp_path, finder, cb, max_epochs=2).fit(module, val_dataloaders=loaders()["val_dataloaders"])
     assert zeros(module).float().mean() == 0.5
     assert cb._done == [1]
-
-
-def test_a_declared_decrease_changes_nothing_and_saves_nothing(tmp_path: Path) -> None:
-    module = Toy()
-    cb = callback(SparsitySteps({0: 0.75, 2: 0.5}, allow_decrease=True), dirpath=str(tmp_path))
-    with pytest.warns(UserWarning, match="sparsity 0.5 at epoch 2, but the model is already at 0.75"):
-        trainer(tmp_path, cb).fit(module, **loaders())
-    assert zeros(module).float().mean() == 0.75
-    assert [p.name for p in tmp_path.glob("*.ckpt")] == ["sparsity=0.75.ckpt"]
 
 
 def test_a_monitor_that_nobody_logs_is_an_error(tmp_path: Path) -> None:

@@ -64,21 +64,30 @@ def test_fit_prunes_and_prints_the_table(tmp_path: Path, capsys: pytest.CaptureF
     main(["predict", *shortened(tmp_path), "--ckpt_path", checkpoint])
 
 
-def test_oneshot_sweeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["fit", *shortened(tmp_path)])
-    checkpoint = next((tmp_path / "runs").rglob("sparsity=0.50.ckpt"))
-    config = yaml.safe_load((tmp_path / "config.yaml").read_text())
-    sweep: dict[str, Any] = {
+def oneshot(folder: Path, **settings: Any) -> list[str]:
+    """A config file for ``oneshot`` and the arguments for it."""
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    given: dict[str, Any] = {
         "model": config["model"],
         "data": config["data"],
-        "pruner": config["trainer"]["callbacks"][0]["init_args"]["pruner"],
-        "trainer": {"logger": False, "default_root_dir": str(tmp_path)},
+        "trainer": {"logger": False, "default_root_dir": str(folder)},
         "sparsities": [0.6, 0.9],
-        "ckpt_path": str(checkpoint),
-        "output_dir": str(tmp_path / "out"),
+        "output_dir": str(folder / "out"),
+        "loss_samples": 64,
+        **settings,
     }
-    (tmp_path / "oneshot.yaml").write_text(yaml.safe_dump(sweep))
-    arguments = ["oneshot", "--config", str(tmp_path / "oneshot.yaml"), *SMALL]
+    (folder / "oneshot.yaml").write_text(yaml.safe_dump(given))
+    return ["oneshot", "--config", str(folder / "oneshot.yaml"), *SMALL]
+
+
+def a_cap(**settings: Any) -> dict[str, Any]:
+    return {"class_path": "CAP", "init_args": {"num_gradients": 64, "block_size": 16, "damp": 1e-6, **settings}}
+
+
+def test_oneshot_with_one_pruner(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["fit", *shortened(tmp_path)])
+    checkpoint = next((tmp_path / "runs").rglob("sparsity=0.50.ckpt"))
+    arguments = oneshot(tmp_path, pruner=a_cap(), ckpt_path=str(checkpoint))
     capsys.readouterr()
     main(arguments)
     out = capsys.readouterr().out
@@ -89,10 +98,61 @@ def test_oneshot_sweeps(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert rows[0]["sparsity"] == 0.5  # the checkpoint was sparse already
     assert rows[1]["predicted_loss"] < rows[2]["predicted_loss"]
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        "results.json", "sweep.png", "sparsity=0.60.safetensors", "sparsity=0.90.safetensors",
+        "results.json", "results.md", "accuracy.png", "layers.png", "losses.png", "masks", "sparsity=0.60.safetensors",
+        "sparsity=0.90.safetensors",
     }  # fmt: skip
-    with pytest.raises(SystemExit, match=r"num_recomputations=2: the one-shot sweep"):
-        main([*arguments, "--num_recomputations=2"])
+
+
+def test_oneshot_compares_pruners(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shortened(tmp_path)
+    pruners = {"CAP": a_cap(), "magnitude": {"class_path": "Magnitude"}}
+    arguments = oneshot(
+        tmp_path,
+        pruners=pruners,
+        seeds=[0, 1],
+        grids={"damp": [1e-4]},
+        surface={"pruners": ["CAP", "magnitude"], "sparsity": 0.9, "points": 2},
+        fisher_block=16,
+    )
+    main(arguments)
+    out = capsys.readouterr().out
+    for text in ("val/acc at each sparsity", "CAP damp=0.0001", "magnitude", "dense", "90 %"):
+        assert text in out
+    assert {p.name for p in (tmp_path / "out").iterdir()} == {
+        "results.json", "results.md", "accuracy.png", "layers.png", "losses.png", "iou.json", "iou.png", "grid-damp.png",
+        "surface.json", "surface.png", "fisher_block.safetensors", "fisher_block.png", "masks",
+    }  # fmt: skip
+    rows = json.loads((tmp_path / "out/results.json").read_text())
+    assert len(rows) == 1 + 3 * 2 * 2
+    before = (tmp_path / "out/results.md").read_text()
+    main(
+        [*arguments, "--pruners.CAP.num_gradients=32", "--save_weights=true"]
+    )  # one value of one pruner, from the shell
+    assert (tmp_path / "out/CAP/seed=1/sparsity=0.60.safetensors").is_file()
+    assert "num_gradients=32" in (tmp_path / "out/results.md").read_text() != before
+
+
+@pytest.mark.parametrize(
+    ("message", "settings"),
+    [
+        ("neither given", {}),
+        ("both given", {"pruner": a_cap(), "pruners": {"CAP": a_cap()}}),
+        ("Option 'block' is not accepted", {"pruners": {"CAP": a_cap(block=3)}}),
+        ("nowhere", {"pruners": {"CAP": {"class_path": "nowhere.CAP"}}}),
+        ("damp=-1.0", {"pruners": {"CAP": a_cap(damp=-1.0)}}),
+        ("surface.pruners", {"pruners": {"CAP": a_cap()}, "surface": {"pruners": ["CAP", "x"], "sparsity": 0.9}}),
+        ("pruner 'CAP': ", {"pruners": {"CAP": a_cap()}, "sparsities": [1.5]}),
+        ("grids", {"pruners": {"CAP": a_cap()}, "grids": {"dampp": [1e-3]}}),
+    ],
+)
+def test_wrong_comparisons_are_explained(
+    tmp_path: Path, message: str, settings: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    shortened(tmp_path)
+    with pytest.raises(SystemExit) as caught:
+        main(oneshot(tmp_path, **settings))
+    assert message in str(caught.value) + capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_our_errors_end_the_command_with_one_line(tmp_path: Path) -> None:

@@ -102,6 +102,8 @@ def test_digits_share_model_and_pruner() -> None:
         assert config["data"] == gradual["data"]
     pruner = gradual["trainer"]["callbacks"][0]["init_args"]["pruner"]
     assert configs["digits_oneshot"]["pruner"] == pruner
+    assert configs["digits_compare"]["pruners"]["CAP"] == pruner
+    assert configs["digits_compare"]["ckpt_path"] == configs["digits_oneshot"]["ckpt_path"]
 
 
 def test_dense_then_oneshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -114,4 +116,17 @@ def test_dense_then_oneshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     oneshot = ["oneshot", f"--config={ROOT / 'configs' / 'digits_oneshot.yaml'}", "--pruner.num_gradients=8"]
     main([*oneshot, *limits, "--sparsities=[0.5]"])
     written = {path.name for path in (tmp_path / "runs/digits_oneshot").iterdir()}
-    assert {"results.json", "sweep.png", "sparsity=0.50.safetensors"} <= written
+    assert {"results.json", "results.md", "accuracy.png", "sparsity=0.50.safetensors"} <= written
+    comparison = [
+        "oneshot",
+        f"--config={ROOT / 'configs' / 'digits_compare.yaml'}",
+        "--seeds=[0]",
+        "--sparsities=[0.5]",
+    ]
+    few = [f"--pruners.{name}.num_gradients=8" for name in ("FastCAP", "WoodFisher", "M-FAC", "OBD", "GrW", "Taylor")]
+    few.append("--pruners.layerwise OBS.num_inputs=8")
+    main([*comparison, *limits, *few, "--grids={num_gradients: [12]}", "--pruners.CAP.num_gradients=16", "--loss_samples=32",
+          "--surface.sparsity=0.5", "--surface.points=2"])  # fmt: skip
+    written = {path.name for path in (tmp_path / "runs/digits_compare").iterdir()}
+    assert {"results.md", "layers.png", "losses.png", "iou.png", "grid-num_gradients.png"} <= written
+    assert {"surface.png", "fisher_block.png"} <= written

@@ -12,8 +12,27 @@ ROOT = Path(lightning_cap.__file__).parent
 # From high to low; a file imports only from files lower. A package stands where its first file stands.
 ORDER_ROWS = [
     ("cli",),
-    ("report.sweep",),
+    (
+        "report.comparison",
+        "report.pictures",
+        "report.curves",
+        "report.mask_plots",
+        "report.planes",
+        "report.rows",
+        "report.style",
+    ),
     ("oneshot",),
+    (
+        "comparison.compare",
+        "comparison.work",
+        "comparison.extras",
+        "comparison.plan",
+        "comparison.surface",
+        "comparison.fisher_block",
+        "comparison.rows",
+        "comparison.measure",
+        "comparison.results",
+    ),
     ("module",),
     (
         "data.imagenet",
@@ -31,6 +50,7 @@ ORDER_ROWS = [
     ),
     (
         "lr_cycles",
+        "regrowth",
         "resume",
         "run",
         "cycle",
@@ -42,7 +62,11 @@ ORDER_ROWS = [
         "calibration",
     ),
     ("lr",),
-    ("schedules",),
+    (
+        "schedules.gradual",
+        "schedules.recurrent",
+    ),
+    ("schedules.base",),
     ("storage",),
     (
         "pruners.cap",
@@ -53,6 +77,7 @@ ORDER_ROWS = [
         "pruners.fast_cap",
         "pruners.gradient",
         "pruners.obd",
+        "pruners.drop_and_grow",
         "pruners.magnitude",
         "pruners.random",
         "pruners.scored",
@@ -105,7 +130,7 @@ ORDER_ROWS = [
     ("_version",),
 ]
 ORDER = [name for row in ORDER_ROWS for name in row]
-PACKAGES = {"report", "data", "pruners", "solver", "cpu"}
+PACKAGES = {"report", "comparison", "data", "schedules", "pruners", "solver", "cpu"}
 HEIGHT = {name: -index for index, name in enumerate(ORDER)}
 HEIGHT |= {package: max(h for n, h in HEIGHT.items() if n.startswith(f"{package}.")) for package in PACKAGES}
 

@@ -84,6 +84,27 @@ def test_starts_full_and_only_loses(targets: Targets) -> None:
     assert masks["2.weight"].any(), "masks are copies"
 
 
+def test_replacing_tells_what_came_back(targets: Targets) -> None:
+    masks, half = MaskSet(targets), _half(targets)
+    masks.update(half)
+    turned = {"2.weight": ~half["2.weight"], "6.weight": half["6.weight"].clone()}
+    grown = masks.replace(turned)
+    assert list(grown) == ["2.weight"]
+    assert torch.equal(grown["2.weight"], turned["2.weight"])
+    assert torch.equal(masks["2.weight"], turned["2.weight"])
+    assert torch.equal(masks["6.weight"], half["6.weight"])
+    masks.apply_to_weights()
+    assert torch.equal(targets["2.weight"] != 0, turned["2.weight"])
+    turned["6.weight"].fill_(True)
+    assert not masks["6.weight"].all(), "masks are copies"
+    before = dict(masks)
+    grown = masks.lift()
+    assert all(torch.equal(grown[name], ~before[name]) for name in NAMES)
+    assert masks.global_sparsity == 0
+    assert calls(masks.apply_to_weights) == {}, "nothing is left to do in a step"
+    assert masks.lift() == {}
+
+
 def test_zeros_of_the_model_become_masks(targets: Targets) -> None:
     with torch.no_grad():
         targets["2.weight"][0] = 0.0

@@ -1,21 +1,17 @@
 from __future__ import annotations
 
 import time
-from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import rich
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import DataLoader
-from toy import FEATURES, Toy, ToyData, cap, trainer, zeros
+from toy import Toy, ToyData, cap
 
 from lightning_cap import prune
 from lightning_cap.errors import ConfigError, GradientError, PatternError, TargetError
-from lightning_cap.oneshot import sweep
 from lightning_cap.pruners import Magnitude
 
 
@@ -25,21 +21,6 @@ def loss(model: nn.Module, batch: Any) -> torch.Tensor:
 
 def data() -> DataLoader[Any]:
     return DataLoader(ToyData(), batch_size=16)
-
-
-class Data(pl.LightningDataModule):
-    def train_dataloader(self) -> Any:
-        return DataLoader(ToyData(), batch_size=16, shuffle=True)
-
-    def val_dataloader(self) -> Any:
-        return DataLoader(ToyData(32, noise=0.0), batch_size=16)
-
-
-def trained() -> Toy:
-    pl.seed_everything(0, verbose=False)
-    module = Toy(scheduler=False)
-    trainer(".", max_epochs=10).fit(module, datamodule=Data())
-    return module
 
 
 def test_prune_is_in_place_and_exact() -> None:
@@ -128,46 +109,3 @@ def test_magnitude_needs_no_gradients() -> None:
     net = Toy().net
     prune(net, [], loss, 0.5, Magnitude(), progress=False)
     assert (net[4].weight == 0).float().mean() == 0.5
-
-
-def test_sweep_validates_every_sparsity_from_one_pass(tmp_path: Path) -> None:
-    module = trained()
-    before = {k: v.clone() for k, v in module.state_dict().items()}
-    calls: list[int] = []
-    pruner = cap()
-    path = pruner.path
-    pruner.path = lambda *a, **k: calls.append(1) or path(*a, **k)  # type: ignore[method-assign, func-returns-value]
-    t = trainer(tmp_path)
-    rows = sweep(t, module, [0.9, 0.5], pruner, Data(), folder=tmp_path)
-    assert len(calls) == 1
-    assert [row["target"] for row in rows] == [0.0, 0.5, 0.9]
-    assert [row["sparsity"] for row in rows[1:]] == [0.5, pytest.approx(0.9, abs=0.002)]
-    assert rows[0]["predicted_loss"] == 0 < rows[1]["predicted_loss"] < rows[2]["predicted_loss"]
-    assert rows[0]["metrics"]["val_acc"] > 0.9
-    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
-    for row in rows[1:]:
-        net = Toy().net
-        net.load_state_dict(load_file(row["weights"]))
-        assert float((net[4].weight == 0).float().mean()) == pytest.approx(row["sparsity"])
-    assert not t.callbacks or all("Solve" not in type(c).__name__ for c in t.callbacks)
-
-
-def test_sweep_takes_the_modules_own_data(tmp_path: Path) -> None:
-    class Own(Toy):
-        def train_dataloader(self) -> Any:
-            return DataLoader(ToyData(), batch_size=16)
-
-        def val_dataloader(self) -> Any:
-            return DataLoader(ToyData(32), batch_size=16)
-
-    rows = sweep(trainer(tmp_path), Own(), [0.5], cap())
-    assert [row["sparsity"] for row in rows] == [0.0, 0.5]
-
-
-def test_sweep_refuses_recomputations_by_name(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"num_recomputations=2.*one gradient pass"):
-        sweep(trainer(tmp_path), Toy(), [0.5], cap(), Data(), num_recomputations=2)
-    with pytest.raises(ConfigError, match=r"sparsities=\[\]"):
-        sweep(trainer(tmp_path), Toy(), [], cap(), Data())
-    assert not zeros(Toy()).any()
-    assert FEATURES == 12

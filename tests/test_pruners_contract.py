@@ -21,6 +21,7 @@ from lightning_cap.pruners import (
     CAP,
     MFAC,
     DiagonalFisher,
+    DropAndGrow,
     FastCAP,
     GradientTimesWeight,
     LayerwiseOBS,
@@ -45,6 +46,7 @@ class Case:
     uniform: bool = False  # every target has a budget of its own
     signed: bool = False  # saliencies may be negative
     blind: bool = False  # to the loss: zero gradients make no difference
+    regrows: bool = False  # masked weights may come back
 
     def path(self, targets: Targets, rows: Any, masks: Any = None, **more: Any) -> Any:
         pruner = self.make()
@@ -86,6 +88,10 @@ PRUNERS = {
     "magnitude-uniform": Case(lambda: Magnitude(Uniform()), updates=False, owns_fisher=False, uniform=True, blind=True),
     "magnitude-erk": Case(lambda: Magnitude(ERK()), updates=False, owns_fisher=False, uniform=True, blind=True),
     "random": Case(lambda: Random(3), updates=False, owns_fisher=False, blind=True),
+    "drop-and-grow": Case(lambda: DropAndGrow(), updates=False, owns_fisher=False, regrows=True),
+    "drop-and-grow-uniform": Case(
+        lambda: DropAndGrow(allocation=Uniform()), updates=False, owns_fisher=False, uniform=True, regrows=True
+    ),
 }
 SHAPES = {"linear": (6, 8), "tiny": (1, 4), "conv": (4, 4, 2, 3), "odd": (7, 12)}
 SPARSITIES = [0.0, 0.1, 0.33, 0.5, 0.75, 0.9, 0.99]
@@ -139,6 +145,8 @@ def _check(result: PruneResult, targets: Targets, zeros: int, signed: bool = Fal
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_counts_are_exact_and_masked_stays_masked(case: Case, targets: Targets, rows: Rows, masked: bool) -> None:
+    if masked and case.regrows:
+        pytest.skip("masked weights may come back; see test_drop_and_grow.py")
     masks = _masks(targets) if masked else None
     path = case.path(targets, rows, masks)
     low = sum(int((~m).sum()) for m in (masks or {}).values())
@@ -253,6 +261,8 @@ def test_zero_gradients(case: Case, targets: Targets, rows: Rows) -> None:
 
 
 def test_more_zeros_than_asked_for_warns_and_changes_nothing(case: Case, targets: Targets, rows: Rows) -> None:
+    if case.regrows:
+        pytest.skip("masked weights come back; see test_drop_and_grow.py")
     masks = _masks(targets, 0.4)
     path = case.path(targets, rows, masks)
     with pytest.warns(UserWarning, match=r"sparsity=0\.2: the model is already at 0\.[34]\d+.*higher sparsity"):

@@ -122,3 +122,24 @@ def test_evaluate_respects_limits(tmp_path: Path) -> None:
 
     for limit in (0, 1):
         trainer(tmp_path, Look(), max_epochs=1, limit_val_batches=limit).fit(Counts(scheduler=False), **loaders())
+
+
+def test_evaluate_may_stop_after_some_batches(tmp_path: Path) -> None:
+    class Twice(Toy):
+        seen: tuple[int, ...] = ()
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            super().validation_step(batch, batch_idx)
+            Twice.seen += (batch_idx,)
+
+    module, t = Twice(), trainer(tmp_path)
+    found: list[dict[str, float]] = []
+
+    class Look(pl.Callback):
+        def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
+            found.extend(evaluate(trainer, pl_module, batches) for batches in (None, 1, 9))
+
+    t.callbacks.append(Look())  # type: ignore[attr-defined]
+    t.validate(module, loaders()["val_dataloaders"], verbose=False)
+    assert Twice.seen == (0, 1, 0, 0, 1, 0, 1)  # and the Trainer's own pass
+    assert found[0] == found[2] != found[1]

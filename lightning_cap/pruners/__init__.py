@@ -2,6 +2,7 @@
 
 from lightning_cap.pruners.base import Pruner, PruneResult, PruningPath
 from lightning_cap.pruners.cap import CAP
+from lightning_cap.pruners.drop_and_grow import DropAndGrow
 from lightning_cap.pruners.fast_cap import FastCAP
 from lightning_cap.pruners.gradient import GradientTimesWeight, Taylor
 from lightning_cap.pruners.layerwise import LayerwiseOBS
@@ -15,6 +16,7 @@ __all__ = [
     "CAP",
     "MFAC",
     "DiagonalFisher",
+    "DropAndGrow",
     "FastCAP",
     "GradientTimesWeight",
     "LayerwiseOBS",

@@ -14,7 +14,7 @@ from torch import Tensor
 from typing_extensions import Self
 
 from lightning_cap.allocation import Allocation, budget_of
-from lightning_cap.errors import ConfigError
+from lightning_cap.errors import ConfigError, PatternError, UnsupportedError
 from lightning_cap.hooks import Progress
 from lightning_cap.layout import BlockLayout
 from lightning_cap.patterns import Pattern, Unstructured
@@ -181,12 +181,15 @@ class Pruner(ABC):
         samples_per_gradient: Inputs whose mean loss gives one gradient sample.
         num_inputs: Samples whose layer inputs the method wants instead of gradients, 0 for none.
         pattern: Which masks it gives.
+        regrows: Whether masked weights may come back: the masks of its results stand in place of those before, a weight that
+            comes back is zero in the result, and events are run at a sparsity that is reached already, too.
     """
 
     num_gradients: int = 0
     samples_per_gradient: int = 1
     num_inputs: int = 0
     pattern: Pattern = Unstructured()
+    regrows: bool = False
 
     def check(self, targets: Targets) -> None:  # noqa: B027 - optional
         """Refuse targets that do not fit, before anything runs.
@@ -202,6 +205,13 @@ class Pruner(ABC):
             PatternError: ``sparsity`` is not in [0, 1) or not the pattern's own.
         """
         Unstructured().check_sparsity(sparsity)
+
+    def begin_event(self, done: float) -> None:  # noqa: B027 - optional
+        """Hear how far the run is, before each event of a callback.
+
+        Args:
+            done: Events of the run that are done, over all of them: 0 at the first one, below 1.
+        """
 
     def plan(self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, rows_bytes: int = 0) -> EventPlan:
         """What `path` will take, and how it will go about it. Every process must call it.
@@ -242,3 +252,30 @@ class Pruner(ABC):
     def __repr__(self) -> str:
         settings: dict[str, Any] = {k: v for k, v in vars(self).items() if not k.startswith("_")}
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in settings.items())})"
+
+
+def refuse_regrowth(pruner: Pruner) -> None:
+    """Refuse, for one-shot pruning, a pruner that brings weights back.
+
+    Raises:
+        UnsupportedError: It does.
+    """
+    if pruner.regrows:
+        raise UnsupportedError(
+            f"pruner={type(pruner).__name__}: weights that it brings back are zero until training goes on, and one-shot pruning "
+            "does not train. Run it by CAPPruningCallback, or use Magnitude."
+        )
+
+
+def in_blocks(pattern: Pattern, method: str) -> Pattern:
+    """``pattern`` itself, for a method that works inside blocks of consecutive weights.
+
+    Raises:
+        PatternError: Blocks cannot enforce it.
+    """
+    if not pattern.in_blocks:
+        raise PatternError(
+            f"pattern={pattern}: {method} works inside blocks of consecutive weights, which do not hold whole rows. Use "
+            "DiagonalFisher, GradientTimesWeight, Taylor, Magnitude or Random with it."
+        )
+    return pattern

@@ -16,9 +16,9 @@ from lightning_cap.errors import ConfigError, GradientError
 from lightning_cap.fisher import ROW_CHUNK, EmpiricalFisher, Storage
 from lightning_cap.hooks import Progress
 from lightning_cap.layout import BlockLayout
-from lightning_cap.patterns import Pattern, as_pattern, in_blocks
+from lightning_cap.patterns import Pattern, as_pattern
 from lightning_cap.planning import EventPlan, Sizes, parse_bytes, plan_event
-from lightning_cap.pruners.base import Pruner, PruneResult, PruningPath, pack_alive, pack_weights
+from lightning_cap.pruners.base import Pruner, PruneResult, PruningPath, in_blocks, pack_alive, pack_weights
 from lightning_cap.ranking import at_group_ends, select
 from lightning_cap.solver import Elimination, reconstruct
 from lightning_cap.solver.backend import Backend, choose_backend

@@ -13,9 +13,9 @@ from lightning_cap.errors import ConfigError, GradientError
 from lightning_cap.hooks import Progress
 from lightning_cap.layout import BlockLayout
 from lightning_cap.linalg import full_float32, spd_inverse
-from lightning_cap.patterns import Pattern, in_blocks
+from lightning_cap.patterns import Pattern
 from lightning_cap.planning import EventPlan
-from lightning_cap.pruners.base import Pruner
+from lightning_cap.pruners.base import Pruner, in_blocks
 from lightning_cap.pruners.scored import ScoredPath, check_counts, single_choice
 from lightning_cap.ranking import smallest
 from lightning_cap.solver.backend import more_damp

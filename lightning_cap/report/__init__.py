@@ -1,5 +1,5 @@
 """Tables and plots of results; reads results, never trains."""
 
-from lightning_cap.report.sweep import plot_sweep, print_sweep
+from lightning_cap.report.comparison import markdown, print_comparison, report
 
-__all__ = ["plot_sweep", "print_sweep"]
+__all__ = ["markdown", "print_comparison", "report"]

@@ -1,0 +1,142 @@
+"""`compare`: pruners by sparsities by seeds, on one trained model, in one validation run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
+
+from lightning_cap.comparison.plan import Grids, Request, check_sparsities, file_name, make_variants
+from lightning_cap.comparison.results import Row, load_rows
+from lightning_cap.comparison.surface import LossSurface
+from lightning_cap.comparison.work import Work
+from lightning_cap.errors import ConfigError
+from lightning_cap.planning import parse_bytes
+from lightning_cap.pruners.base import Pruner
+
+
+def compare(
+    trainer: pl.Trainer,
+    model: pl.LightningModule,
+    pruners: Pruner | Mapping[str, Pruner],
+    sparsities: Sequence[float],
+    seeds: Sequence[int] = (0,),
+    datamodule: pl.LightningDataModule | None = None,
+    include: Sequence[str] | None = None,
+    exclude: Sequence[str] | None = None,
+    ckpt_path: str | None = None,
+    folder: Path | str | None = None,
+    num_recomputations: int = 1,
+    grids: Grids | None = None,
+    surface: LossSurface | None = None,
+    fisher_block: int = 0,
+    save_weights: bool | None = None,
+    loss_samples: int = 1024,
+    max_rows_memory: int | str | None = None,
+) -> list[Row]:
+    """Prune a trained model by each pruner to each sparsity, with each seed, and validate each result.
+
+    Each path is solved once for all sparsities. Gradients are collected once for a seed and ``samples_per_gradient`` and read
+    by all pruners that want them (the first ``num_gradients`` of them), from main memory, or from a file in ``folder``; only
+    where there is room for neither does each pruner collect its own. A comparison with a ``folder`` that is started
+    again does what is missing: rows whose settings, weights and data are the same are not computed again.
+
+    Args:
+        trainer: Validates, and gives device, precision and processes.
+        model: Its weights are as before afterwards.
+        pruners: Names and methods; or one method, which is a comparison of one and writes its weights into ``folder`` itself.
+        sparsities: Zeros over all weights of the targets; every pruner must be able to give each.
+        seeds: Keys of the calibration samples and their augmentation. A pruner with a setting ``seed`` has it added.
+        datamodule: Validation data and ``calibration_dataloader()`` (else ``train_dataloader()``).
+        include: Globs or names of the weights to prune.
+        exclude: Globs or names to leave dense.
+        ckpt_path: A Lightning checkpoint to load first.
+        folder: Where to write results, None for nowhere.
+        num_recomputations: Reach each sparsity in so many steps, with fresh gradients for each.
+        grids: Settings and values, such as ``{"damp": [1e-8, 1e-6]}``: every pruner that has the setting is run with each value
+            too, the others as given. ``num_recomputations`` is a setting of all.
+        surface: Take the loss in the plane of two solutions; needs a ``folder`` and a validation loss.
+        fisher_block: Average the blocks of the Fisher, of this size, 0 for not; needs a ``folder``.
+        save_weights: Write the weights of every row but those of grids. Default: only of a single pruner.
+        loss_samples: Calibration samples whose loss is measured beside that of the validation data, 0 for none.
+        max_rows_memory: Main memory for shared gradients of a process, as ``"20GB"`` or bytes. Default: a quarter of the free.
+
+    Returns:
+        A row for the dense model, then one for each pruner, each value of the grids, seed and sparsity, as in ``results.json``:
+        ``pruner``, ``label``, ``grid``, ``seed``, ``target``, ``sparsity`` (measured), ``sparsities`` of the targets,
+        ``predicted_loss``, ``loss_increase`` (measured, on ``validation`` and ``calibration`` data), ``metrics``, ``seconds``,
+        ``settings``, ``parameters``, ``stats``, the files ``masks`` and ``weights`` in ``folder``, and ``fingerprint``.
+
+    Raises:
+        ConfigError: An argument cannot work. Nothing has run then.
+    """
+    single = isinstance(pruners, Pruner)
+    named = {type(pruners).__name__: pruners} if isinstance(pruners, Pruner) else dict(pruners)
+    variants = make_variants(named, seeds, grids, num_recomputations)
+    check_sparsities(variants, sparsities)
+    if surface is not None:
+        surface.check(list(named), list(sparsities))
+    if folder is None and (surface is not None or fisher_block or save_weights):
+        raise ConfigError("folder=None: surface, fisher_block and save_weights need a folder to write to.")
+    spawned = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+    if folder is None and spawned:
+        raise ConfigError("folder=None: the strategy spawns processes, which take their rows with them. Give a folder.")
+    _check_numbers(named, fisher_block, loss_samples, max_rows_memory)
+    keep = single if save_weights is None else save_weights
+    request = Request(
+        variants=variants,
+        sparsities=sorted(sparsities),
+        include=include,
+        exclude=exclude,
+        folder=None if folder is None else Path(folder),
+        weights_in={name: "" if single else f"{file_name(name)}/" for name in named} if keep else {},
+        surface=surface,
+        fisher_block=fisher_block,
+        loss_samples=loss_samples,
+        max_rows_memory=max_rows_memory,
+    )
+    hook = CompareInValidation(request)
+    trainer.callbacks.append(hook)  # type: ignore[attr-defined]
+    try:
+        trainer.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
+    finally:
+        trainer.callbacks.remove(hook)  # type: ignore[attr-defined]
+    if spawned and request.folder is not None:
+        return list(load_rows(request.folder / "results.json").values())
+    return hook.rows
+
+
+def _check_numbers(
+    pruners: Mapping[str, Pruner], fisher_block: int, loss_samples: int, max_rows_memory: int | str | None
+) -> None:
+    parse_bytes(max_rows_memory, "max_rows_memory")
+    for name, number in (("fisher_block", fisher_block), ("loss_samples", loss_samples)):
+        if number < 0:
+            raise ConfigError(f"{name}={number}: give a whole number of at least 0.")
+    if fisher_block and not any(pruner.num_gradients for pruner in pruners.values()):
+        raise ConfigError(
+            f"fisher_block={fisher_block}: none of {list(pruners)} reads gradients. Add one, such as CAP()."
+        )
+
+
+class CompareInValidation(pl.Callback):
+    """Does all of the work when validation starts, with the model on its device."""
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._rows: list[Row] | None = None
+
+    @property
+    def rows(self) -> list[Row]:
+        """Of the comparison."""
+        if self._rows is None:
+            raise ConfigError("limit_val_batches=0: a comparison validates every result. Give it validation data.")
+        return self._rows
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Before the Trainer's own pass, which then sees the model as it was."""
+        with torch.inference_mode(False):
+            self._rows = Work(trainer, pl_module, self._request).run()

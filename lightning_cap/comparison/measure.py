@@ -1,0 +1,98 @@
+"""What a comparison knows of a model: metrics, losses, and what its results depend on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sized
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import Tensor
+
+from lightning_cap import distributed
+from lightning_cap.calibration import CalibrationBatches
+from lightning_cap.comparison.results import digest
+from lightning_cap.event import COMPUTE, calibration_source, precision_context
+from lightning_cap.gradients import rows_at_once
+from lightning_cap.stepping import calibrating, calibration_loss, evaluate, ready_batches, size_of
+from lightning_cap.targets import Targets
+
+_PLAIN = (bool, int, float, str, type(None))
+
+
+class Measure:
+    """Metrics and losses of the module as it is, each taken once for the same weights.
+
+    Args:
+        trainer: In ``validate``.
+        module: Its LightningModule.
+        targets: The weights that change from one measurement to the next.
+        samples: Calibration samples for the loss, 0 for no such loss.
+    """
+
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, targets: Targets, samples: int) -> None:
+        self._trainer, self._module, self._targets, self._samples = trainer, module, targets, samples
+        self._metrics: dict[str, dict[str, float]] = {}
+        self._losses: dict[tuple[str, int], float | None] = {}
+
+    def know(self, solution: str, metrics: Mapping[str, float]) -> None:
+        """Take up the metrics of an earlier run."""
+        self._metrics[solution] = dict(metrics)
+
+    def metrics(self, solution: str) -> dict[str, float]:
+        """What the module logs in a pass over the validation data.
+
+        Args:
+            solution: Checksum of the targets' weights.
+        """
+        if solution not in self._metrics:
+            self._metrics[solution] = evaluate(self._trainer, self._module)
+        return dict(self._metrics[solution])
+
+    def calibration_loss(self, solution: str, seed: int) -> float | None:
+        """Mean loss over the first calibration samples of a seed, those that gradients are taken of."""
+        if not self._samples:
+            return None
+        if (solution, seed) not in self._losses:
+            self._losses[solution, seed] = self._calibration_loss(seed)
+        return self._losses[solution, seed]
+
+    def _calibration_loss(self, seed: int) -> float:
+        trainer, module = self._trainer, self._module
+        sums = torch.zeros(2, dtype=torch.float64)
+        context, loss = precision_context(trainer), calibration_loss(module)
+        with calibrating(trainer, module), torch.no_grad(), distributed.agreed("The loss on calibration samples"):
+            source = calibration_source(trainer, module)
+            batches = CalibrationBatches(source, self._samples, 1, seed, 0, rows_at_once(self._targets))
+            for batch in ready_batches(trainer, module, batches, (seed, 0, COMPUTE)):
+                with context():
+                    value = float(loss(module, batch))
+                size = size_of(batch)
+                sums += torch.tensor([value * size, size], dtype=torch.float64)
+                if float(sums[1]) * distributed.world_size() >= self._samples:
+                    break
+        total = distributed.sum_over_ranks(sums.float().to(self._targets.device))
+        return float(total[0] / total[1])
+
+
+def identity_of(trainer: pl.Trainer, module: pl.LightningModule, targets: Targets) -> dict[str, Any]:
+    """What all rows of a comparison depend on, as far as it can be known: weights, targets, data, precision."""
+    data = getattr(trainer, "datamodule", None) or module
+    settings = {name: value for name, value in vars(data).items() if isinstance(value, _PLAIN) and name[0] != "_"}
+    loaders = CombinedLoader(trainer.val_dataloaders, "sequential").flattened
+    datasets = [getattr(loader, "dataset", None) for loader in loaders]
+    return {
+        "weights": digest({name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}),
+        "targets": list(targets),
+        "data": [type(data).__qualname__, settings if data is not module else {}],
+        "samples": [len(dataset) if isinstance(dataset, Sized) else None for dataset in datasets],
+        "batches": [float(number) for number in trainer.num_val_batches],
+        "precision": str(trainer.precision),
+    }
+
+
+def loss_name(metrics: Mapping[str, float]) -> str | None:
+    """The metric that is the validation loss, if one is logged."""
+    names = [name for name in metrics if "loss" in name.lower()]
+    return min(names, key=lambda name: ("val" not in name.lower(), len(name)), default=None)

@@ -1,0 +1,171 @@
+"""Drop and grow: sparse training that moves its weights about (RigL, GraNet, SViTE)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from lightning_cap.allocation import Allocation, Global, budget_of
+from lightning_cap.errors import ConfigError, GradientError
+from lightning_cap.hooks import Progress
+from lightning_cap.patterns import Unstructured
+from lightning_cap.planning import EventPlan
+from lightning_cap.pruners.base import Pruner, PruneResult, PruningPath, pack_weights
+from lightning_cap.pruners.scored import Sums, check_counts
+from lightning_cap.ranking import select, smallest
+from lightning_cap.sources import GradientSource
+from lightning_cap.targets import Targets
+
+_LARGEST_FLOAT = 0x7F7FFFFF  # bits of the largest finite float32
+_BYTES = 48  # a weight: gradient sum 8, weight 4, two scores 8, places of a group 8, sorting 16, masks 4
+
+
+class DropAndGrow(Pruner):
+    """Drop the weights of least ``|w|`` and grow as many of largest mean gradient (RigL, Evci et al. 2020, algorithm 1).
+
+    At an event with target sparsity ``s``, each budget of the allocation drops weights until it has its zeros and
+    ``f · (kept at s)`` more, then takes as many back: those of largest ``|mean gradient|`` among all that are not kept. A
+    weight that comes back is zero; one that was dropped a moment before simply stays as it was. The fraction falls by a cosine
+    over the run, ``f = drop_fraction / 2 · (1 + cos(π · done))``. Where nothing is masked yet, nothing grows.
+
+    With `RepeatedSchedule` this is RigL (on vision transformers, SViTE, Chen et al. 2021); with a rising one, such as
+    `PolynomialSchedule`, GraNet (Liu et al. 2021). Run it by the callback: what grows is worth something only if training goes
+    on.
+
+    Args:
+        drop_fraction: Kept weights that are exchanged at the first event, as a share; in [0, 1). At 0 weights grow only if the
+            sparsity falls.
+        num_gradients: Gradient samples for the mean.
+        samples_per_gradient: Inputs in one of them. Many inputs in few samples are fast, since only the mean is used.
+        allocation: How zeros are shared out over the targets; weights are exchanged within a budget. Zeros that are there do
+            not bind it.
+
+    Raises:
+        ConfigError: An argument is out of range.
+    """
+
+    regrows = True
+
+    def __init__(
+        self,
+        drop_fraction: float = 0.3,
+        num_gradients: int = 16,
+        samples_per_gradient: int = 32,
+        allocation: Allocation | None = None,
+    ) -> None:
+        if not 0 <= drop_fraction < 1:
+            raise ConfigError(
+                f"drop_fraction={drop_fraction!r}: give a share of the kept weights in [0, 1), such as 0.3."
+            )
+        check_counts(num_gradients, samples_per_gradient)
+        self.drop_fraction = drop_fraction
+        self.num_gradients = num_gradients
+        self.samples_per_gradient = samples_per_gradient
+        self.allocation = allocation or Global()
+        self._done = 0.0
+
+    def begin_event(self, done: float) -> None:
+        """The cosine is taken at ``done``; see `Pruner.begin_event`."""
+        self._done = done
+
+    @property
+    def fraction(self) -> float:
+        """Share of the kept weights that the next event exchanges."""
+        return self.drop_fraction / 2 * (1 + math.cos(math.pi * self._done))
+
+    def check(self, targets: Targets) -> None:
+        """Refuse targets that the allocation does not know."""
+        self.allocation.check(targets.blocks(1).shapes)
+
+    def plan(self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, rows_bytes: int = 0) -> EventPlan:
+        """See `Pruner.plan`."""
+        return EventPlan(targets.device, rows_bytes + _BYTES * targets.numel)
+
+    def path(
+        self,
+        targets: Targets,
+        gradients: GradientSource,
+        masks: Mapping[str, Tensor] | None = None,
+        *,
+        progress: Progress | None = None,
+    ) -> DropAndGrowPath:
+        """Average the gradients, over all processes; they are not read where nothing is masked. See `Pruner.path`.
+
+        Raises:
+            GradientError: Weights are masked, and there is no gradient to choose among them by.
+        """
+        return DropAndGrowPath(self, targets, gradients, masks)
+
+
+class DropAndGrowPath(PruningPath):
+    """Weights and mean gradients, from which the masks at any sparsity, higher or lower than now, can be read."""
+
+    def __init__(
+        self, pruner: DropAndGrow, targets: Targets, gradients: GradientSource, masks: Mapping[str, Tensor] | None
+    ) -> None:
+        super().__init__(targets, targets.blocks(1), masks)
+        self._allocation, self._fraction = pruner.allocation, pruner.fraction
+        self._weights = pack_weights(targets, self._layout, self._alive)
+        self._gradient: Tensor | None = None
+        if not bool(self._alive.all()):
+            self._gradient = self._layout.pack(_mean(targets, gradients), torch.float32, self._alive.device).abs_()
+
+    def at(self, sparsity: float) -> PruneResult:
+        """See `PruningPath.at`; masked weights come back. ``predicted_loss`` is half the squared norm of what is dropped."""
+        kept = self._kept(sparsity)
+        grown = int((kept & ~self._alive).sum())
+        stats = {"dropped": float((self._alive & ~kept).sum()), "grown": float(grown)}
+        return self._result(self._weights.masked_fill(~kept, 0.0), kept, self._loss(kept), stats)
+
+    def curve(self, sparsities: Sequence[float]) -> list[float]:
+        """Half the squared norm of what each sparsity drops."""
+        return [self._loss(self._kept(sparsity)) for sparsity in sparsities]
+
+    def _kept(self, sparsity: float) -> Tensor:
+        """``(K, 1)`` bool, exactly ``floor(sparsity·n + 0.5)`` of them False."""
+        Unstructured().check_sparsity(sparsity)
+        kept = torch.empty_like(self._alive)
+        free = dict.fromkeys(self._layout.shapes, 0)  # zeros that are there may come back
+        for names, zeros in self._allocation.budgets(self._layout.shapes, free, budget_of(sparsity, self._numel)):
+            spans = [self._layout.spans[name] for name in names]
+            together = torch.cat([torch.arange(span.start, span.stop, device=kept.device) for span in spans])
+            kept[together] = self._exchange(names, together, zeros)
+        return kept
+
+    def _exchange(self, names: list[str], together: Tensor, zeros: int) -> Tensor:
+        """What the targets of one budget keep: bool ``(len(together), 1)``."""
+        alive = self._alive[together]
+        masked = len(together) - int(alive.sum())
+        exchanged = int(self._fraction * (len(together) - zeros)) if masked else 0
+        existing = self._existing()
+        most = self._allocation.most_zeros(self._layout.shapes, existing)
+        room = {name: most[name] - existing[name] for name in names}
+        dropped = min(max(0, zeros + exchanged - masked), sum(room.values()))
+        magnitude = self._weights[together].abs().masked_fill_(~alive, torch.inf)
+        places = torch.arange(len(together), device=alive.device).split([self._layout.sizes[name] for name in names])
+        floors = room if self._allocation.min_density else None
+        kept = alive & ~select(magnitude, dict(zip(names, places, strict=True)), [(names, dropped)], floors)
+        if self._gradient is not None and masked + dropped > zeros:
+            kept |= _largest(self._gradient[together], ~kept, masked + dropped - zeros)
+        return kept
+
+    def _loss(self, kept: Tensor) -> float:
+        return float(torch.where(kept, 0.0, self._weights).square().sum(dtype=torch.float64)) / 2
+
+
+def _mean(targets: Targets, gradients: GradientSource) -> dict[str, Tensor]:
+    """``{target: (*shape)}`` float64 mean of the gradient rows of all processes; every process must call it."""
+    means = Sums(targets, gradients).of(lambda rows: rows)
+    broken = [name for name, mean in means.items() if not bool(torch.isfinite(mean).all())]
+    if broken:
+        raise GradientError(f"gradients: those of {broken[0]!r} are not finite (NaN or inf). Leave such samples out.")
+    return means
+
+
+def _largest(scores: Tensor, among: Tensor, count: int) -> Tensor:
+    """Mask of the ``count`` largest of the float32 ``scores``, none negative, where ``among``; ties go to the earlier one."""
+    turned = (_LARGEST_FLOAT - scores.view(torch.int32)).view(torch.float32)  # the same numbers in the opposite order
+    return smallest(turned.masked_fill_(~among, torch.inf), count)
