@@ -63,7 +63,7 @@ def test_events_in_a_run(tmp_path: Any, pruner: Pruner) -> None:
     assert all(p.isfinite().all() for p in module.parameters())
 
 
-def test_a_schedule_of_patterns_by_two_callbacks_worth_of_events() -> None:
+def test_one_pattern_after_another() -> None:
     """3:4, then 2:4, each from what is left."""
     net = Toy().net
     data = DataLoader(ToyData(noise=0.0), batch_size=16)

@@ -166,9 +166,8 @@ class ScoredPath(PruningPath):
             for name in names:
                 value, size = self._scores_of_units(name)
                 if most is not None and len(names) > 1:
-                    size = torch.where(
-                        _take(value, size, most[name]), size, 0
-                    )  # beyond the floor there is nothing to take
+                    within = _take(value, size, most[name])
+                    size = torch.where(within, size, 0)  # beyond the floor there is nothing to take
                     value = value.masked_fill(size == 0, torch.inf)
                 scores.append(value)
                 sizes.append(size)
