@@ -1,6 +1,7 @@
 """One-shot pruning of CIFAR-10 models: global magnitude against CAP with both rankings, from the same gradients.
 
     python benchmarks/cifar10_oneshot.py --data ../shared/data
+    python benchmarks/cifar10_oneshot.py --data ../shared/data --per-sample --methods all --tune 0.7 0.8 0.9
 
 ``--data`` is a folder with ``cifar10/train.tar``, ``cifar10/val.tar`` and ``weights/<model>_cifar10.safetensors``. Prints a
 Markdown table and writes a JSON.
@@ -23,13 +24,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from cifar10_data import DRAW_BATCH, PaddedAfterwards, decode, open_data
 from cifar10_methods import METHODS, PAPER, Method, Scale
 from machine import machine
 from resnet20 import ResNet20
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Subset
-from torchvision import transforms
+from torch.utils.data import DataLoader, Subset
 
 from lightning_cap.calibration import CalibrationBatches
 from lightning_cap.data import ImageNetDataModule
@@ -41,7 +42,6 @@ from lightning_cap.storage import save_json
 from lightning_cap.targets import Targets
 
 EVAL_BATCH = 500
-DRAW_BATCH = 64  # images decoded at a time
 HELD_OUT = 10  # with --tune, every tenth training image is for tuning alone
 
 
@@ -74,21 +74,6 @@ class Settings:
     seeds: list[int]
     pad: str
     augmentation: str = "pad 4, random 32x32 crop, horizontal flip"
-
-
-class PaddedAfterwards(Dataset[Any]):
-    """Normalised images padded with zeros, cropped and flipped: the border has the mean colour instead of black."""
-
-    def __init__(self, dataset: Any) -> None:
-        self._dataset = dataset
-        self._augment = transforms.Compose([transforms.RandomCrop(32, padding=4), transforms.RandomHorizontalFlip()])
-
-    def __len__(self) -> int:
-        return len(self._dataset)
-
-    def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        image, label = self._dataset[index]
-        return self._augment(image), label
 
 
 class Stopwatch:
@@ -247,32 +232,6 @@ def first_rows(chunks: Sequence[Mapping[str, Tensor]], count: int) -> Iterator[d
         rows = {name: tensor[:count] for name, tensor in chunk.items()}
         count -= len(next(iter(rows.values())))
         yield rows
-
-
-def open_data(root: Path) -> ImageNetDataModule:
-    """CIFAR-10 with the augmentation that the models were trained with."""
-    return ImageNetDataModule(
-        root=str(root),
-        recipe="light1",
-        label_smoothing=0.0,
-        rand_augment="none",
-        crop="pad",
-        crop_padding=4,
-        hflip=0.5,
-        img_size=32,
-        test_crop_ratio=1.0,
-        batch_size=DRAW_BATCH,
-        num_workers=0,
-        verify_up_to=0,
-    )
-
-
-def decode(dataset: Any, limit: int | None, step: int = 1) -> tuple[Tensor, Tensor]:
-    """Images ``(n, 3, 32, 32)`` and labels ``(n,)``, decoded once: every ``step``-th; with a limit, evenly spaced ones."""
-    chosen = range(0, len(dataset), step)
-    count = len(chosen) if limit is None else min(limit, len(chosen))
-    samples = [dataset[chosen[i * len(chosen) // count]] for i in range(count)]
-    return torch.stack([image for image, _ in samples]), torch.tensor([int(label) for _, label in samples])
 
 
 def summarise(runs: Sequence[Mapping[str, Any]], settings: Settings) -> dict[str, dict[str, dict[str, Any]]]:
