@@ -37,6 +37,7 @@ def row(
         "loss_increase": {"validation": 0.1, "calibration": loss},
         "seconds": {"collect": 1.0, "solve": 2.0, "apply": 0.5, "evaluate": 1.0},
         "settings": f"mine.{pruner}: {pruner}(damp={damp:g})",
+        "predicts_loss": True,
         "parameters": {"num_gradients": 16, "damp": damp, "num_recomputations": 1},
         "masks": "",
         "weights": "",

@@ -288,6 +288,7 @@ def _description(variant: Variant, sparsity: float) -> Row:
         "seed": variant.seed,
         "target": sparsity,
         "settings": variant.settings,
+        "predicts_loss": variant.pruner.predicts_loss,
         "parameters": {**plain, "num_recomputations": variant.num_recomputations},
     }
 

@@ -179,6 +179,7 @@ class Pruner(ABC):
     Attributes:
         num_gradients: Gradient samples that the method wants, 0 for none.
         samples_per_gradient: Inputs whose mean loss gives one gradient sample.
+        predicts_loss: Whether ``predicted_loss`` is an estimate of the increase of the training loss, in its unit.
         num_inputs: Samples whose layer inputs the method wants instead of gradients, 0 for none.
         pattern: Which masks it gives.
         regrows: Whether masked weights may come back: the masks of its results stand in place of those before, a weight that
@@ -188,6 +189,7 @@ class Pruner(ABC):
     num_gradients: int = 0
     samples_per_gradient: int = 1
     num_inputs: int = 0
+    predicts_loss: bool = False
     pattern: Pattern = Unstructured()
     regrows: bool = False
 

@@ -37,6 +37,8 @@ class Blockwise(Pruner):
         PatternError: ``pattern`` is not one, or one that blocks cannot enforce.
     """
 
+    predicts_loss = True
+
     def __init__(
         self,
         block_size: int,

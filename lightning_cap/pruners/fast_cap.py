@@ -49,6 +49,8 @@ class FastCAP(Pruner):
         PatternError: ``pattern`` is not one, or one that blocks cannot enforce.
     """
 
+    predicts_loss = True
+
     def __init__(
         self,
         block_size: int = 192,

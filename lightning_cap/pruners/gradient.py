@@ -55,6 +55,8 @@ class Taylor(GradientTimesWeight):
     one point in time, Sanh et al. 2020). Arguments: see `GradientTimesWeight`.
     """
 
+    predicts_loss = True
+
     def _saliency(
         self, targets: Targets, layout: BlockLayout, weights: Tensor, gradients: GradientSource
     ) -> Mapping[str, Tensor]:

@@ -45,6 +45,8 @@ class LayerwiseOBS(Blockwise):
         PatternError: ``pattern`` is not one, or one that blocks cannot enforce.
     """
 
+    predicts_loss = False  # but the error of outputs
+
     def __init__(
         self,
         block_size: int = 192,

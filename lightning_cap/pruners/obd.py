@@ -31,6 +31,8 @@ class DiagonalFisher(Scored):
         ConfigError: A number is out of range.
     """
 
+    predicts_loss = True
+
     def __init__(
         self,
         num_gradients: int = 4096,

@@ -58,7 +58,7 @@ def _line(axes: Any, x: Sequence[Any], values: Sequence[tuple[float, float]], la
 
 
 def plot_losses(rows: Sequence[Row], path: Path) -> bool:
-    """The measured increase of the loss over the predicted one, for each pruner that reads gradients; a point for each row.
+    """The measured increase of the loss over the predicted one, for each pruner that predicts it; a point for each row.
 
     Measured on calibration samples where that is known, else on the validation data.
 
@@ -69,7 +69,7 @@ def plot_losses(rows: Sequence[Row], path: Path) -> bool:
     Returns:
         Whether there was anything to draw.
     """
-    reading = [row for row in plain_rows(rows) if row["parameters"].get("num_gradients")]
+    reading = [row for row in plain_rows(rows) if row["predicts_loss"]]
     kind = "calibration" if any(row["loss_increase"]["calibration"] is not None for row in reading) else "validation"
     known = [row for row in reading if row["loss_increase"][kind] is not None]
     shown = [row for row in known if all(0 < v < math.inf for v in (row["predicted_loss"], row["loss_increase"][kind]))]
