@@ -70,7 +70,7 @@ METHODS = {
         lambda s, damp: WoodFisher(s.block_size, *_counts(s), damp, update="simple"), FISHER
     ),
     "WoodFisher": Method(lambda s, damp: WoodFisher(s.block_size, *_counts(s), damp), FISHER),
-    "FastCAP": Method(lambda s, damp: FastCAP(s.block_size, *_counts(s), damp), FISHER),
+    "FastCAP": Method(lambda s, damp: FastCAP(1024, *_counts(s), damp), FISHER),
     "CAP cumulative": Method(lambda s, damp: CAP(s.block_size, *_counts(s), damp, "cumulative"), FISHER),
     "CAP marginal": Method(lambda s, damp: CAP(s.block_size, *_counts(s), damp, "marginal"), FISHER),
 }

@@ -202,7 +202,7 @@ class PruningEvent:
             1 if pruner.num_inputs else pruner.samples_per_gradient,
             self._seed,
             position,
-            rows_at_once(self._targets),
+            2**16 if pruner.num_inputs else rows_at_once(self._targets),
         )
 
     def _calibrating(self) -> AbstractContextManager[None]:

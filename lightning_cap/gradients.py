@@ -205,7 +205,7 @@ class GradientCollector:
             while start < stop:
                 end = min(start + self._at_once, stop)
                 try:
-                    rows = self._vmap_rows(_slice(batch, size, start, end))
+                    rows = self._vmap_rows(slice_batch(batch, size, start, end))
                 except Exception as error:
                     if not is_out_of_memory(error):
                         self._fall_back(error)
@@ -219,7 +219,7 @@ class GradientCollector:
                     self._at_once //= 2
                     _log.warning("Out of memory in the gradients; going on with %d samples at once.", self._at_once)
                 else:
-                    rest = _slice(batch, size, start, stop)
+                    rest = slice_batch(batch, size, start, stop)
                     yield from (self._loop_row(one) for one in self._split(rest, most))
                     return
             return
@@ -240,7 +240,7 @@ class GradientCollector:
             yield batch
             return
         for start in range(0, min(size // self._samples, most)):
-            yield _slice(batch, size, start * self._samples, (start + 1) * self._samples)
+            yield slice_batch(batch, size, start * self._samples, (start + 1) * self._samples)
 
     def _loop_row(self, batch: Any) -> dict[str, Tensor]:
         with torch.inference_mode(False), torch.enable_grad(), self._context():
@@ -326,7 +326,8 @@ def batch_size(batch: Any, required: bool = True) -> Any:
     return None
 
 
-def _slice(batch: Any, size: int, start: int, stop: int) -> Any:
+def slice_batch(batch: Any, size: int, start: int, stop: int) -> Any:
+    """Samples ``start`` to ``stop`` of a batch of ``size``: of its tensors with so many in dim 0."""
     return pytree.tree_map(lambda leaf: leaf[start:stop] if _is_batched(leaf, size) else leaf, batch)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_cap import distributed
 from lightning_cap.errors import TargetError
-from lightning_cap.gradients import Loss, batch_size
+from lightning_cap.gradients import Loss, batch_size, slice_batch
 from lightning_cap.hooks import Progress
 from lightning_cap.linalg import full_float32
 from lightning_cap.targets import Targets
@@ -41,7 +42,7 @@ class InputCollector:
         targets: Weights of Linear, Conv1d and Conv2d layers.
         loss: ``loss(model, batch)``; called for its forward pass, without gradients.
         batches: This rank's batches; re-iterable to be read again.
-        num_inputs: Samples over all processes; whole batches are used.
+        num_inputs: Samples over all processes.
         context: Entered around every forward pass, e.g. autocast.
         progress: ``progress("collect", samples done, num_inputs)``.
 
@@ -75,20 +76,29 @@ class InputCollector:
     def rows_bytes(self) -> int:
         """Memory of the sums and of unfolded inputs that are held at once."""
         sums = sum(_groups(layer) * _inputs(layer) ** 2 for layer in self._layers.values())
-        return 4 * sums + 4 * _FLOATS
+        return 2 * 4 * sums + 4 * _FLOATS  # the next ones are collected before the last are let go
 
     def __iter__(self) -> Iterator[LayerGrams]:
         """One chunk a batch."""
-        self.collected = 0
+        self.collected = before = 0
         for batch in self._batches:
-            grams = self._of(batch)
+            size = batch_size(batch)
+            before = self.collected * distributed.world_size() + distributed.rank() * size  # those of all processes
+            if before >= self._num_inputs:
+                return
+            wanted = min(size, self._num_inputs - before)
+            grams = self._of(batch if wanted == size else slice_batch(batch, size, 0, wanted))
             self.collected += grams.count
             yield grams
             if self._progress is not None:
-                done = self.collected * distributed.world_size()
-                self._progress("collect", min(done, self._num_inputs), self._num_inputs)
-            if self.collected * distributed.world_size() >= self._num_inputs:
-                return
+                self._progress("collect", min(before + size, self._num_inputs), self._num_inputs)
+            before = self.collected * distributed.world_size() + distributed.rank() * size
+        if before < self._num_inputs:
+            warnings.warn(
+                f"num_inputs={self._num_inputs}: the batches of this process gave only {self.collected} samples; the "
+                "statistics are those of what there is.",
+                stacklevel=2,
+            )
 
     def probe(self, batch: Any) -> None:
         """Collect from one batch and throw it away, to fail early."""
@@ -100,7 +110,7 @@ class InputCollector:
         def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
             def take(layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
                 gram = _gram(layer, args[0] if args else named["input"])
-                grams[name] = grams[name] + gram if name in grams else gram
+                grams[name] = grams[name].add_(gram) if name in grams else gram
 
             return take
 
@@ -142,7 +152,8 @@ def _inputs(layer: Any) -> int:
 @torch.no_grad()
 def _gram(layer: Any, x: Tensor) -> Tensor:
     """``(G, I, I)`` sum of the outer products of a layer's inputs."""
-    total = torch.zeros(_groups(layer), _inputs(layer), _inputs(layer), device=x.device)
+    size = _inputs(layer)
+    total = torch.zeros(_groups(layer), size, size, dtype=torch.float32, device=x.device)
     dims = _KNOWN[type(layer).forward]
     if not dims:
         with full_float32():

@@ -112,7 +112,7 @@ class Inverse(ABC):
 
 
 class DynamicInverse(Inverse):
-    """By the Gram matrix of the rows (M-FAC's dynamic algorithm): ``F⁻¹ = (I - Gᵀ (N·damp·I + G Gᵀ)⁻¹ G) / damp``.
+    """By the Gram matrix of the rows, as M-FAC's dynamic algorithm: ``F⁻¹ = (I - Gᵀ (N·damp·I + G Gᵀ)⁻¹ G) / damp``.
     See `Inverse`.
     """
 

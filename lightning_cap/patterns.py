@@ -202,7 +202,8 @@ class NofM(Pattern):
 class BlockOf(Pattern):
     """Groups of ``n`` consecutive inputs of an output row go or stay together, 4 by default ("block-4" of Kurtic et al. 2022).
 
-    Groups lie as those of `NofM`. The number of zeros is the largest one of whole groups that is not above the one asked for.
+    Groups lie as those of `NofM`. So many groups go as have room in each budget of the
+    allocation (with `Global`, in the total).
 
     Args:
         n: Weights in a group, at least 2.

@@ -132,6 +132,11 @@ class Targets(Mapping[str, Tensor]):
         shapes = {name: tuple(w.shape) for name, w in self._weights.items()}
         return BlockLayout(shapes, block_size, group_size, by_row)
 
+    def row_blocks(self, block_size: int, group_size: int = 1) -> BlockLayout:
+        """Blocks inside output rows (dim 0), no longer than the longest row."""
+        longest = max((weight[0].numel() for weight in self._weights.values()), default=1)
+        return self.blocks(min(block_size, -(-longest // group_size) * group_size), group_size, by_row=True)
+
 
 def _named_parameters(model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
     """Plain name -> (path in the model, parameter), aliases of tied parameters included."""

@@ -94,23 +94,24 @@ def right_sweep(fisher: np.ndarray, w: np.ndarray, choose: Any, columns: int) ->
     """Column by column, removed weights moved onto the columns to their right alone: ``w`` is ``(K, B)``.
 
     Args:
-        fisher: ``(B, B)`` with damp.
+        fisher: ``(B, B)`` with damp, or one for each row, ``(K, B, B)``.
         w: ``(K, B)``.
-        choose: ``choose(slice, weights (K, c), pivots (c,))`` -> which of a batch of columns go, ``(K, c)`` bool.
+        choose: ``choose(slice, weights (K, c), pivots (K, c))`` -> which of a batch of columns go, ``(K, c)`` bool.
         columns: In a batch.
 
     Returns:
         The weights and what went.
     """
     w, B = w.copy(), w.shape[1]
-    rest = [np.linalg.inv(fisher[j:, j:]) for j in range(B)]
+    fisher = np.broadcast_to(fisher, (len(w), B, B))
+    rest = [np.linalg.inv(fisher[:, j:, j:]) for j in range(B)]
     gone = np.zeros(w.shape, dtype=bool)
     for part in cuts(B, columns):
-        pivots = np.array([rest[j][0, 0] for j in range(part.start, part.stop)])
+        pivots = np.stack([rest[j][:, 0, 0] for j in range(part.start, part.stop)], axis=1)
         gone[:, part] = choose(part, w[:, part].copy(), pivots)
         for j in range(part.start, part.stop):
             for k in np.flatnonzero(gone[:, j]):
-                w[k, j:] -= w[k, j] / rest[j][0, 0] * rest[j][:, 0]
+                w[k, j:] -= w[k, j] / rest[j][k, 0, 0] * rest[j][k, :, 0]
                 w[k, j] = 0.0
     return w, gone
 

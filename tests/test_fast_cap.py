@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from reference_dense import least_in_groups, least_mask, matrix_of, right_sweep, saliencies
+from reference_dense import least_in_groups, least_mask, right_sweep, saliencies
 from reference_obs import obs_block
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ from lightning_cap.errors import ConfigError, GradientError, PatternError
 from lightning_cap.layout import BlockLayout
 from lightning_cap.patterns import BlockOf, NofM, OutputRows, Pattern
 from lightning_cap.pruners import CAP, FastCAP
-from lightning_cap.pruners.fast_cap import mean_blocks
+from lightning_cap.pruners.fast_cap import shared_blocks
 from lightning_cap.targets import Targets
 
 Rows = list[dict[str, Tensor]]
@@ -37,37 +37,44 @@ def rows(targets: Targets, gradient_rows: Callable[..., Rows]) -> Rows:
 
 
 def _padded(values: np.ndarray, B: int) -> np.ndarray:
-    """``(..., d)`` -> ``(..., K, B)``, zeros after the end."""
+    """``(..., O, I)`` -> ``(..., O, P, B)``, zeros after the end of each row."""
     extra = -values.shape[-1] % B
-    return np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, extra)]).reshape(*values.shape[:-1], -1, B)
+    padded = np.pad(values, [(0, 0)] * (values.ndim - 1) + [(0, extra)])
+    return padded.reshape(*values.shape[:-1], -1, B)
 
 
-def _shared(rows: Rows, name: str, B: int) -> np.ndarray:
-    blocks = _padded(matrix_of(rows, name), B)  # (N, K, B)
-    return np.mean([g.T @ g / len(g) for g in blocks.swapaxes(0, 1)], axis=0)
+def _shared(rows: Rows, name: str, B: int) -> tuple[np.ndarray, np.ndarray]:
+    """``(P, B, B)``, the mean Fisher over output rows at each place, and the traces ``(O, P)`` of every block's own."""
+    whole = np.concatenate([chunk[name].flatten(2).double().numpy() for chunk in rows])  # (N, O, I)
+    blocks = _padded(whole, B)
+    own = np.einsum("nopi,nopj->opij", blocks, blocks) / len(blocks)
+    return own.mean(0), np.trace(own, axis1=-2, axis2=-1)
 
 
-@pytest.mark.parametrize("B", [1, 7, 16, 48, 500])
-def test_the_mean_block(targets: Targets, rows: Rows, B: int) -> None:
-    found = mean_blocks(BlockLayout(SHAPES, B), rows, torch.device("cpu"))
+@pytest.mark.parametrize("B", [1, 7, 8, 12, 500])
+def test_the_shared_blocks(targets: Targets, rows: Rows, B: int) -> None:
+    layout = targets.row_blocks(B)
+    found = shared_blocks(layout, rows, torch.device("cpu"))
     assert list(found) == list(SHAPES)
-    for name, block in found.items():
-        assert block.shape == (B, B)
-        assert block.dtype == torch.float64
-        np.testing.assert_allclose(block.numpy(), _shared(rows, name, B), rtol=1e-4, atol=1e-5)
+    for name, fisher in found.items():
+        mean, traces = _shared(rows, name, layout.block_size)
+        assert fisher.mean.dtype == fisher.traces.dtype == torch.float64
+        np.testing.assert_allclose(fisher.mean.numpy(), mean, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(fisher.traces.numpy(), traces, rtol=1e-4, atol=1e-5)
 
 
-def test_the_mean_block_follows_the_order_of_groups(gradient_rows: Callable[..., Rows]) -> None:
+def test_the_shared_blocks_follow_the_order_of_groups(gradient_rows: Callable[..., Rows]) -> None:
     weight = {"conv": torch.randn(3, 4, 2, 2)}
     rows = gradient_rows(weight, 30)
     turned = [{"conv": chunk["conv"].permute(0, 1, 3, 4, 2).reshape(-1, 3, 16)} for chunk in rows]
-    found = mean_blocks(BlockLayout({"conv": (3, 4, 2, 2)}, 16, 4), rows, torch.device("cpu"))["conv"]
-    np.testing.assert_allclose(found.numpy(), _shared(turned, "conv", 16), rtol=1e-4, atol=1e-5)
+    layout = BlockLayout({"conv": (3, 4, 2, 2)}, 16, 4, by_row=True)
+    found = shared_blocks(layout, rows, torch.device("cpu"))["conv"]
+    np.testing.assert_allclose(found.mean.numpy(), _shared(turned, "conv", 16)[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("pattern", [None, NofM(2, 4), BlockOf(4), BlockOf(2)])
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize(("B", "columns", "damp"), [(8, 8, 1e-1), (16, 4, 1e-3), (24, 100, 1e-2), (40, 8, 1e-2)])
+@pytest.mark.parametrize(("B", "columns", "damp"), [(8, 8, 1e-1), (4, 4, 1e-3), (24, 100, 1e-2), (12, 8, 1e-2)])
 def test_the_sweep(
     targets: Targets, rows: Rows, pattern: Pattern | None, masked: bool, B: int, columns: int, damp: float
 ) -> None:
@@ -80,12 +87,18 @@ def test_the_sweep(
     sparsity = 0.5 if isinstance(pattern, NofM) else 0.6
     result = path.at(sparsity)
     predicted = 0.0
+    size_b = targets.row_blocks(B, max(size, 4 if isinstance(pattern, NofM) else 1)).block_size
     for name, weight in targets.weights().items():
-        alive = _padded(masks[name].numpy().ravel(), B)
-        w = np.where(alive, _padded(weight.double().numpy().ravel(), B), 0.0)
-        fisher = _shared(rows, name, B) + damp * np.eye(B)
+        outputs, inputs = weight.shape
+        alive = _padded(masks[name].numpy(), size_b).reshape(-1, size_b)
+        w = np.where(alive, _padded(weight.double().numpy(), size_b).reshape(-1, size_b), 0.0)
+        mean, traces = _shared(rows, name, size_b)
+        traces = traces + damp * size_b
+        scale = (traces / traces.mean(0)).ravel()
+        fisher = np.tile(mean + damp * np.eye(size_b), (outputs, 1, 1))
         inverse = np.linalg.inv(fisher)
-        costs = np.stack([saliencies(inverse, row, np.ones(B, dtype=bool), size) for row in w])
+        every = np.ones(size_b, dtype=bool)
+        costs = np.stack([s * saliencies(h, row, every, size) for s, h, row in zip(scale, inverse, w, strict=True)])
         costs = np.where(alive[:, ::size], costs, np.inf)
         zeros = round(sparsity * weight.numel()) - int((~masks[name]).sum())
         first = least_in_groups(costs, alive, 2, 4) if isinstance(pattern, NofM) else least_mask(costs, zeros // size)
@@ -93,10 +106,10 @@ def test_the_sweep(
         first = np.repeat(first, size, axis=1)
 
         def choose(
-            part: slice, now: np.ndarray, pivots: np.ndarray, first: Any = first, alive: Any = alive
+            part: slice, now: np.ndarray, pivots: np.ndarray, first: Any = first, alive: Any = alive, scale: Any = scale
         ) -> np.ndarray:
             live = alive[:, part]
-            scores = np.where(live, now**2 / pivots, np.inf)
+            scores = np.where(live, scale[:, None] * now**2 / pivots, np.inf)
             if isinstance(pattern, BlockOf):
                 taken = first[:, part]
             elif isinstance(pattern, NofM):
@@ -105,12 +118,12 @@ def test_the_sweep(
                 taken = least_mask(scores, int(first[:, part].sum()))
             return taken | ~live
 
-        moved, gone = right_sweep(fisher, w, choose, min(columns, B))
+        moved, gone = right_sweep(fisher, w, choose, min(columns, size_b))
         untouched = ~(gone & alive).any(-1)
-        expected = np.where(untouched[:, None], w, np.where(gone, 0.0, moved)).ravel()[: weight.numel()]
-        kept = (alive & ~gone).ravel()[: weight.numel()]
-        np.testing.assert_array_equal(result.masks[name].numpy().ravel(), kept)
-        np.testing.assert_allclose(result.weights[name].numpy().ravel(), expected, rtol=2e-3, atol=2e-4)
+        expected = np.where(untouched[:, None], w, np.where(gone, 0.0, moved)).reshape(outputs, -1)[:, :inputs]
+        kept = (alive & ~gone).reshape(outputs, -1)[:, :inputs]
+        np.testing.assert_array_equal(result.masks[name].numpy(), kept)
+        np.testing.assert_allclose(result.weights[name].numpy(), expected, rtol=2e-3, atol=2e-4)
     assert result.predicted_loss == pytest.approx(predicted, rel=1e-3)
 
 
@@ -120,7 +133,7 @@ def test_one_block_is_swept_to_the_optimum_of_the_columns_to_the_right(targets: 
         targets["b"][:, :4] = 1e-4  # so that they go
     result = FastCAP(8, 60, damp=1e-2, pattern=BlockOf(4), allocation=Uniform()).path(targets, rows).at(0.5)
     assert not result.masks["b"][:, :4].any()
-    fisher = _shared(rows, "b", 8)
+    fisher = _shared(rows, "b", 8)[0][0]
     for k, row in enumerate(targets["b"].detach().double().numpy()):
         steps = obs_block(fisher, row, np.ones(8, dtype=bool), 1e-2, order=[0, 1, 2, 3, 4, 5, 6, 7]).weights
         np.testing.assert_allclose(result.weights["b"][k].numpy(), steps[4], rtol=1e-3, atol=1e-4)
@@ -147,6 +160,9 @@ def test_what_does_not_work_is_refused(targets: Targets, rows: Rows) -> None:
         FastCAP(8).path(targets, [])
     with pytest.raises(GradientError, match=r"rows of 'a' have shape None, its weight has \(10, 12\)"):
         FastCAP(8).path(targets, [{"b": rows[0]["b"]}])
+    large = [{name: 1e8 * part for name, part in chunk.items()} for chunk in rows]
+    with pytest.warns(UserWarning, match=r"damp=0\.01: 1 shared Fisher blocks factored only with a larger one"):
+        assert FastCAP(12, damp=1e-2).path(targets, large[:1]).stats["largest_damp"] > 1e-2
     rows[1]["b"][0, 0, 0] = torch.nan
     with pytest.raises(GradientError, match="those of 'b' are not finite"):
         FastCAP(8).path(targets, rows)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lightning.pytorch.plugins.precision import HalfPrecision
 from reference_obs import best_weights, obs_block
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -28,9 +29,9 @@ def loss(model: nn.Module, batch: Any) -> Tensor:
     return out
 
 
-def _collector(layer: nn.Module, inputs: list[Tensor], num_inputs: int = 10**6, **more: Any) -> InputCollector:
+def _collector(layer: nn.Module, inputs: list[Tensor], num_inputs: int = 0, **more: Any) -> InputCollector:
     targets = Targets.from_model(layer, include=["*weight"])
-    return InputCollector(layer, targets, loss, [(x,) for x in inputs], num_inputs, **more)
+    return InputCollector(layer, targets, loss, [(x,) for x in inputs], num_inputs or sum(map(len, inputs)), **more)
 
 
 def _total(collector: InputCollector, name: str = "weight") -> Tensor:
@@ -100,19 +101,33 @@ def test_collecting_under_autocast_keeps_full_precision() -> None:
     torch.testing.assert_close(cast["2.weight"][0], inputs.T @ inputs, rtol=1e-4, atol=1e-4)
 
 
-def test_collector_stops_at_whole_batches_and_can_be_read_again() -> None:
+def test_collector_stops_in_time_and_can_be_read_again() -> None:
     batches = [torch.randn(8, 6) for _ in range(4)]
     seen: list[Any] = []
     collector = _collector(nn.Linear(6, 5), batches, 10, progress=lambda *step: seen.append(step))
     first, again = list(collector), list(collector)
-    assert [grams.count for grams in first] == [8, 8]
-    assert collector.collected == 16
+    assert [grams.count for grams in first] == [8, 2]
+    assert collector.collected == 10
     assert collector.repeatable
     assert not InputCollector(nn.Linear(6, 5), Targets.from_model(nn.Linear(6, 5), include=["weight"]), loss, iter(()), 8
                               ).repeatable  # fmt: skip
     assert seen[:2] == [("collect", 8, 10), ("collect", 10, 10)]
     assert all(torch.equal(a["weight"], b["weight"]) for a, b in zip(first, again, strict=True))
     assert collector.rows_bytes >= 4 * 36
+
+
+def test_too_few_inputs_are_told() -> None:
+    with pytest.warns(UserWarning, match="num_inputs=100: the batches of this process gave only 32 samples"):
+        list(_collector(nn.Linear(6, 5), [torch.randn(8, 6) for _ in range(4)], 100))
+
+
+@pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
+def test_sums_are_float32_whatever_the_default_type(precision: Any) -> None:
+    layer = nn.Linear(6, 5).to(torch.bfloat16)
+    inputs = [(100 * torch.randn(64, 6)).to(torch.bfloat16) for _ in range(3)]
+    found = _total(_collector(layer, inputs, context=HalfPrecision(precision).train_step_context))
+    expected = sum(x.double().T @ x.double() for x in inputs)
+    torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-2)
 
 
 def test_a_layer_called_twice_counts_twice_and_hooks_are_taken_off() -> None:

@@ -68,7 +68,8 @@ def compare(
         A row for the dense model, then one for each pruner, each value of the grids, seed and sparsity, as in ``results.json``:
         ``pruner``, ``label``, ``grid``, ``seed``, ``target``, ``sparsity`` (measured), ``sparsities`` of the targets,
         ``predicted_loss``, ``loss_increase`` (measured, on ``validation`` and ``calibration`` data), ``metrics``, ``seconds``,
-        ``settings``, ``parameters``, ``predicts_loss`` (whether the prediction is one of the loss), ``stats``, the files ``masks`` and ``weights`` in ``folder``, and ``fingerprint``.
+        ``settings``, ``parameters``, ``predicts_loss`` (whether it is the loss that is predicted),
+        ``stats``, the files ``masks`` and ``weights`` in ``folder``, and ``fingerprint``.
 
     Raises:
         ConfigError: An argument cannot work. Nothing has run then.

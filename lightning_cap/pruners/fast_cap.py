@@ -1,8 +1,10 @@
-"""FastCAP: one Fisher block for all blocks of a layer, and a sweep over its columns."""
+"""FastCAP: Fisher blocks shared by all output rows of a layer, and a sweep over their columns."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,16 +29,18 @@ COLUMNS = 32
 
 
 class FastCAP(Pruner):
-    """Correlation-aware pruning in ``O(B²)`` memory a layer and ``O(d·B)`` time, for models too large for `CAP`.
+    """Correlation-aware pruning in ``O(B)`` memory an input of a layer and ``O(d·B)`` time, for models too large for `CAP`.
 
-    All blocks of a layer share the mean of their Fishers, ``F̄ = damp·I + Σ_b Σ_k g_b g_bᵀ / (N K)``. Saliencies
-    ``w_p² / (2 [F̄⁻¹]_pp)`` say how many weights each layer loses. One sweep over the ``B`` columns then removes them in all of its
-    blocks at once and moves the columns to the right, in the manner of SparseGPT (Frantar & Alistarh 2023, algorithm 1): the
-    Cholesky factor of ``F̄⁻¹`` holds every inverse that the sweep needs. Within each batch of columns the weights that go are
-    chosen anew from the moved values, so that correlations count; a higher sparsity need not remove all that a lower one does.
+    Output rows are cut into blocks of ``B`` inputs (one block of ``B × B`` a layer, if rows are no longer than ``B``). The blocks
+    at one place of all rows share one Fisher, their mean ``F̄``, each scaled to its own trace: ``F_b ≈ s_b (F̄ + damp·I)``.
+    Saliencies ``s_b w_p² / (2 [F̄⁻¹]_pp)`` say how many weights each layer loses. One sweep over the ``B`` columns then removes
+    them in all blocks at once and moves the columns to the right, in the manner of SparseGPT (Frantar & Alistarh 2023,
+    algorithm 1): the Cholesky factor of ``F̄⁻¹`` holds every inverse that the sweep needs. Within each batch of columns the
+    weights that go are chosen anew from the moved values, so that correlations count; a higher sparsity need not remove all
+    that a lower one does.
 
     Args:
-        block_size: Consecutive weights that share a row of the sweep, ``B``.
+        block_size: Inputs of an output row in a block, ``B``; best no smaller than a row.
         num_gradients: Gradient samples, ``N``.
         samples_per_gradient: Inputs whose mean loss gives one gradient sample.
         damp: Added to the diagonal of each ``F̄``, ``λ`` of equation 3.
@@ -81,9 +85,11 @@ class FastCAP(Pruner):
         self.pattern.check_sparsity(sparsity)
 
     def plan(self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, rows_bytes: int = 0) -> EventPlan:
-        """A block in float64 for each layer, and ``O(d)``. See `Pruner.plan`."""
-        size = 8 * self.block_size**2 * (len(targets) + 4)
-        return EventPlan(targets.device, 2 * rows_bytes + size + 24 * targets.numel)
+        """Blocks and factors in float64 for each place in the rows of each layer, and ``O(d)``. See `Pruner.plan`."""
+        layout = self._layout(targets)
+        places = sum(_places(layout, name) for name in layout.shapes)
+        entries = layout.num_blocks * layout.block_size
+        return EventPlan(targets.device, 3 * rows_bytes + 24 * (places + 2) * layout.block_size**2 + 30 * entries)
 
     def path(
         self,
@@ -93,13 +99,33 @@ class FastCAP(Pruner):
         *,
         progress: Progress | None = None,
     ) -> FastCAPPath:
-        """Accumulate and factor one block a layer."""
-        return FastCAPPath(
-            self, targets, self._layout(targets), masks, mean_blocks(self._layout(targets), gradients, targets.device)
-        )
+        """Accumulate and factor the shared blocks."""
+        layout = self._layout(targets)
+        path = FastCAPPath(self, targets, layout, masks, shared_blocks(layout, gradients, targets.device))
+        redamped = path.stats["blocks_redamped"]
+        if redamped:
+            warnings.warn(
+                f"damp={self.damp:g}: {redamped:g} shared Fisher blocks factored only with a larger one (up to "
+                f"{path.stats['largest_damp']:g}). Raise damp if there are many.",
+                stacklevel=2,
+            )
+        return path
 
     def _layout(self, targets: Targets) -> BlockLayout:
-        return targets.blocks(self.block_size, self.pattern.group_size)
+        return targets.row_blocks(self.block_size, self.pattern.group_size)
+
+
+@dataclass(frozen=True)
+class SharedFisher:
+    """What the blocks of a target share.
+
+    Attributes:
+        mean: ``(P, B, B)`` float64 without damp: the mean over output rows, for each of the ``P`` places of a block in a row.
+        traces: ``(O, P)`` float64, of each block's own Fisher.
+    """
+
+    mean: Tensor
+    traces: Tensor
 
 
 class FastCAPPath(ScoredPath):
@@ -113,69 +139,92 @@ class FastCAPPath(ScoredPath):
         targets: Targets,
         layout: BlockLayout,
         masks: Mapping[str, Tensor] | None,
-        fishers: Mapping[str, Tensor],
+        fishers: Mapping[str, SharedFisher],
     ) -> None:
         super().__init__(targets, layout, masks, pruner.pattern, pruner.allocation)
         self._columns = max(pruner.columns // layout.group_size, 1) * layout.group_size
-        self._factors: dict[str, Tensor] = {}  # upper, UᵀU = F̄⁻¹
+        self._factors: dict[str, Tensor] = {}  # (P, B, B) upper, UᵀU = F̄⁻¹
+        self._scales: dict[str, Tensor] = {}  # (O, P)
         saliency = torch.zeros(self.weights.shape, dtype=torch.float64, device=self.weights.device)
-        redamped = 0
+        redamped, largest = 0, pruner.damp
         for name, span in layout.spans.items():
-            inverse, raised = _inverse(fishers[name].to(self.weights.device), pruner.damp)
-            redamped += raised
+            fisher = fishers[name]
+            inverse, damps = _inverse(fisher.mean, pruner.damp)
+            redamped, largest = redamped + int((damps > pruner.damp).sum()), max(largest, float(damps.max()))
             self._factors[name] = torch.linalg.cholesky(inverse).mT.contiguous()
-            weights = self.weights[span].double()
+            traces = fisher.traces + damps * layout.block_size
+            self._scales[name] = traces / traces.mean(0)
+            weights = self._by_place(name, self.weights[span]).double()  # (O, P, B)
             if self._pattern.whole_groups:
-                saliency[span] = _group_saliency(inverse, weights, self._pattern.group_size)
+                cost = _group_saliency(inverse, weights, self._pattern.group_size)
             else:
-                saliency[span] = weights.square() / inverse.diagonal() / 2
-        self.stats = {"blocks": float(layout.num_blocks), "blocks_redamped": float(redamped)}
+                cost = weights.square() / inverse.diagonal(dim1=-2, dim2=-1) / 2
+            saliency[span] = (cost * self._scales[name].unsqueeze(-1)).reshape(saliency[span].shape)
+        self.stats = {
+            "blocks": float(layout.num_blocks),
+            "blocks_redamped": float(redamped),
+            "largest_damp": largest,
+        }
         self.score(saliency)
+
+    def _by_place(self, name: str, blocks: Tensor) -> Tensor:
+        """``(O·P, B)`` -> ``(O, P, B)``."""
+        return blocks.view(-1, _places(self._layout, name), blocks.shape[-1])
 
     def _solution(self, pruned: Tensor) -> tuple[Tensor, Tensor]:
         weights, gone = self.weights.clone(), pruned.clone()
         for name, span in self._layout.spans.items():
             if bool(pruned[span].any()):
-                weights[span], gone[span] = self._sweep(name, span, pruned[span])
+                moved, lost = self._sweep(name, span, self._by_place(name, pruned[span]))
+                weights[span], gone[span] = moved.flatten(0, 1), lost.flatten(0, 1)
         return weights, gone
 
     def _sweep(self, name: str, span: slice, pruned: Tensor) -> tuple[Tensor, Tensor]:
-        """Remove as many weights of each batch of columns as ``pruned`` has there, and move the columns after them."""
+        """Remove as many weights of each batch of columns as ``pruned`` ``(O, P, B)`` has there, and move the columns after."""
         factor = self._factors[name].to(torch.promote_types(torch.float32, self.weights.dtype))
-        alive, weights = self._alive[span], self.weights[span].clone()
-        gone = torch.zeros_like(pruned)
+        before, alive = self._by_place(name, self.weights[span]), self._by_place(name, self._alive[span])
+        weights, gone = before.clone(), torch.zeros_like(pruned)
+        roots = self._scales[name].to(factor.dtype).sqrt().unsqueeze(-1)
         with full_float32():
-            for first in range(0, weights.shape[1], self._columns):
-                part = slice(first, min(first + self._columns, weights.shape[1]))
-                gone[:, part] = self._choose(weights[:, part], factor.diagonal()[part], alive[:, part], pruned[:, part])
-                dead = gone[:, part] | ~alive[:, part]
-                errors = torch.zeros_like(weights[:, part])
+            for first in range(0, weights.shape[-1], self._columns):
+                part = slice(first, min(first + self._columns, weights.shape[-1]))
+                pivots = factor.diagonal(dim1=-2, dim2=-1)[:, part]
+                scores = roots * weights[..., part] / pivots
+                gone[..., part] = self._choose(scores, alive[..., part], pruned[..., part])
+                dead = gone[..., part] | ~alive[..., part]
+                errors = torch.zeros_like(scores)
                 for j in range(part.start, part.stop):
-                    error = torch.where(dead[:, j - first], weights[:, j] / factor[j, j], 0.0)
-                    errors[:, j - first] = error
-                    weights[:, j : part.stop] -= error.unsqueeze(1) * factor[j, j : part.stop]
-                weights[:, part.stop :] -= errors @ factor[part, part.stop :]
+                    error = torch.where(dead[..., j - first], weights[..., j] / factor[:, j, j], 0.0)
+                    errors[..., j - first] = error
+                    weights[..., j : part.stop] -= error.unsqueeze(-1) * factor[:, j, j : part.stop]
+                rest = factor[:, part, part.stop :]  # (P, c, B - stop)
+                weights[..., part.stop :] -= torch.bmm(errors.transpose(0, 1), rest).transpose(0, 1)
         untouched = ~gone.any(-1, keepdim=True)  # a block that loses none is left alone
-        weights = torch.where(untouched, self.weights[span], weights)
+        weights = torch.where(untouched, before, weights)
         return weights.masked_fill(gone | ~alive, 0.0), gone
 
-    def _choose(self, weights: Tensor, pivots: Tensor, alive: Tensor, pruned: Tensor) -> Tensor:
-        """Which weights of some columns ``(K_t, c)`` go: those of least ``w² / U_jj²`` as they are now."""
+    def _choose(self, scores: Tensor, alive: Tensor, pruned: Tensor) -> Tensor:
+        """Which weights of some columns ``(O, P, c)`` go: those of least ``s_b w² / U_jj²`` as they are now."""
         if self._pattern.whole_groups:
             return pruned
-        scores = (weights / pivots).float().square().nan_to_num(posinf=torch.finfo(torch.float32).max)
+        squares = scores.float().square().nan_to_num(posinf=torch.finfo(torch.float32).max).contiguous()
         if self._pattern.sparsity is not None:
-            return self._pattern.least(scores, alive)
-        return smallest(scores.masked_fill(~alive, torch.inf), int(pruned.sum()))
+            return self._pattern.least(squares, alive.contiguous())
+        return smallest(squares.masked_fill(~alive, torch.inf), int(pruned.sum()))
 
 
-def mean_blocks(layout: BlockLayout, gradients: GradientSource, device: torch.device) -> dict[str, Tensor]:
-    """The mean Fisher block of each target, without damp: ``{name: (B, B)}`` float64, over rows, blocks and processes.
+def _places(layout: BlockLayout, name: str) -> int:
+    """Blocks in an output row of a target."""
+    span = layout.spans[name]
+    count: int = (span.stop - span.start) // layout.shapes[name][0]
+    return count
 
-    Padding counts as zeros of the last block.
+
+def shared_blocks(layout: BlockLayout, gradients: GradientSource, device: torch.device) -> dict[str, SharedFisher]:
+    """The Fisher blocks that output rows share, over gradient rows and processes. Padding counts as zeros.
 
     Args:
-        layout: Block view of the targets.
+        layout: With blocks inside output rows.
         gradients: Rows; read once.
         device: Where to add them up.
 
@@ -183,9 +232,11 @@ def mean_blocks(layout: BlockLayout, gradients: GradientSource, device: torch.de
         GradientError: There is no row, a row is not finite, a target is missing or its rows do not have its shape.
     """
     B = layout.block_size
-    sums = {name: torch.zeros(B, B, dtype=torch.float64, device=device) for name in layout.shapes}
+    shapes = {name: (_places(layout, name), shape[0]) for name, shape in layout.shapes.items()}
+    sums = {name: torch.zeros(P, B, B, dtype=torch.float64, device=device) for name, (P, _) in shapes.items()}
+    traces = {name: torch.zeros(rows, P, dtype=torch.float64, device=device) for name, (P, rows) in shapes.items()}
     count = 0
-    parts = {name: BlockLayout({name: shape}, B, layout.group_size) for name, shape in layout.shapes.items()}
+    parts = {name: replace(layout, shapes={name: shape}) for name, shape in layout.shapes.items()}
     with reading(gradients) as chunks:
         for chunk in chunks:
             for name, shape in layout.shapes.items():
@@ -195,40 +246,42 @@ def mean_blocks(layout: BlockLayout, gradients: GradientSource, device: torch.de
                         f"gradients: the rows of {name!r} have shape {got}, its weight has {shape}. Give a chunk "
                         "{target name: (n, *weight.shape)} with every target in it."
                     )
-                rows = parts[name].pack_rows({name: chunk[name]}, torch.float32, device).flatten(0, 1)
+                rows = parts[name].pack_rows({name: chunk[name]}, torch.float32, device)  # (n, O·P, B)
+                traces[name] += rows.square().sum((0, 2), dtype=torch.float64).view_as(traces[name])
+                columns = rows.view(-1, shapes[name][0], B).transpose(0, 1)  # (P, n·O, B)
                 with full_float32():
-                    sums[name] += rows.mT @ rows
+                    sums[name] += torch.bmm(columns.mT, columns)
             count += next(iter(chunk.values())).shape[0]
     counts = distributed.gather_counts(count, device)
     if sum(counts) == 0:
         raise GradientError(
             "gradients: the source gave no gradient row. Check that the calibration batches are not empty."
         )
-    for name, total in sums.items():
-        blocks = layout.spans[name].stop - layout.spans[name].start
-        sums[name] = distributed.sum_over_ranks(total) / (sum(counts) * blocks)
+    for name, (_, outputs) in shapes.items():
+        sums[name] = distributed.sum_over_ranks(sums[name]) / (sum(counts) * outputs)
+        traces[name] = distributed.sum_over_ranks(traces[name]) / sum(counts)
         if not bool(torch.isfinite(sums[name]).all()):
             raise GradientError(
                 f"gradients: those of {name!r} are not finite. Leave such samples out, or scale the loss down."
             )
-    return sums
+    return {name: SharedFisher(sums[name], traces[name]) for name in shapes}
 
 
-def _inverse(fisher: Tensor, damp: float) -> tuple[Tensor, bool]:
-    """Of the damped block, in float64, and whether the damp had to be raised."""
-    damps = torch.tensor([damp], dtype=torch.float64, device=fisher.device)
+def _inverse(fisher: Tensor, damp: float) -> tuple[Tensor, Tensor]:
+    """Of the damped blocks ``(P, B, B)``, in float64, and the damps ``(P,)``, raised where they were not enough."""
+    damps = torch.full((len(fisher),), damp, dtype=torch.float64, device=fisher.device)
+    eye = torch.eye(fisher.shape[-1], dtype=fisher.dtype, device=fisher.device)
     while True:
-        inverse, safe = spd_inverse(
-            (fisher + damps * torch.eye(len(fisher), dtype=fisher.dtype, device=fisher.device))[None]
-        )
+        inverse, safe = spd_inverse(fisher + damps.view(-1, 1, 1) * eye)
         if bool(safe.all()):
-            return (inverse[0] + inverse[0].mT) / 2, bool(damps[0] > damp)
-        damps = more_damp(damps)
+            return (inverse + inverse.mT) / 2, damps
+        damps = torch.where(safe, damps, more_damp(damps))
 
 
 def _group_saliency(inverse: Tensor, weights: Tensor, size: int) -> Tensor:
-    """``½ w_gᵀ ([F̄⁻¹]_gg)⁻¹ w_g``, an equal part for each weight of a group; ``(K_t, B)``."""
-    small = diagonal_groups(inverse.unsqueeze(0), size).expand(len(weights), -1, -1, -1)
-    groups = weights.view(len(weights), -1, size)
+    """``½ w_gᵀ ([F̄⁻¹]_gg)⁻¹ w_g``, an equal part for each weight of a group; ``(O, P, B)``."""
+    rows, places, B = weights.shape
+    small = diagonal_groups(inverse, size).expand(rows, places, -1, -1, -1).flatten(0, 1)
+    groups = weights.reshape(rows * places, -1, size)
     cost = group_losses(small, torch.zeros_like(groups), groups)
-    return (cost / size).unsqueeze(-1).expand(-1, -1, size).reshape(weights.shape)
+    return (cost / size).unsqueeze(-1).expand(-1, -1, size).reshape(rows, places, B)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
@@ -62,9 +60,7 @@ class LayerwiseOBS(Blockwise):
         self.num_inputs, self.num_gradients = num_inputs, 0
 
     def _layout(self, targets: Targets) -> BlockLayout:
-        group = self.pattern.group_size
-        longest = max((weight[0].numel() for weight in targets.values()), default=1)
-        return targets.blocks(min(self.block_size, -(-longest // group) * group), group, by_row=True)
+        return targets.row_blocks(self.block_size, self.pattern.group_size)
 
     def _plan(self, layout: BlockLayout, alive: Tensor, rows_bytes: int) -> EventPlan:
         busy = alive.any(-1).nonzero().squeeze(1).cpu()
@@ -72,7 +68,10 @@ class LayerwiseOBS(Blockwise):
         B, entries = layout.block_size, layout.num_blocks * layout.block_size
         backend = choose_backend(self.backend, alive.device, self.pattern)
         chunk = max(1, min(2**22 // B**2, len(shares[0])))
-        peak = 30 * entries + rows_bytes + work_bytes(backend, B, chunk, packed=False) + 8 * chunk * B**2
+        inputs = [torch.Size(shape[1:]).numel() for shape in layout.shapes.values()]  # at the most: groups have fewer
+        hessians = 8 * sum(n**2 for n in inputs) + 4 * 8 * max(inputs, default=0) ** 2
+        solve = work_bytes(backend, B, chunk, packed=False) + 8 * chunk * B**2
+        peak = 30 * entries + 4 * B * sum(n + B for n in inputs) + max(rows_bytes + hessians, solve)
         return EventPlan(alive.device, peak, None, "block_size", alive.device, 0, (shares,), chunk)
 
     def _read(self, layout: BlockLayout, plan: EventPlan, number: int, gradients: GradientSource) -> SharedBlocks:
@@ -96,7 +95,7 @@ class SharedBlocks:
 
     Args:
         layout: With blocks inside output rows.
-        hessians: ``{target: (G, I, I)}`` float64, ``I`` in the order of the weight as stored.
+        hessians: ``{target: (G, I, I)}`` float64, ``I`` in the order of the weight as stored; emptied.
         own: ``(K_r,)`` indices of this process's blocks.
         device: Where to hand them out.
 
@@ -107,11 +106,11 @@ class SharedBlocks:
 
     triangles = None
 
-    def __init__(self, layout: BlockLayout, hessians: Mapping[str, Tensor], own: Tensor, device: torch.device) -> None:
+    def __init__(self, layout: BlockLayout, hessians: dict[str, Tensor], own: Tensor, device: torch.device) -> None:
         B = layout.block_size
         blocks, places, scales, first = [], [], [], 0
         for name, shape in layout.shapes.items():
-            hessian = _ordered(hessians[name], shape, layout.group_size)
+            hessian = _ordered(hessians.pop(name), shape, layout.group_size)
             scale = float(hessian.diagonal(dim1=-2, dim2=-1).mean()) or 1.0
             groups, count = len(hessian), -(-hessian.shape[-1] // B)
             extra = count * B - hessian.shape[-1]
@@ -156,8 +155,8 @@ def _sum_up(layout: BlockLayout, device: torch.device, source: GradientSource) -
                     "an InputCollector as the source."
                 )
             for name in layout.shapes:
-                gram = chunk[name].to(device).double()
-                sums[name] = sums[name] + gram if name in sums else gram
+                gram = chunk[name].to(device)
+                sums[name] = sums[name].add_(gram) if name in sums else gram.double()
             count += chunk.count
         if sums and not all(bool(torch.isfinite(total).all()) for total in sums.values()):
             raise GradientError("inputs: layer inputs are not finite. Check the model and the calibration data.")
@@ -167,4 +166,4 @@ def _sum_up(layout: BlockLayout, device: torch.device, source: GradientSource) -
     if min(counts) == 0:  # a process without a batch of its own
         shapes = next(s for s in distributed.gather_objects({n: list(t.shape) for n, t in sums.items()}) if s)
         sums = sums or {n: torch.zeros(shape, dtype=torch.float64, device=device) for n, shape in shapes.items()}
-    return {name: 2 * distributed.sum_over_ranks(total) / sum(counts) for name, total in sums.items()}
+    return {name: distributed.sum_over_ranks(sums.pop(name)).mul_(2 / sum(counts)) for name in layout.shapes}

@@ -49,7 +49,7 @@ class Scored(Pruner):
 
     def plan(self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, rows_bytes: int = 0) -> EventPlan:
         """``O(d)``: the saliencies, in float64 while they are summed. See `Pruner.plan`."""
-        return EventPlan(targets.device, rows_bytes + 32 * targets.numel)
+        return EventPlan(targets.device, 3 * rows_bytes + 32 * targets.numel)
 
     def path(
         self,
