@@ -42,6 +42,7 @@ from lightning_cap.storage import save_json
 from lightning_cap.targets import Targets
 
 EVAL_BATCH = 500
+RECALIBRATED = 1024  # images, with --recalibrate
 HELD_OUT = 10  # with --tune, every tenth training image is for tuning alone
 
 
@@ -70,6 +71,7 @@ class Settings:
     damp: float
     methods: list[str]
     tuned_at: list[float]
+    recalibrate: bool
     sparsities: list[float]
     seeds: list[int]
     pad: str
@@ -100,6 +102,7 @@ class Benchmark:
     labels: Tensor
     clock: Stopwatch
     tuning: tuple[Tensor, Tensor] | None = None  # images and labels that no calibration sample is drawn from
+    calibration: list[Tensor] = field(default_factory=list)  # images of the first seed
     damps: dict[str, float] = field(default_factory=dict)
     grid: dict[str, dict[str, float]] = field(default_factory=dict)
     runs: list[dict[str, Any]] = field(default_factory=list)
@@ -172,6 +175,7 @@ class Benchmark:
             batches = list(
                 CalibrationBatches(DataLoader(augmented, DRAW_BATCH), count * samples, samples, seed=seed, event=0)
             )
+        self.calibration = self.calibration or [batch[0] for batch in batches[: RECALIBRATED // len(batches[0][0])]]
         found: dict[str, Any] = {}
         with self.clock.phase("gradients"):
             if any(method.make(Scale(4, 2, 1), 1.0).num_gradients for method in chosen.values()):
@@ -185,6 +189,9 @@ class Benchmark:
         """A copy of the model with a result applied."""
         pruned = copy.deepcopy(self.model)
         result.apply(Targets.from_model(pruned))
+        if self.settings.recalibrate:
+            with self.clock.phase("BatchNorm statistics"):
+                recalibrate(pruned, self.calibration)
         return pruned
 
     def sweep(self, path: Any, method: str, seed: int | None) -> None:
@@ -222,6 +229,19 @@ class Benchmark:
 def loss(model: nn.Module, batch: Any) -> Tensor:
     """Mean cross entropy of a batch."""
     return F.cross_entropy(model(batch[0]), batch[1])
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, batches: Sequence[Tensor]) -> None:
+    """Estimate the BatchNorm statistics anew, as plain means over some batches."""
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm2d)]
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.momentum = None
+        layer.train()
+    for images in batches if layers else ():
+        model(images)
+    model.eval()
 
 
 def first_rows(chunks: Sequence[Mapping[str, Tensor]], count: int) -> Iterator[dict[str, Tensor]]:
@@ -287,6 +307,11 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
         help="choose each method's damp from a grid by its mean accuracy at these sparsities on every tenth training image, "
         "which calibration then leaves out",
     )
+    parser.add_argument(
+        "--recalibrate",
+        action="store_true",
+        help="estimate BatchNorm statistics anew after pruning, on calibration images",
+    )
     parser.add_argument("--tune-images", type=int, help="evenly spaced ones of those (default: all)")
     parser.add_argument(
         "--pad",
@@ -314,6 +339,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         damp=options.damp,
         methods=list(METHODS) if "all" in options.methods else options.methods,
         tuned_at=options.tune or [],
+        recalibrate=options.recalibrate,
         sparsities=options.sparsities,
         seeds=options.seeds,
         pad=options.pad,
@@ -328,7 +354,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     measured = Benchmark(settings, model, data, images, labels, clock, tuning).run()
     results = {"settings": asdict(settings), "machine": machine(), **measured}
     suffix = ("_per_sample" if options.per_sample else "") + ("" if options.pad == "mean" else f"_pad_{options.pad}")
-    suffix += "_all" if "all" in options.methods else ""
+    suffix += ("_all" if "all" in options.methods else "") + ("_recalibrated" if options.recalibrate else "")
     output = options.output or Path(__file__).parent / "results" / f"cifar10_oneshot_{options.model}{suffix}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
     save_json(output, results)

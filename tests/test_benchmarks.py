@@ -84,6 +84,33 @@ def test_vit_prunes_the_24_block_weights(oneshot: Any) -> None:
     assert all(name.startswith("blocks.") for name in targets)
 
 
+def test_every_method_is_tuned_and_measured(
+    oneshot: Any, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--data", str(data), "--model", "small", "--per-sample", "--seeds", "0", "1", "--num-gradients", "8",
+               "--val-images", "20", "--sparsities", "0.5", "--methods", "all", "--tune", "0.5", "--tune-images", "1",
+               "--output", str(tmp_path / "all.json")]  # fmt: skip
+    results = oneshot.main(command)
+    assert list(results["summary"]) == results["settings"]["methods"] == list(oneshot.METHODS)
+    assert {name: set(grid) for name, grid in results["grid"].items()} == {
+        name: {f"{damp:g}" for damp in method.damps} for name, method in oneshot.METHODS.items() if method.damps
+    }
+    assert all(results["damps"][name] in oneshot.METHODS[name].damps for name in results["grid"])
+    seeds = {name: cells["0.5"]["seeds"] for name, cells in results["summary"].items()}
+    assert {name for name, count in seeds.items() if count == 1} == {"magnitude", "magnitude, uniform"}
+    assert "| WoodFisher (damp " in capsys.readouterr().out
+
+
+def test_statistics_are_estimated_anew(oneshot: Any) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4)).eval()
+    images = [3 * torch.randn(8, 3, 5, 5) + 1 for _ in range(3)]
+    oneshot.recalibrate(model, images)
+    assert not model[1].training
+    out = torch.cat([model[0](x) for x in images]).transpose(0, 1).flatten(1)
+    torch.testing.assert_close(model[1].running_mean, out.mean(1), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("model", "extra", "samples", "targets", "weights"),
     [
