@@ -291,6 +291,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with cifar10/ and weights/")
+    parser.add_argument("--weights", type=Path, help="folder of the weights, if it is another one")
     parser.add_argument("--model", choices=sorted(CASES), default="resnet20")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.6, 0.7, 0.8, 0.9])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the gradient samples")
@@ -346,7 +347,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     )
     clock = Stopwatch()
     model = case.make().eval()
-    load_weights(model, options.data / "weights" / f"{options.model}_cifar10.safetensors")
+    load_weights(model, (options.weights or options.data / "weights") / f"{options.model}_cifar10.safetensors")
     data = open_data(options.data / "cifar10")
     with clock.phase("validation images"):
         images, labels = decode(data.validation_set(), options.val_images)

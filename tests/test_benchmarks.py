@@ -101,6 +101,27 @@ def test_every_method_is_tuned_and_measured(
     assert "| WoodFisher (damp " in capsys.readouterr().out
 
 
+def test_vit_is_trained_pruned_to_2_of_4_and_fine_tuned(
+    oneshot: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import cifar10_vit
+
+    small = lambda: VisionTransformer(img_size=32, patch_size=16, embed_dim=16, depth=1, num_heads=2, num_classes=10)  # noqa: E731
+    monkeypatch.setattr(cifar10_vit, "vit", small)
+    folder = tmp_path / "runs"
+    command = ["--data", str(data), "--from-scratch", "--dense-epochs", "1", "--epochs", "1", "--batch-size", "16",
+               "--batches", "1", "--val-batches", "1", "--num-gradients", "1", "--folder", str(folder),
+               "--output", str(tmp_path / "vit.json")]  # fmt: skip
+    results = cifar10_vit.main(command)
+    assert json.loads((tmp_path / "vit.json").read_text()) == results
+    assert (folder / "weights/vit_cifar10.safetensors").is_file()
+    rows = {row["method"]: row for row in results["rows"]}
+    assert list(rows) == ["dense, trained as long", "magnitude 2:4", "WoodFisher 2:4", "CAP 2:4"]
+    assert all(rows[f"{name} 2:4"]["sparsity"] == 0.5 for name in cifar10_vit.METHODS)
+    assert all(0 <= row["fine_tuned"] <= 100 for row in rows.values())
+    assert "| CAP 2:4 |" in capsys.readouterr().out
+
+
 def test_statistics_are_estimated_anew(oneshot: Any) -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4)).eval()
