@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -46,6 +46,51 @@ def choose_way(
         num_recomputations: Steps that a pruner takes to a higher sparsity.
     """
     start, numel = masks.global_sparsity, sum(mask.numel() for mask in masks.values())
+    way = _way(pruner, schedule, start, numel, target, num_recomputations)
+    if way is None:
+        rank_zero_warn(
+            f"schedule: sparsity {target:g} at epoch {epoch}, but the model is already at {start:.4g}. Nothing is changed; "
+            "pruned weights grow back only where the schedule declares it, as SparsitySteps(..., allow_decrease=True) does."
+        )
+    return way
+
+
+def check_ways(
+    pruner: Pruner,
+    schedule: SparsitySchedule,
+    targets: Targets,
+    masks: MaskSet,
+    goals: Iterable[float],
+    num_recomputations: int,
+) -> None:
+    """Refuse, before the first step, what an event to come could not do. Arguments as for `choose_way`.
+
+    Args:
+        pruner: Of the run.
+        schedule: Of the run.
+        targets: The weights.
+        masks: In force now. Until all are lifted, they stand for those of the events to come.
+        goals: Sparsities of the events that are not done yet, in order.
+        num_recomputations: Steps that a pruner takes to a higher sparsity.
+
+    Raises:
+        ConfigError: The zeros of an event, or of a step to it, cannot be placed.
+    """
+    start, present = masks.global_sparsity, dict(masks)
+    for goal in goals:
+        way = _way(pruner, schedule, start, targets.numel, goal, num_recomputations)
+        if way is None:
+            continue
+        if not way.sparsities:
+            present = {}
+        way.pruner.check_goals(targets, present, way.sparsities)
+        start = goal
+
+
+def _way(
+    pruner: Pruner, schedule: SparsitySchedule, start: float, numel: int, target: float, num_recomputations: int
+) -> Way | None:
+    """From the sparsity ``start`` of ``numel`` weights to ``target``; None if there is no way."""
     if schedule.regrows and target == 0:
         return Way(pruner, ())
     if pruner.regrows:
@@ -53,10 +98,6 @@ def choose_way(
     if pruner.pattern.sparsity is None and budget_of(target, numel) < round(start * numel):
         if schedule.regrows:
             return Way(grower(pruner), (target,))
-        rank_zero_warn(
-            f"schedule: sparsity {target:g} at epoch {epoch}, but the model is already at {start:.4g}. Nothing is changed; "
-            "pruned weights grow back only where the schedule declares it, as SparsitySteps(..., allow_decrease=True) does."
-        )
         return None
     steps = [start + (target - start) * (i + 1) / num_recomputations for i in range(num_recomputations - 1)]
     return Way(pruner, (*steps, target), anew=schedule.regrows and start == 0)
