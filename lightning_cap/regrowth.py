@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_cap.allocation import budget_of
+from lightning_cap.errors import PatternError
 from lightning_cap.masks import MaskSet
+from lightning_cap.patterns import Unstructured
 from lightning_cap.pruners import DropAndGrow, Pruner
 from lightning_cap.schedules import SparsitySchedule
 from lightning_cap.targets import Targets
@@ -75,6 +77,7 @@ def check_ways(
 
     Raises:
         ConfigError: The zeros of an event, or of a step to it, cannot be placed.
+        PatternError: The sparsity falls, and weights that come back one by one would break the pruner's pattern.
     """
     start, present = masks.global_sparsity, dict(masks)
     for goal in goals:
@@ -97,6 +100,7 @@ def _way(
         return Way(pruner, (target,))
     if pruner.pattern.sparsity is None and budget_of(target, numel) < round(start * numel):
         if schedule.regrows:
+            _refuse_patterned_fall(pruner, start, target)
             return Way(grower(pruner), (target,))
         return None
     steps = [start + (target - start) * (i + 1) / num_recomputations for i in range(num_recomputations - 1)]
@@ -104,10 +108,23 @@ def _way(
 
 
 def grower(pruner: Pruner) -> DropAndGrow:
-    """Brings weights back by their mean gradient and drops none; takes as many gradient samples as ``pruner``, if any."""
+    """Brings weights back by their mean gradient, as many in each budget as the allocation of ``pruner`` has it.
+
+    It drops none where that does not ask for it, and takes as many gradient samples as ``pruner``, if any.
+    """
+    allocation = getattr(pruner, "allocation", None)
     if not pruner.num_gradients:
-        return DropAndGrow(drop_fraction=0)
-    return DropAndGrow(0, pruner.num_gradients, pruner.samples_per_gradient)
+        return DropAndGrow(0, allocation=allocation)
+    return DropAndGrow(0, pruner.num_gradients, pruner.samples_per_gradient, allocation)
+
+
+def _refuse_patterned_fall(pruner: Pruner, start: float, target: float) -> None:
+    if not isinstance(pruner.pattern, Unstructured):
+        raise PatternError(
+            f"pattern={pruner.pattern}: the sparsity falls from {start:.4g} to {target:g}, and weights come back one by one, "
+            "which would break the pattern. Let the schedule rise, or fall to 0 first, which lifts all masks, or use "
+            "Unstructured()."
+        )
 
 
 def pruners_of(pruner: Pruner, schedule: SparsitySchedule, events: Mapping[int, float]) -> list[Pruner]:
