@@ -176,7 +176,8 @@ class CAPPruningCallback(pl.Callback):
             if trainer.current_epoch == 0:
                 self.history, self._cycle, self._position = [], {}, 0
         masks.apply_to_weights()
-        self._run = Run(targets, masks, self._events(trainer), checkpoint_dir(trainer, self.dirpath), self.pruner)
+        folder = checkpoint_dir(trainer, self.dirpath)
+        self._run = Run(targets, masks, self._events(trainer), folder, self.pruner, self.schedule)
         mask_averages(trainer, masks)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -241,7 +242,7 @@ class CAPPruningCallback(pl.Callback):
             self._position = event.run(way.sparsities, self._position)
         run.masks.apply_to_weights()
         for optimizer in trainer.optimizers:
-            settle(optimizer, run.targets, run.masks, event.grown, anew=way.anew)
+            settle(optimizer, run.targets, run.masks, event.grown, anew=epoch in run.phases)
         if begins:
             restart_averages(trainer, module)
         return event.report

@@ -26,12 +26,10 @@ class Way:
     Attributes:
         pruner: Who goes it.
         sparsities: Its steps; none lifts all masks.
-        anew: It begins a sparse phase: momentum of the dense one is stale.
     """
 
     pruner: Pruner
     sparsities: tuple[float, ...]
-    anew: bool = False
 
 
 def choose_way(
@@ -104,7 +102,7 @@ def _way(
             return Way(grower(pruner), (target,))
         return None
     steps = [start + (target - start) * (i + 1) / num_recomputations for i in range(num_recomputations - 1)]
-    return Way(pruner, (*steps, target), anew=schedule.regrows and start == 0)
+    return Way(pruner, (*steps, target))
 
 
 def grower(pruner: Pruner) -> DropAndGrow:
@@ -152,7 +150,8 @@ def settle(
         targets: The weights.
         masks: In force now.
         grown: What came back, as `MaskSet.replace` tells it.
-        anew: Set momentum and first moments of all targets to zero; second moments stay.
+        anew: A sparse phase begins (see `sparse_phases`), and the momentum of the dense one is stale: set momentum and first
+            moments of all targets to zero; second moments stay.
     """
     masks.apply_to_optimizer(optimizer)
     stayed = {name: mask & ~grown[name] if name in grown else mask for name, mask in masks.items()}

@@ -21,13 +21,21 @@ class Run:
 
     Attributes:
         starts: Epochs of the events that begin a cycle.
+        phases: Epochs of the events that begin a sparse phase; see `sparse_phases`.
     """
 
     def __init__(
-        self, targets: Targets, masks: MaskSet, events: dict[int, float], folder: Path, pruner: Pruner
+        self,
+        targets: Targets,
+        masks: MaskSet,
+        events: dict[int, float],
+        folder: Path,
+        pruner: Pruner,
+        schedule: SparsitySchedule,
     ) -> None:
         self.targets, self.masks, self.events, self.folder = targets, masks, events, folder
         self.starts = cycle_starts(events, pruner)
+        self.phases = sparse_phases(events, schedule)
 
     def done(self, epoch: int) -> float:
         """Events before that of ``epoch``, over all."""
@@ -43,6 +51,18 @@ def cycle_starts(events: Mapping[int, float], pruner: Pruner) -> list[int]:
     """Epochs of the events that begin a cycle: all; with a pruner that regrows, those that change the target."""
     epochs = list(events)
     return [e for i, e in enumerate(epochs) if not (pruner.regrows and i and events[epochs[i - 1]] == events[e])]
+
+
+def sparse_phases(events: Mapping[int, float], schedule: SparsitySchedule) -> list[int]:
+    """Epochs of the events that begin a sparse phase, where a schedule has dense ones too: it lifts masks (AC/DC).
+
+    The first phase begins with the first event above 0, each other with the one that follows a lift. Which zeros the model
+    had before makes no difference. Schedules that lift no masks have no phases.
+    """
+    if not schedule.regrows or all(events.values()):
+        return []
+    before = [0.0, *events.values()]
+    return [epoch for (epoch, goal), last in zip(events.items(), before, strict=False) if goal and not last]
 
 
 def resolve_events(

@@ -141,6 +141,44 @@ def test_state_of_lifted_weights_is_a_new_weights(tmp_path: Path, optimizer: str
         assert sparse_again["exp_avg_sq"][watch.masks[4]].any(), "second moments are not"
 
 
+class Imposed(pl.Callback):
+    """Whether momentum was left right after each epoch's event. Put it behind the pruning callback."""
+
+    def __init__(self) -> None:
+        self.left: list[bool] = []
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        state = trainer.optimizers[0].state[pl_module.net[4].weight]
+        self.left.append(bool(state["exp_avg"].any()) if state else False)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "pruner", "half", "left"),
+    [
+        (ACDC, Magnitude(), False, [False, False, True, True, False, True]),
+        (ACDC, Magnitude(), True, [False, False, True, True, False, True]),
+        (ACDC, rigl(), False, [False, False, True, True, False, True]),
+        (SparsitySteps({1: 0.75, 3: 0, 4: 0.75}, True), Magnitude(), False, [False, False, True, True, False, True]),
+        (
+            SparsitySteps({1: 0.5, 2: 0.75, 3: 0, 4: 0.75}, True),
+            Magnitude(),
+            True,
+            [False, False, True, True, False, True],
+        ),
+        (SparsitySteps({1: 0.75, 3: 0.5}, True), Magnitude(), False, [False, True, True, True, True, True]),
+        (SparsitySteps({1: 0.5, 3: 0.75}), Magnitude(), False, [False, True, True, True, True, True]),
+    ],
+)
+def test_each_sparse_phase_begins_without_momentum_and_no_other_event_does(
+    tmp_path: Path, schedule: SparsitySchedule, pruner: Pruner, half: bool, left: list[bool]
+) -> None:
+    module, seen = Toy(), Imposed()
+    with torch.no_grad():
+        module.net[4].weight[:, :4].mul_(float(not half))
+    trainer(tmp_path, callback(schedule, pruner=pruner, save="none"), seen, max_epochs=6).fit(module, **loaders())
+    assert seen.left == left
+
+
 @pytest.mark.parametrize(
     ("make", "limit"),
     [
