@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import lightning.pytorch as pl
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
-from lightning_cap.errors import ConfigError, ScheduleError
+from lightning_cap.errors import ConfigError, ScheduleError, UnsupportedError
 from lightning_cap.masks import MaskSet
 from lightning_cap.pruners import Pruner
 from lightning_cap.schedules import SparsitySchedule
@@ -45,6 +46,33 @@ class Run:
 def is_dry(trainer: pl.Trainer) -> bool:
     """Whether this is a ``fast_dev_run``."""
     return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def refuse_sharding(trainer: pl.Trainer) -> None:
+    """Refuse a strategy that shards parameters.
+
+    Raises:
+        UnsupportedError: It does.
+    """
+    if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+        raise UnsupportedError(
+            f"strategy={type(trainer.strategy).__name__}: it shards parameters, and a pruning event needs whole weights. "
+            "Use Trainer(strategy='ddp') or a single device."
+        )
+
+
+def refuse_manual(module: pl.LightningModule, pruners: Sequence[Pruner]) -> None:
+    """Refuse manual optimization where a pruner needs the loss, or the forward pass that gives it, and there is no other way.
+
+    Raises:
+        UnsupportedError: The module has no ``calibration_step``.
+    """
+    wanted = any(pruner.num_gradients or pruner.num_inputs for pruner in pruners)
+    if wanted and not module.automatic_optimization and not hasattr(module, "calibration_step"):
+        raise UnsupportedError(
+            "automatic_optimization=False: training_step cannot be called for its loss alone. Define "
+            "calibration_step(batch, batch_idx) on the LightningModule; let it return the mean loss of the batch."
+        )
 
 
 def cycle_starts(events: Mapping[int, float], pruner: Pruner) -> list[int]:

@@ -17,7 +17,7 @@ from lightning_cap import CAPPruningCallback
 from lightning_cap.allocation import Allocation, Global, PerTarget, Uniform
 from lightning_cap.errors import CAPError, ConfigError, GradientError, ScheduleError, TargetError, UnsupportedError
 from lightning_cap.patterns import NofM
-from lightning_cap.pruners import CAP, DropAndGrow, Magnitude, Pruner
+from lightning_cap.pruners import CAP, DropAndGrow, LayerwiseOBS, Magnitude, Pruner
 from lightning_cap.schedules import AlternatingSchedule, OneShot, PolynomialSchedule, SparsitySchedule, SparsitySteps
 
 
@@ -205,7 +205,10 @@ def test_losses_without_gradient(tmp_path: Path) -> None:
 def test_manual_optimization_needs_a_calibration_step(tmp_path: Path) -> None:
     module = Toy(scheduler=False)
     module.automatic_optimization = False
-    assert_refused(tmp_path, UnsupportedError, r"automatic_optimization=False.*calibration_step", module)
+    for pruner in (cap(), LayerwiseOBS(16, 40)):
+        assert_refused(
+            tmp_path, UnsupportedError, r"automatic_optimization=False.*calibration_step", module, pruner=pruner
+        )
 
 
 def test_strategies_that_shard_parameters(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
