@@ -18,7 +18,7 @@ from lightning_cap.hooks import Progress
 from lightning_cap.layer_inputs import InputCollector
 from lightning_cap.masks import MaskSet
 from lightning_cap.pruners import CAP, Pruner, PruneResult
-from lightning_cap.pruners.base import refuse_regrowth
+from lightning_cap.pruners.base import refuse_regrowth, refuse_splitting
 from lightning_cap.sources import GradientSource
 from lightning_cap.stepping import undisturbed
 from lightning_cap.targets import Targets
@@ -59,6 +59,7 @@ def prune(
     if num_recomputations < 1:
         raise ConfigError(f"num_recomputations={num_recomputations}: give a whole number of at least 1.")
     refuse_regrowth(pruner)
+    refuse_splitting(pruner, num_recomputations)
     pruner.check_sparsity(sparsity)
     targets = Targets.from_model(model, include, exclude)
     pruner.check(targets)

@@ -11,6 +11,7 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 from lightning_cap.errors import ConfigError, ScheduleError, UnsupportedError
 from lightning_cap.masks import MaskSet
 from lightning_cap.pruners import Pruner
+from lightning_cap.pruners.base import refuse_splitting
 from lightning_cap.schedules import SparsitySchedule
 from lightning_cap.targets import Targets
 
@@ -117,11 +118,7 @@ def resolve_events(
             f"num_recomputations={num_recomputations}: {type(pruner).__name__} exchanges weights in one go at each event. Leave "
             "num_recomputations at 1, and give the schedule more events."
         )
-    if num_recomputations > 1 and pruner.pattern.sparsity is not None:
-        raise ConfigError(
-            f"num_recomputations={num_recomputations}: {pruner.pattern} has only one sparsity, so its events "
-            "cannot be split. Leave num_recomputations at 1."
-        )
+    refuse_splitting(pruner, num_recomputations)
     missing = [s for s in save_sparsities or () if s not in events.values()]
     if missing:
         raise ScheduleError(

@@ -290,6 +290,19 @@ def refuse_regrowth(pruner: Pruner) -> None:
         )
 
 
+def refuse_splitting(pruner: Pruner, num_recomputations: int) -> None:
+    """Refuse several steps to a pattern that has only one sparsity.
+
+    Raises:
+        ConfigError: ``num_recomputations`` is above 1.
+    """
+    if num_recomputations > 1 and pruner.pattern.sparsity is not None:
+        raise ConfigError(
+            f"num_recomputations={num_recomputations}: {pruner.pattern} has only one sparsity, so the way to it cannot be "
+            "split. Leave num_recomputations at 1."
+        )
+
+
 def check_room(
     allocation: Allocation, targets: Targets, existing: Mapping[str, int], sparsities: Sequence[float]
 ) -> None:
