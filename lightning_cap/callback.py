@@ -5,23 +5,22 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
 from lightning_cap import distributed, rng
 from lightning_cap.cycle import Row, checkpoint_dir, is_better, make_row, measured_sparsity, monitored, save_cycle
 from lightning_cap.ema import mask_averages, restart_averages
-from lightning_cap.errors import ConfigError, UnsupportedError
+from lightning_cap.errors import ConfigError
 from lightning_cap.event import EventReport, PruningEvent
 from lightning_cap.event_log import log_event
 from lightning_cap.lr_cycles import refuse_beyond_max_steps, restart_schedulers
 from lightning_cap.masks import MaskSet
 from lightning_cap.progress import end_bar, event_progress
 from lightning_cap.pruners import CAP, Pruner
-from lightning_cap.regrowth import Way, choose_way, pruners_of, settle
+from lightning_cap.regrowth import Way, check_ways, choose_way, pruners_of, settle
 from lightning_cap.resume import begin_epoch_anew, restore_random_state
-from lightning_cap.run import Run, is_dry, resolve_events
+from lightning_cap.run import Run, is_dry, refuse_manual, refuse_sharding, resolve_events
 from lightning_cap.schedules import SparsitySchedule
 from lightning_cap.stepping import evaluate
 from lightning_cap.storage import make_checkpoints_atomic
@@ -142,17 +141,8 @@ class CAPPruningCallback(pl.Callback):
             return
         self._restored, self._packed = {}, None  # of a fit that did not come to its end
         self._previous, self._run = self._run or self._previous, None
-        if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
-            raise UnsupportedError(
-                f"strategy={type(trainer.strategy).__name__}: it shards parameters, and a pruning event needs whole weights. "
-                "Use Trainer(strategy='ddp') or a single device."
-            )
-        wanted = sum(p.num_gradients for p in pruners_of(self.pruner, self.schedule, self._events(trainer)))
-        if wanted and not pl_module.automatic_optimization and not hasattr(pl_module, "calibration_step"):
-            raise UnsupportedError(
-                "automatic_optimization=False: training_step cannot be called for its loss alone. Define "
-                "calibration_step(batch, batch_idx) on the LightningModule; let it return the mean loss of the batch."
-            )
+        refuse_sharding(trainer)
+        refuse_manual(pl_module, pruners_of(self.pruner, self.schedule, self._events(trainer)))
         make_checkpoints_atomic(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -176,7 +166,8 @@ class CAPPruningCallback(pl.Callback):
             if trainer.current_epoch == 0:
                 self.history, self._cycle, self._position = [], {}, 0
         masks.apply_to_weights()
-        self._run = Run(targets, masks, self._events(trainer), checkpoint_dir(trainer, self.dirpath), self.pruner)
+        folder = checkpoint_dir(trainer, self.dirpath)
+        self._run = Run(targets, masks, self._events(trainer), folder, self.pruner, self.schedule)
         mask_averages(trainer, masks)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -185,8 +176,11 @@ class CAPPruningCallback(pl.Callback):
         for optimizer in trainer.optimizers:
             run.masks.apply_to_optimizer(optimizer)
         restart_schedulers(trainer, run.starts, self._warned, only_new=bool(self._restored))
-        refuse_beyond_max_steps(trainer, [epoch for epoch in run.events if epoch not in self._done])
-        if any(epoch not in self._done for epoch in run.events):
+        due = {epoch: goal for epoch, goal in run.events.items() if epoch not in self._done}
+        refuse_beyond_max_steps(trainer, list(due))
+        goals = [goal for epoch, goal in due.items() if epoch >= trainer.current_epoch]
+        check_ways(self.pruner, self.schedule, run.targets, run.masks, goals, self.num_recomputations)
+        if due:
             for pruner in pruners_of(self.pruner, self.schedule, run.events):
                 self._event(trainer, pl_module, pruner).rehearse(self._position)
         if self._restored and getattr(trainer.fit_loop, "restarted_mid_epoch", False):
@@ -238,7 +232,7 @@ class CAPPruningCallback(pl.Callback):
             self._position = event.run(way.sparsities, self._position)
         run.masks.apply_to_weights()
         for optimizer in trainer.optimizers:
-            settle(optimizer, run.targets, run.masks, event.grown, anew=way.anew)
+            settle(optimizer, run.targets, run.masks, event.grown, anew=epoch in run.phases)
         if begins:
             restart_averages(trainer, module)
         return event.report

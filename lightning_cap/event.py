@@ -40,8 +40,9 @@ class EventReport:
     Attributes:
         sparsity: Of all targets, after the event.
         predicted_loss: Predicted increase of the loss, summed over recomputations.
-        gradients: Gradient samples used, in all.
-        skipped: Gradient samples left out as not finite.
+        unit: What was collected: ``"gradients"``, or ``"inputs"`` for a pruner with ``num_inputs``.
+        samples: How many of them were used, in all.
+        skipped: How many were left out as not finite.
         seconds: Seconds of each phase (plan, collect, solve, apply).
         grown: Weights that came back.
         peak_bytes: Planned peak extra memory on the device of the weights.
@@ -50,7 +51,8 @@ class EventReport:
 
     sparsity: float = 0.0
     predicted_loss: float = 0.0
-    gradients: int = 0
+    unit: str = "gradients"
+    samples: int = 0
     skipped: int = 0
     grown: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("plan", "collect", "solve", "apply"), 0.0))
@@ -88,7 +90,7 @@ class PruningEvent:
         self._trainer, self._module, self._pruner = trainer, module, pruner
         self._targets, self._masks, self._seed, self._progress = targets, masks, seed, progress
         self._source = TimedSource(())
-        self.report = EventReport()
+        self.report = EventReport(unit="inputs" if pruner.num_inputs else "gradients")
         self.grown: dict[str, Tensor] = {}
 
     def run(self, sparsities: Sequence[float], position: int) -> int:
@@ -146,7 +148,7 @@ class PruningEvent:
         with self._timed("solve"), torch.inference_mode(False):
             path = self._pruner.path(self._targets, self._source, masks, progress=self._progress)
         if isinstance(source, (GradientCollector, InputCollector)):
-            self.report.gradients += source.collected
+            self.report.samples += source.collected
             self.report.skipped += source.skipped
         return path
 

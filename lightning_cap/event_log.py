@@ -38,8 +38,8 @@ def log_event(
     row = {
         "sparsity": report.sparsity,
         "predicted_loss": report.predicted_loss,
-        "gradients": report.gradients,
-        "gradients_skipped": report.skipped,
+        report.unit: report.samples,
+        f"{report.unit}_skipped": report.skipped,
         "grown_back": report.grown,
         "peak_bytes": report.peak_bytes,
         **report.stats,
@@ -58,6 +58,6 @@ def log_event(
     grown = f", {report.grown} weights grew back" if report.grown else ""
     outcome = f"pruned to {report.sparsity:.2%}" if report.sparsity or not report.grown else "masks lifted"
     rank_zero_info(
-        f"Epoch {when['epoch']:g}: {outcome} ({report.gradients} gradients{skipped}{grown}, "
+        f"Epoch {when['epoch']:g}: {outcome} ({report.samples} {report.unit}{skipped}{grown}, "
         f"{sum(report.seconds.values()):.1f} s), predicted loss increase {report.predicted_loss:.4g}{change}"
     )

@@ -18,7 +18,7 @@ from lightning_cap.hooks import Progress
 from lightning_cap.layer_inputs import InputCollector
 from lightning_cap.masks import MaskSet
 from lightning_cap.pruners import CAP, Pruner, PruneResult
-from lightning_cap.pruners.base import refuse_regrowth
+from lightning_cap.pruners.base import refuse_regrowth, refuse_splitting
 from lightning_cap.sources import GradientSource
 from lightning_cap.stepping import undisturbed
 from lightning_cap.targets import Targets
@@ -59,6 +59,7 @@ def prune(
     if num_recomputations < 1:
         raise ConfigError(f"num_recomputations={num_recomputations}: give a whole number of at least 1.")
     refuse_regrowth(pruner)
+    refuse_splitting(pruner, num_recomputations)
     pruner.check_sparsity(sparsity)
     targets = Targets.from_model(model, include, exclude)
     pruner.check(targets)
@@ -70,14 +71,14 @@ def prune(
     masks = MaskSet(targets)
     masks.mask_zeros()
     start, before = masks.global_sparsity, targets.copies()
+    goals = [start + (sparsity - start) * step / num_recomputations for step in range(1, num_recomputations)]
+    goals.append(sparsity)
+    pruner.check_goals(targets, masks, goals)
     device = targets.device
     predicted = 0.0
     try:
         with _bar(progress) as show, undisturbed(model):
-            for step in range(1, num_recomputations + 1):
-                goal = (
-                    sparsity if step == num_recomputations else start + (sparsity - start) * step / num_recomputations
-                )
+            for goal in goals:
                 given = model, targets, loss_fn, _OnDevice(batches, device)
                 source: GradientSource = ()
                 if pruner.num_inputs:

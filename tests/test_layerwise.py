@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from typing import Any
@@ -335,10 +336,15 @@ def test_prune_a_cnn(tiny_cnn: nn.Module, pattern: Any) -> None:
     assert ours < theirs
 
 
-def test_in_the_callback(tmp_path: Any) -> None:
+def test_in_the_callback(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
     module = Toy()
-    hook = callback({1: 0.5, 2: 0.75}, pruner=LayerwiseOBS(16, 40))
-    trainer(tmp_path, hook, max_epochs=3).fit(module, **loaders())
+    hook = callback({1: 0.5, 2: 0.75}, pruner=LayerwiseOBS(16, 40), dirpath=str(tmp_path))
+    with caplog.at_level("INFO"):
+        trainer(tmp_path, hook, max_epochs=3).fit(module, **loaders())
+    events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
+    assert [(e["inputs"], e["inputs_skipped"]) for e in events] == [(48, 0)] * 2  # whole batches
+    assert not any(name.startswith("gradients") for event in events for name in event)
+    assert "pruned to 50.00% (48 inputs, " in caplog.text
     assert int(zeros(module).sum()) == 192
     assert all(not layer._forward_pre_hooks for layer in module.modules())
     assert math.isfinite(float(module.net[4].weight.detach().sum()))

@@ -20,7 +20,8 @@ class AlternatingSchedule(SparsitySchedule):
     """Sparse and dense phases in turn, the last one sparse (AC/DC, Peste et al. 2021, algorithm 1).
 
     Training is dense until ``start_epoch``. A sparse phase begins by pruning the dense weights anew, and without the momentum of
-    the dense phase; a dense phase begins by lifting all masks, and the weights that come back start from zero.
+    the dense phase (also the first one, and also where the model has zeros before); a dense phase begins by lifting all masks,
+    and the weights that come back start from zero.
 
     Args:
         sparsity: Of the sparse phases, above 0 and below 1.
