@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lightning_cap.comparison.identity import ADDRESS, checksum, plain
 from lightning_cap.comparison.surface import LossSurface
 from lightning_cap.errors import CAPError, ConfigError
 from lightning_cap.pruners.base import Pruner, refuse_regrowth
@@ -21,7 +20,6 @@ from lightning_cap.targets import Targets
 Grids = Mapping[str, Sequence[Any]]
 
 RECOMPUTATIONS = "num_recomputations"  # a setting of the run, not of a pruner
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 @dataclass(frozen=True)
@@ -51,9 +49,9 @@ class Variant:
 
     @property
     def settings(self) -> str:
-        """All settings, the same in every run of the program."""
+        """All settings, for people."""
         kind = type(self.pruner)
-        return f"{kind.__module__}.{kind.__qualname__}: {_ADDRESS.sub('', repr(self.pruner))}"
+        return f"{kind.__module__}.{kind.__qualname__}: {ADDRESS.sub('', repr(self.pruner))}"
 
     @property
     def slug(self) -> str:
@@ -62,8 +60,8 @@ class Variant:
 
     def fingerprint(self, sparsity: float, identity: Mapping[str, Any]) -> str:
         """Of everything that the row at a sparsity depends on, as far as it is known."""
-        known = [self.settings, self.seed, self.num_recomputations, sparsity, dict(identity)]
-        return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:20]
+        settings = self.settings, plain(vars(self.pruner))
+        return checksum([settings, self.seed, self.num_recomputations, sparsity, dict(identity)])
 
 
 @dataclass(frozen=True)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +13,8 @@ from torch import Tensor
 
 from lightning_cap import distributed, rng
 from lightning_cap.comparison.extras import Extras
-from lightning_cap.comparison.measure import Measure, identity_of, loss_name
+from lightning_cap.comparison.identity import checksum, identity_of
+from lightning_cap.comparison.measure import Measure, loss_name
 from lightning_cap.comparison.plan import Request, Variant, check_targets
 from lightning_cap.comparison.results import Results, Row, digest, save_masks
 from lightning_cap.comparison.rows import SharedRows, find, share
@@ -55,12 +54,16 @@ class Work:
         self._masks = MaskSet(self._targets)
         self._masks.mask_zeros()
         self._before = self._targets.copies()
-        self._identity = {**identity_of(trainer, module, self._targets), "loss_samples": request.loss_samples}
         calibrates = any(v.pruner.num_gradients or v.pruner.num_inputs for v in request.variants)
+        identity = {
+            **identity_of(trainer, module, self._targets, calibrates),
+            "loss_samples": request.loss_samples,
+        }
         self._measure = Measure(trainer, module, self._targets, request.loss_samples if calibrates else 0)
         wanted = [(v, s) for v in request.variants for s in request.sparsities]
-        self._prints = {(v.slug, s): v.fingerprint(s, self._identity) for v, s in wanted}
-        self._dense_print = hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()[:20]
+        prints = {(v.slug, s): v.fingerprint(s, identity) for v, s in wanted}
+        self._prints: dict[tuple[str, float], str] = distributed.gather_objects(prints)[0]
+        self._dense_print = checksum(identity)
         self._results = Results(request.folder, [self._dense_print, *self._prints.values()])
         self._extras = Extras(request, self._targets, self._prints)
         for row in self._results.rows():
