@@ -46,7 +46,8 @@ def row(
 
 
 def rows() -> list[dict[str, Any]]:
-    found = [row(name, s, seed, 0.9 - s / 10 - seed / 50, loss=0.08 + seed / 25) for name in ("A", "B") for s in (0.5, 0.9) for seed in (0, 1)]
+    every = [(name, s, seed) for name in ("A", "B") for s in (0.5, 0.9) for seed in (0, 1)]
+    found = [row(name, s, seed, 0.9 - s / 10 - seed / 50, loss=0.08 + seed / 25) for name, s, seed in every]
     found += [row("A", s, seed, 0.8, ("damp", value)) for value in (1e-8, 1e-4) for s in (0.5, 0.9) for seed in (0, 1)]
     return [DENSE, *found]
 

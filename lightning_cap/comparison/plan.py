@@ -5,11 +5,15 @@ from __future__ import annotations
 import copy
 import inspect
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from lightning_cap.allocation import Allocation, budget_of
 from lightning_cap.comparison.identity import ADDRESS, checksum, plain
 from lightning_cap.comparison.surface import LossSurface
 from lightning_cap.errors import CAPError, ConfigError
@@ -131,17 +135,64 @@ def check_sparsities(variants: Sequence[Variant], sparsities: Sequence[float]) -
                 ) from error
 
 
-def check_targets(variants: Sequence[Variant], targets: Targets) -> None:
-    """Refuse targets that do not fit a pruner, which is named.
+def check_targets(
+    variants: Sequence[Variant], targets: Targets, masks: Mapping[str, Tensor], sparsities: Sequence[float]
+) -> None:
+    """Refuse targets that do not fit a pruner, and sparsities that its allocation cannot place on them; the pruner is named.
+
+    Args:
+        variants: What to run.
+        targets: The weights.
+        masks: Weights that are zero already.
+        sparsities: To be reached by every variant, by way of those of its recomputations.
 
     Raises:
         CAPError: The pruner's own.
     """
+    first = 1 - sum(int(mask.sum()) for mask in masks.values()) / targets.numel
     for variant in variants:
-        try:
+        steps = variant.num_recomputations
+        with naming(variant):
             variant.pruner.check(targets)
-        except CAPError as error:
-            raise type(error)(f"pruner {variant.label!r}: {error}") from error
+            goals = {goal_of(first, sparsity, step, steps) for sparsity in sparsities for step in range(steps)}
+            check_goals(variant.pruner, targets, masks, sorted(goals))
+
+
+def check_goals(pruner: Pruner, targets: Targets, masks: Mapping[str, Tensor], sparsities: Sequence[float]) -> None:
+    """Refuse sparsities that a pruner's allocation, if it has one, cannot place on the targets.
+
+    Args:
+        pruner: One whose pattern has a sparsity of its own needs no allocation.
+        targets: The weights.
+        masks: Weights that are zero already.
+        sparsities: Of all targets together; those that the model is beyond already change nothing.
+
+    Raises:
+        ConfigError: The allocation's own.
+    """
+    allocation = getattr(pruner, "allocation", None)
+    if not isinstance(allocation, Allocation) or pruner.pattern.sparsity is not None:
+        return
+    shapes = {name: tuple(weight.shape) for name, weight in targets.items()}
+    existing = {name: int((~masks[name]).sum()) if name in masks else 0 for name in shapes}
+    for sparsity in sparsities:
+        zeros = budget_of(sparsity, targets.numel)
+        if zeros >= sum(existing.values()):
+            allocation.budgets(shapes, existing, zeros)
+
+
+def goal_of(first: float, sparsity: float, step: int, steps: int) -> float:
+    """The sparsity after a step of several from ``first`` to ``sparsity``."""
+    return sparsity if step + 1 == steps else first + (sparsity - first) * (step + 1) / steps
+
+
+@contextmanager
+def naming(variant: Variant) -> Iterator[None]:
+    """Say in errors of ours which pruner they are about."""
+    try:
+        yield
+    except CAPError as error:
+        raise type(error)(f"pruner {variant.label!r}: {error}") from error
 
 
 def file_name(text: str) -> str:
