@@ -19,7 +19,7 @@ from lightning_cap.lr_cycles import refuse_beyond_max_steps, restart_schedulers
 from lightning_cap.masks import MaskSet
 from lightning_cap.progress import end_bar, event_progress
 from lightning_cap.pruners import CAP, Pruner
-from lightning_cap.regrowth import Way, choose_way, pruners_of, settle
+from lightning_cap.regrowth import Way, check_ways, choose_way, pruners_of, settle
 from lightning_cap.resume import begin_epoch_anew, restore_random_state
 from lightning_cap.run import Run, is_dry, resolve_events
 from lightning_cap.schedules import SparsitySchedule
@@ -185,8 +185,11 @@ class CAPPruningCallback(pl.Callback):
         for optimizer in trainer.optimizers:
             run.masks.apply_to_optimizer(optimizer)
         restart_schedulers(trainer, run.starts, self._warned, only_new=bool(self._restored))
-        refuse_beyond_max_steps(trainer, [epoch for epoch in run.events if epoch not in self._done])
-        if any(epoch not in self._done for epoch in run.events):
+        due = {epoch: goal for epoch, goal in run.events.items() if epoch not in self._done}
+        refuse_beyond_max_steps(trainer, list(due))
+        goals = [goal for epoch, goal in due.items() if epoch >= trainer.current_epoch]
+        check_ways(self.pruner, self.schedule, run.targets, run.masks, goals, self.num_recomputations)
+        if due:
             for pruner in pruners_of(self.pruner, self.schedule, run.events):
                 self._event(trainer, pl_module, pruner).rehearse(self._position)
         if self._restored and getattr(trainer.fit_loop, "restarted_mid_epoch", False):

@@ -70,14 +70,14 @@ def prune(
     masks = MaskSet(targets)
     masks.mask_zeros()
     start, before = masks.global_sparsity, targets.copies()
+    goals = [start + (sparsity - start) * step / num_recomputations for step in range(1, num_recomputations)]
+    goals.append(sparsity)
+    pruner.check_goals(targets, masks, goals)
     device = targets.device
     predicted = 0.0
     try:
         with _bar(progress) as show, undisturbed(model):
-            for step in range(1, num_recomputations + 1):
-                goal = (
-                    sparsity if step == num_recomputations else start + (sparsity - start) * step / num_recomputations
-                )
+            for goal in goals:
                 given = model, targets, loss_fn, _OnDevice(batches, device)
                 source: GradientSource = ()
                 if pruner.num_inputs:

@@ -14,10 +14,11 @@ from torch.utils.data import DataLoader
 from toy import FEATURES, Toy, ToyData, callback, cap, loaders, trainer
 
 from lightning_cap import CAPPruningCallback
+from lightning_cap.allocation import Allocation, Global, PerTarget, Uniform
 from lightning_cap.errors import CAPError, ConfigError, GradientError, ScheduleError, TargetError, UnsupportedError
 from lightning_cap.patterns import NofM
-from lightning_cap.pruners import CAP
-from lightning_cap.schedules import OneShot, PolynomialSchedule, SparsitySteps
+from lightning_cap.pruners import CAP, DropAndGrow, Magnitude, Pruner
+from lightning_cap.schedules import AlternatingSchedule, OneShot, PolynomialSchedule, SparsitySchedule, SparsitySteps
 
 
 class Steps(pl.Callback):
@@ -132,6 +133,42 @@ def test_n_of_m_needs_divisible_inputs_and_no_recomputations(tmp_path: Path) -> 
         schedule={1: 0.5},
         pruner=cap(pattern=NofM(2, 4), block_size=18),
     )
+
+
+@pytest.mark.parametrize(
+    ("schedule", "pruner", "message"),
+    [
+        (
+            SparsitySteps({0: 0.5, 2: 0.9}),
+            Magnitude(Global(min_density=0.3)),
+            r"sparsity=0\.9: min_density=0\.3 leaves",
+        ),
+        (SparsitySteps({0: 0.5, 2: 0.9}), cap(allocation=Uniform(min_density=0.3)), r"sparsity=0\.9: min_density=0\.3"),
+        (OneShot(0.9, None), Magnitude(PerTarget({"*": 0.5})), r"sparsity=0\.9: sparsities: the named targets have"),
+        (SparsitySteps({0: 0.5, 2: 0.9}), DropAndGrow(allocation=Global(min_density=0.3)), r"sparsity=0\.9"),
+        (AlternatingSchedule(0.9, 1, 1, 1), Magnitude(Global(min_density=0.3)), r"sparsity=0\.9"),
+        (AlternatingSchedule(0.5, 1, 1, 1), Magnitude(PerTarget({"*": 0.9})), r"sparsity=0\.5"),
+    ],
+)
+def test_zeros_that_cannot_be_placed(tmp_path: Path, schedule: SparsitySchedule, pruner: Pruner, message: str) -> None:
+    assert_refused(tmp_path, ConfigError, message, schedule=schedule, pruner=pruner)
+
+
+def test_a_step_between_two_events_that_cannot_be_had(tmp_path: Path) -> None:
+    allocation: Allocation = PerTarget({"net.4.weight": 0.75})
+    both = {"schedule": {1: 0.75}, "pruner": Magnitude(allocation), "save": "none"}
+    assert_refused(tmp_path, ConfigError, r"sparsity=0\.375: sparsities", num_recomputations=2, **both)
+    trainer(tmp_path, callback(**both)).fit(Toy(), **loaders())
+
+
+def test_zeros_that_are_there_need_no_room(tmp_path: Path) -> None:
+    module = Toy()
+    with torch.no_grad():
+        module.net[4].weight[2:] = 0.0  # 87.5 %, beyond the floor
+    cb = callback({0: 0.5, 2: 0.875}, pruner=Magnitude(Global(min_density=0.3)), save="none")
+    with pytest.warns(UserWarning, match="already at 0.875"):
+        trainer(tmp_path, cb).fit(module, **loaders())
+    assert cb.masks.global_sparsity == 0.875
 
 
 def test_frozen_tied_and_missing_targets(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from toy import Toy, ToyData, cap
 
 from lightning_cap import prune
+from lightning_cap.allocation import Global, PerTarget
 from lightning_cap.errors import ConfigError, GradientError, PatternError, TargetError
 from lightning_cap.pruners import Magnitude
 
@@ -57,6 +58,16 @@ def test_recomputations_and_one_shot_iterators() -> None:
     with pytest.raises(ConfigError, match="can be read only once"):
         prune(one, iter(data()), loss, 0.8, cap(), num_recomputations=2, progress=False)
     prune(Toy().net, iter(data()), loss, 0.8, cap(), progress=False)
+
+
+def test_zeros_that_cannot_be_placed_are_refused_before_gradients() -> None:
+    def never(model: nn.Module, batch: Any) -> torch.Tensor:
+        raise AssertionError("gradients were collected")
+
+    for allocation, steps, goal in ((Global(min_density=0.3), 1, "0.9"), (PerTarget({"4.weight": 0.9}), 3, "0.3")):
+        pruner = cap(allocation=allocation)
+        with pytest.raises(ConfigError, match=f"^sparsity={goal}: "):
+            prune(Toy().net, data(), never, 0.9, pruner, num_recomputations=steps, progress=False)
 
 
 def test_model_is_unchanged_on_failure() -> None:

@@ -19,9 +19,10 @@ from torch.utils.data import DataLoader
 from toy import Toy, ToyData, callback, cap, loaders, trainer, zeros
 
 import lightning_cap.callback as callback_module
+from lightning_cap.allocation import PerTarget, Uniform
 from lightning_cap.errors import ConfigError, PatternError, UnsupportedError
 from lightning_cap.masks import MaskSet
-from lightning_cap.patterns import NofM
+from lightning_cap.patterns import BlockOf, NofM, OutputRows, check_pattern
 from lightning_cap.pruners import DropAndGrow, Magnitude, Pruner
 from lightning_cap.regrowth import settle
 from lightning_cap.run import cycle_starts
@@ -272,6 +273,35 @@ def test_a_declared_decrease_brings_back_the_largest_gradients(tmp_path: Path, p
     masked = own.gradient.masked_fill(watch.masks[1], -1.0)
     assert torch.equal(back.flatten().nonzero().flatten(), masked.flatten().topk(64).indices.sort().values)
     assert sorted(p.name for p in tmp_path.glob("*.ckpt")) == ["sparsity=0.50.ckpt", "sparsity=0.75.ckpt"]
+
+
+def test_a_decrease_keeps_to_the_pruners_allocation(tmp_path: Path) -> None:
+    falling = SparsitySteps({0: 0.75, 2: 0.5}, allow_decrease=True)
+    both = {"include": ["net.0.weight", NAME]}
+    _, cb, _ = fit(tmp_path / "uniform", falling, Magnitude(Uniform()), callback=both)
+    assert {name: int((~mask).sum()) for name, mask in cb.masks.items()} == {"net.0.weight": 96, NAME: 128}
+    first = PerTarget({"net.0.weight": 0.5})
+    _, cb, watch = fit(tmp_path / "given", falling, Magnitude(first), callback=both)
+    assert int((~watch.masks[1]).sum()) == 336 - 96
+    assert {name: int((~mask).sum()) for name, mask in cb.masks.items()} == {"net.0.weight": 96, NAME: 128}
+
+
+@pytest.mark.parametrize("pruner", [cap(pattern=BlockOf(4)), Magnitude(pattern=OutputRows())], ids=["blocks", "rows"])
+def test_a_decrease_that_would_break_the_pattern_is_refused_before_training(tmp_path: Path, pruner: Pruner) -> None:
+    module, message = Toy(), r"pattern=.*falls from 0\.75 to 0\.5.*Unstructured"
+    cb = callback(SparsitySteps({0: 0.75, 2: 0.5}, allow_decrease=True), pruner=pruner, save="none")
+    with pytest.raises(PatternError, match=message):
+        trainer(tmp_path, cb).fit(module, **loaders())
+    assert not zeros(module).any()
+    with torch.no_grad():
+        module.net[4].weight[4:] = 0.0
+    cb = callback(SparsitySteps({1: 0.5}, allow_decrease=True), pruner=pruner, save="none")
+    with pytest.raises(PatternError, match=message):
+        trainer(tmp_path, cb).fit(module, **loaders())
+    assert module.batches == []
+    lifted = callback(SparsitySteps({0: 0.75, 1: 0, 2: 0.5}, allow_decrease=True), pruner=pruner, save="none")
+    trainer(tmp_path, lifted).fit(module, **loaders())
+    check_pattern(lifted._active.targets, pruner.pattern)
 
 
 def test_an_undeclared_decrease_changes_nothing_and_saves_nothing(tmp_path: Path) -> None:

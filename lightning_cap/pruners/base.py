@@ -208,6 +208,27 @@ class Pruner(ABC):
         """
         Unstructured().check_sparsity(sparsity)
 
+    def check_goals(self, targets: Targets, masks: Mapping[str, Tensor] | None, sparsities: Sequence[float]) -> None:
+        """Refuse sparsities whose zeros the method's ``allocation`` (if it has one) cannot place, before anything runs.
+
+        Zeros that a run will have made by then are not known; those of ``masks`` stand for them.
+
+        Args:
+            targets: The weights.
+            masks: As for `path`.
+            sparsities: All that the run is to reach, those between two events included. Those that ``masks`` are beyond
+                are passed over: they change nothing.
+
+        Raises:
+            ConfigError: The zeros of one cannot be placed; it is named.
+        """
+        allocation = getattr(self, "allocation", None)
+        if not isinstance(allocation, Allocation) or self.pattern.sparsity is not None:
+            return
+        existing = dict.fromkeys(targets, 0) | {name: int((~mask).sum()) for name, mask in (masks or {}).items()}
+        goals = [s for s in sparsities if budget_of(s, targets.numel) >= sum(existing.values())]
+        check_room(allocation, targets, existing, goals)
+
     def begin_event(self, done: float) -> None:  # noqa: B027 - optional
         """Hear how far the run is, before each event of a callback.
 
@@ -267,6 +288,22 @@ def refuse_regrowth(pruner: Pruner) -> None:
             f"pruner={type(pruner).__name__}: weights that it brings back are zero until training goes on, and one-shot pruning "
             "does not train. Run it by CAPPruningCallback, or use Magnitude."
         )
+
+
+def check_room(
+    allocation: Allocation, targets: Targets, existing: Mapping[str, int], sparsities: Sequence[float]
+) -> None:
+    """Refuse sparsities that an allocation cannot give; ``existing`` zeros of each target stay.
+
+    Raises:
+        ConfigError: It names the sparsity.
+    """
+    shapes = {name: tuple(weight.shape) for name, weight in targets.items()}
+    for sparsity in sparsities:
+        try:
+            allocation.budgets(shapes, existing, budget_of(sparsity, targets.numel))
+        except ConfigError as error:
+            raise ConfigError(f"sparsity={sparsity:g}: {error}") from error
 
 
 def in_blocks(pattern: Pattern, method: str) -> Pattern:

@@ -13,7 +13,7 @@ from lightning_cap.errors import ConfigError, GradientError
 from lightning_cap.hooks import Progress
 from lightning_cap.patterns import Unstructured
 from lightning_cap.planning import EventPlan
-from lightning_cap.pruners.base import Pruner, PruneResult, PruningPath, pack_weights
+from lightning_cap.pruners.base import Pruner, PruneResult, PruningPath, check_room, pack_weights
 from lightning_cap.pruners.scored import Sums, check_counts
 from lightning_cap.ranking import select, smallest
 from lightning_cap.sources import GradientSource
@@ -79,6 +79,10 @@ class DropAndGrow(Pruner):
     def check(self, targets: Targets) -> None:
         """Refuse targets that the allocation does not know."""
         self.allocation.check(targets.blocks(1).shapes)
+
+    def check_goals(self, targets: Targets, masks: Mapping[str, Tensor] | None, sparsities: Sequence[float]) -> None:
+        """Zeros that are there do not bind. See `Pruner.check_goals`."""
+        check_room(self.allocation, targets, dict.fromkeys(targets, 0), sparsities)
 
     def plan(self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, rows_bytes: int = 0) -> EventPlan:
         """See `Pruner.plan`."""
