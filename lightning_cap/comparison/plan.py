@@ -13,7 +13,6 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_cap.allocation import Allocation, budget_of
 from lightning_cap.comparison.identity import ADDRESS, checksum, plain
 from lightning_cap.comparison.surface import LossSurface
 from lightning_cap.errors import CAPError, ConfigError
@@ -155,30 +154,7 @@ def check_targets(
         with naming(variant):
             variant.pruner.check(targets)
             goals = {goal_of(first, sparsity, step, steps) for sparsity in sparsities for step in range(steps)}
-            check_goals(variant.pruner, targets, masks, sorted(goals))
-
-
-def check_goals(pruner: Pruner, targets: Targets, masks: Mapping[str, Tensor], sparsities: Sequence[float]) -> None:
-    """Refuse sparsities that a pruner's allocation, if it has one, cannot place on the targets.
-
-    Args:
-        pruner: One whose pattern has a sparsity of its own needs no allocation.
-        targets: The weights.
-        masks: Weights that are zero already.
-        sparsities: Of all targets together; those that the model is beyond already change nothing.
-
-    Raises:
-        ConfigError: The allocation's own.
-    """
-    allocation = getattr(pruner, "allocation", None)
-    if not isinstance(allocation, Allocation) or pruner.pattern.sparsity is not None:
-        return
-    shapes = {name: tuple(weight.shape) for name, weight in targets.items()}
-    existing = {name: int((~masks[name]).sum()) if name in masks else 0 for name in shapes}
-    for sparsity in sparsities:
-        zeros = budget_of(sparsity, targets.numel)
-        if zeros >= sum(existing.values()):
-            allocation.budgets(shapes, existing, zeros)
+            variant.pruner.check_goals(targets, masks, sorted(goals))
 
 
 def goal_of(first: float, sparsity: float, step: int, steps: int) -> float:
