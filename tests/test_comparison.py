@@ -18,10 +18,11 @@ from torch.utils.data import DataLoader
 from toy import Toy, ToyData, cap, trainer
 
 from lightning_cap import prune
+from lightning_cap.allocation import Global, PerTarget
 from lightning_cap.comparison import LossSurface, compare, work
 from lightning_cap.comparison.plan import make_variants
 from lightning_cap.comparison.results import digest, intersection_over_union, load_masks, save_masks
-from lightning_cap.errors import ConfigError, PatternError, TargetError
+from lightning_cap.errors import ConfigError, GradientError, PatternError, TargetError
 from lightning_cap.patterns import NofM
 from lightning_cap.pruners import (
     MFAC,
@@ -370,6 +371,12 @@ def test_intersection_over_union_by_hand(tmp_path: Path) -> None:
         (ConfigError, "max_rows_memory='x'", {"max_rows_memory": "x"}),
         (TargetError, "pruner 'nm': target 'net.0.weight'", {"include": ["net.0.weight"], "sparsities": [0.6],
                                                              "pruners": {"nm": cap(block_size=15, pattern=NofM(2, 5))}}),
+        (ConfigError, "pruner 'floor': sparsity=0.9: min_density=0.3", {"pruners": {"floor": Magnitude(Global(0.3))},
+                                                          "sparsities": [0.5, 0.9]}),
+        (ConfigError, "pruner 'map': sparsity=.*: sparsities: the named", {"pruners": {"map": Magnitude(PerTarget({"*": 0.5}))},
+                                                              "sparsities": [0.5, 0.6]}),
+        (ConfigError, "pruner 'map': sparsity=.*: sparsities: the named", {"pruners": {"map": Magnitude(PerTarget({"*": 0.5}))},
+                                                              "num_recomputations": 2}),
     ],
 )  # fmt: skip
 def test_what_cannot_work_is_refused_before_anything_runs(
@@ -381,6 +388,41 @@ def test_what_cannot_work_is_refused_before_anything_runs(
     with pytest.raises(error, match=message):
         compare(trainer(tmp_path), module(), datamodule=Data(), **given)
     assert solved == counts == list(tmp_path.rglob("*.json"))
+
+
+class Attention(Toy):
+    """Has a weight that is used without its layer being called."""
+
+    def __init__(self) -> None:
+        super().__init__(scheduler=False)
+        self.attention = torch.nn.MultiheadAttention(12, 2, batch_first=True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.unsqueeze(1)
+        return self.net(self.attention(x, x, x, need_weights=False)[0].squeeze(1))  # type: ignore[no-any-return]
+
+
+class Lossless(Toy):
+    def calibration_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return torch.zeros(())
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "model", "pruner"),
+    [
+        (TargetError, "pruner 'two': .*attention.out_proj.weight", Attention, LayerwiseOBS(16, num_inputs=32)),
+        (GradientError, "pruner 'two': loss: it has no gradient", Lossless, cap()),
+    ],
+)
+def test_sources_are_rehearsed_before_anything_runs(
+    tmp_path: Path, error: type[Exception], message: str, model: type[Toy], pruner: Pruner,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    solved = paths(monkeypatch)
+    include = ["attention.out_proj.weight", "net.4.weight"] if model is Attention else None
+    with pytest.raises(error, match=message):
+        run(tmp_path, {"GM": Magnitude(), "two": pruner}, module=model(), include=include)
+    assert solved == list(tmp_path.rglob("*.json"))
 
 
 def test_a_pruner_of_the_users_own_needs_no_more_than_the_interface(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from toy import Toy, ToyData
 
+from lightning_cap import distributed
 from lightning_cap.calibration import CalibrationBatches
 from lightning_cap.comparison.fisher_block import average_blocks
-from lightning_cap.comparison.rows import InFile, SharedRows, find, share
-from lightning_cap.errors import ConfigError
+from lightning_cap.comparison.rows import InFile, InMemory, SharedRows, find, share
+from lightning_cap.errors import CAPError, ConfigError, DataError
 from lightning_cap.gradients import GradientCollector
 from lightning_cap.targets import Targets
 
@@ -126,6 +128,83 @@ def test_ranks_keep_their_own_rows(tmp_path: Path) -> None:
         for name in want:
             got = torch.cat([one[name][:8], two[name], one[name][8:]])
             torch.testing.assert_close(got, want[name])
+
+
+def failing(name: str, call: int = 0) -> Any:
+    """A method of `InFile` that meets a full disk at one of its calls."""
+    real, calls = getattr(InFile, name), [0]
+
+    def method(self: Any, *args: Any, **_: Any) -> Any:
+        calls[0] += 1
+        if calls[0] > call:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(self, *args)
+
+    return method
+
+
+@pytest.mark.parametrize(("name", "call"), [("begin", 0), ("add", 0), ("add", 2), ("end", 0)])
+def test_a_full_disk_means_that_rows_are_not_shared(
+    tmp_path: Path, name: str, call: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(InFile, name, failing(name, call))
+    assert share(collector(44), toy()[1], 44, tmp_path, "key", 1) is None
+    assert list(tmp_path.iterdir()) == []
+    assert "No space left on device" in caplog.text
+
+
+def test_so_does_a_folder_that_cannot_be_made_and_memory_that_is_not_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    assert share(iter(()), toy()[1], 16, tmp_path / "file" / "folder", "key", 1) is None
+
+    def full(self: InMemory, chunk: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(InMemory, "add", full)
+    assert share(collector(16), toy()[1], 16, None, "key", None) is None
+
+
+def test_rows_that_cannot_be_read_again_are_named_and_not_taken_up(tmp_path: Path) -> None:
+    targets = toy()[1]
+    rows = share(collector(16), targets, 16, tmp_path, "key", 1)
+    assert rows is not None
+    (file,) = tmp_path.glob("*.bin")
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(DataError, match=r"gradient rows: .* ends too early"):
+        list(rows)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _rank_failures(folder: str) -> list[str]:
+    """What happens on this rank when the disk fails on the second one alone."""
+    found = []
+    for name, call in (("begin", 0), ("add", 1), ("end", 0)):
+        with pytest.MonkeyPatch.context() as patch:
+            if distributed.rank() == 1:
+                patch.setattr(InFile, name, failing(name, call))
+            found.append(str(share(collector(44), toy()[1], 44, Path(folder) / name, "key", 1)))
+        found.append(str(distributed.gather_objects(sorted((Path(folder) / name).iterdir()))[0]))
+    with pytest.MonkeyPatch.context() as patch:
+        if distributed.rank() == 1:
+            patch.setattr(Path, "mkdir", failing("begin"))  # fails at once
+        found.append(str(share(collector(44), toy()[1], 44, Path(folder) / "new", "key", 1)))
+    rows = share(collector(44), toy()[1], 44, Path(folder) / "read", "key", 1)
+    with pytest.MonkeyPatch.context() as patch:
+        if distributed.rank() == 1:
+            patch.setattr(InFile, "read", failing("read", 1))
+        try:
+            found.append(str(len(list(rows or ()))))
+        except CAPError as error:
+            found.append("no space to read" if "No space left on device" in str(error) else str(error))
+    return found
+
+
+@pytest.mark.slow
+def test_a_disk_that_fails_on_one_rank_is_known_to_all(tmp_path: Path) -> None:
+    for rank in on_ranks(2, tmp_path, _rank_failures, str(tmp_path)):
+        assert rank == [*(["None", "[]"] * 3), "None", "no space to read"]
 
 
 def test_the_average_block_is_that_of_the_dense_computation() -> None:

@@ -30,6 +30,7 @@ ORDER_ROWS = [
         "comparison.surface",
         "comparison.fisher_block",
         "comparison.rows",
+        "comparison.identity",
         "comparison.measure",
         "comparison.results",
     ),

@@ -42,7 +42,8 @@ def compare(
     Each path is solved once for all sparsities. Gradients are collected once for a seed and ``samples_per_gradient`` and read
     by all pruners that want them (the first ``num_gradients`` of them), from main memory, or from a file in ``folder``; only
     where there is room for neither does each pruner collect its own. A comparison with a ``folder`` that is started
-    again does what is missing: rows whose settings, weights and data are the same are not computed again.
+    again does what is missing: rows are not computed again whose weights, settings (of the pruner; public attributes and
+    hyperparameters of module and datamodule), data (by its size and its first calibration batch) and version are the same.
 
     Args:
         trainer: Validates, and gives device, precision and processes.
@@ -68,8 +69,8 @@ def compare(
         A row for the dense model, then one for each pruner, each value of the grids, seed and sparsity, as in ``results.json``:
         ``pruner``, ``label``, ``grid``, ``seed``, ``target``, ``sparsity`` (measured), ``sparsities`` of the targets,
         ``predicted_loss``, ``loss_increase`` (measured, on ``validation`` and ``calibration`` data), ``metrics``, ``seconds``,
-        ``settings``, ``parameters``, ``predicts_loss`` (whether it is the loss that is predicted),
-        ``stats``, the files ``masks`` and ``weights`` in ``folder``, and ``fingerprint``.
+        ``settings``, ``parameters``, ``predicts_loss`` (whether the prediction is one of the loss), ``stats``, the files
+        ``masks`` and ``weights`` in ``folder``, and ``fingerprint``.
 
     Raises:
         ConfigError: An argument cannot work. Nothing has run then.

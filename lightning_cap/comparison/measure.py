@@ -1,24 +1,18 @@
-"""What a comparison knows of a model: metrics, losses, and what its results depend on."""
+"""What a comparison measures of a model: metrics and losses."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sized
-from typing import Any
+from collections.abc import Mapping
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.utilities.combined_loader import CombinedLoader
-from torch import Tensor
 
 from lightning_cap import distributed
 from lightning_cap.calibration import CalibrationBatches
-from lightning_cap.comparison.results import digest
 from lightning_cap.event import COMPUTE, calibration_source, precision_context
 from lightning_cap.gradients import rows_at_once
 from lightning_cap.stepping import calibrating, calibration_loss, evaluate, ready_batches, size_of
 from lightning_cap.targets import Targets
-
-_PLAIN = (bool, int, float, str, type(None))
 
 
 class Measure:
@@ -74,22 +68,6 @@ class Measure:
                     break
         total = distributed.sum_over_ranks(sums.float().to(self._targets.device))
         return float(total[0] / total[1])
-
-
-def identity_of(trainer: pl.Trainer, module: pl.LightningModule, targets: Targets) -> dict[str, Any]:
-    """What all rows of a comparison depend on, as far as it can be known: weights, targets, data, precision."""
-    data = getattr(trainer, "datamodule", None) or module
-    settings = {name: value for name, value in vars(data).items() if isinstance(value, _PLAIN) and name[0] != "_"}
-    loaders = CombinedLoader(trainer.val_dataloaders, "sequential").flattened
-    datasets = [getattr(loader, "dataset", None) for loader in loaders]
-    return {
-        "weights": digest({name: value for name, value in module.state_dict().items() if isinstance(value, Tensor)}),
-        "targets": list(targets),
-        "data": [type(data).__qualname__, settings if data is not module else {}],
-        "samples": [len(dataset) if isinstance(dataset, Sized) else None for dataset in datasets],
-        "batches": [float(number) for number in trainer.num_val_batches],
-        "precision": str(trainer.precision),
-    }
 
 
 def loss_name(metrics: Mapping[str, float]) -> str | None:

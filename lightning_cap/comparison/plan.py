@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import inspect
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
+from lightning_cap.comparison.identity import ADDRESS, checksum, plain
 from lightning_cap.comparison.surface import LossSurface
 from lightning_cap.errors import CAPError, ConfigError
 from lightning_cap.pruners.base import Pruner, refuse_regrowth
@@ -21,7 +23,6 @@ from lightning_cap.targets import Targets
 Grids = Mapping[str, Sequence[Any]]
 
 RECOMPUTATIONS = "num_recomputations"  # a setting of the run, not of a pruner
-_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 
 
 @dataclass(frozen=True)
@@ -51,9 +52,9 @@ class Variant:
 
     @property
     def settings(self) -> str:
-        """All settings, the same in every run of the program."""
+        """All settings, for people."""
         kind = type(self.pruner)
-        return f"{kind.__module__}.{kind.__qualname__}: {_ADDRESS.sub('', repr(self.pruner))}"
+        return f"{kind.__module__}.{kind.__qualname__}: {ADDRESS.sub('', repr(self.pruner))}"
 
     @property
     def slug(self) -> str:
@@ -62,8 +63,8 @@ class Variant:
 
     def fingerprint(self, sparsity: float, identity: Mapping[str, Any]) -> str:
         """Of everything that the row at a sparsity depends on, as far as it is known."""
-        known = [self.settings, self.seed, self.num_recomputations, sparsity, dict(identity)]
-        return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:20]
+        settings = self.settings, plain(vars(self.pruner))
+        return checksum([settings, self.seed, self.num_recomputations, sparsity, dict(identity)])
 
 
 @dataclass(frozen=True)
@@ -133,17 +134,41 @@ def check_sparsities(variants: Sequence[Variant], sparsities: Sequence[float]) -
                 ) from error
 
 
-def check_targets(variants: Sequence[Variant], targets: Targets) -> None:
-    """Refuse targets that do not fit a pruner, which is named.
+def check_targets(
+    variants: Sequence[Variant], targets: Targets, masks: Mapping[str, Tensor], sparsities: Sequence[float]
+) -> None:
+    """Refuse targets that do not fit a pruner, and sparsities that its allocation cannot place on them; the pruner is named.
+
+    Args:
+        variants: What to run.
+        targets: The weights.
+        masks: Weights that are zero already.
+        sparsities: To be reached by every variant, by way of those of its recomputations.
 
     Raises:
         CAPError: The pruner's own.
     """
+    first = 1 - sum(int(mask.sum()) for mask in masks.values()) / targets.numel
     for variant in variants:
-        try:
+        steps = variant.num_recomputations
+        with naming(variant):
             variant.pruner.check(targets)
-        except CAPError as error:
-            raise type(error)(f"pruner {variant.label!r}: {error}") from error
+            goals = {goal_of(first, sparsity, step, steps) for sparsity in sparsities for step in range(steps)}
+            variant.pruner.check_goals(targets, masks, sorted(goals))
+
+
+def goal_of(first: float, sparsity: float, step: int, steps: int) -> float:
+    """The sparsity after a step of several from ``first`` to ``sparsity``."""
+    return sparsity if step + 1 == steps else first + (sparsity - first) * (step + 1) / steps
+
+
+@contextmanager
+def naming(variant: Variant) -> Iterator[None]:
+    """Say in errors of ours which pruner they are about."""
+    try:
+        yield
+    except CAPError as error:
+        raise type(error)(f"pruner {variant.label!r}: {error}") from error
 
 
 def file_name(text: str) -> str:

@@ -6,17 +6,21 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lightning_cap import distributed
+from lightning_cap.chunks import is_out_of_memory
+from lightning_cap.errors import DataError
 from lightning_cap.planning import free_memory, parse_bytes
+from lightning_cap.sources import reading
 from lightning_cap.storage import save_json
 from lightning_cap.targets import Targets
 
@@ -28,6 +32,15 @@ _DISK_SHARE = 0.5  # of the free space in the folder
 
 class Chunks(Protocol):
     """This process's chunks, in main memory or in a file."""
+
+    def begin(self) -> None:
+        """Make a new place for chunks."""
+
+    def add(self, chunk: Mapping[str, Tensor]) -> None:
+        """Keep one more."""
+
+    def end(self, index: Mapping[str, Any]) -> None:
+        """Say that all are there, for a later run."""
 
     def read(self, number: int, rows: int) -> dict[str, Tensor]:
         """The first ``rows`` rows of a chunk, on the CPU."""
@@ -42,8 +55,14 @@ class InMemory:
     def __init__(self) -> None:
         self._chunks: list[dict[str, Tensor]] = []
 
+    def begin(self) -> None:
+        """See `Chunks`."""
+
+    def end(self, index: Mapping[str, Any]) -> None:
+        """See `Chunks`; no later run can have them."""
+
     def add(self, chunk: Mapping[str, Tensor]) -> None:
-        """Keep one more."""
+        """See `Chunks`."""
         self._chunks.append({name: rows.cpu() for name, rows in chunk.items()})
 
     def read(self, number: int, rows: int) -> dict[str, Tensor]:
@@ -68,17 +87,23 @@ class InFile:
         self._path, self._sizes, self._rows = path, dict(sizes), list(rows)
         self._numel = sum(torch.Size(shape).numel() for shape in sizes.values())
 
+    def begin(self) -> None:
+        """See `Chunks`."""
+        _index_of(self._path).unlink(missing_ok=True)
+        self._path.write_bytes(b"")
+
     def add(self, chunk: Mapping[str, Tensor]) -> None:
-        """Append one more."""
+        """See `Chunks`."""
         with self._path.open("ab") as file:
             for name in self._sizes:
                 chunk[name].cpu().contiguous().numpy().tofile(file)
         self._rows.append(next(iter(chunk.values())).shape[0])
 
-    def sync(self) -> None:
-        """Let what was added be on the disk."""
+    def end(self, index: Mapping[str, Any]) -> None:
+        """See `Chunks`; all is on the disk when this returns."""
         with self._path.open("ab") as file:
             os.fsync(file.fileno())
+        save_json(_index_of(self._path), dict(index))
 
     def read(self, number: int, rows: int) -> dict[str, Tensor]:
         """See `Chunks`."""
@@ -86,14 +111,19 @@ class InFile:
         for name, shape in self._sizes.items():
             numel = torch.Size(shape).numel()
             values = np.fromfile(self._path, np.float32, rows * numel, offset=place)
+            if len(values) < rows * numel:
+                raise OSError(f"{self._path} ends too early")
             out[name] = torch.from_numpy(values).view(rows, *shape)
             place += 4 * self._rows[number] * numel
         return out
 
     def close(self) -> None:
         """See `Chunks`."""
-        self._path.unlink(missing_ok=True)
-        _index_of(self._path).unlink(missing_ok=True)
+        for path in (_index_of(self._path), self._path):
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as error:
+                _log.warning("%s cannot be removed: %s", path, error)
 
 
 @dataclass(frozen=True)
@@ -135,8 +165,24 @@ class SharedRows:
                 return
             own = min(counts[rank], max(0, left - sum(counts[:rank])))
             left -= sum(counts)
-            rows = self.chunks.read(number, own)
-            yield {name: part.to(self.devices[name]) for name, part in rows.items()}
+            yield self._read(number, own)
+
+    def _read(self, number: int, own: int) -> dict[str, Tensor]:
+        """A chunk on its devices. If a process cannot have its own, all raise `DataError`, and nothing is taken up again."""
+        rows, error = {}, None
+        try:
+            rows = {name: part.to(self.devices[name]) for name, part in self.chunks.read(number, own).items()}
+        except (OSError, MemoryError, RuntimeError) as caught:
+            error = caught
+        if any(distributed.gather_counts(int(error is not None), next(iter(self.devices.values())))):
+            self.chunks.close()
+            with distributed.agreed("Reading the gradient rows"):
+                if error is not None:
+                    raise DataError(
+                        f"gradient rows: they cannot be read again ({type(error).__name__}: {error}). Start the comparison again: "
+                        "it goes on where it stopped and collects them anew."
+                    ) from error
+        return rows
 
 
 def share(
@@ -150,7 +196,7 @@ def share(
     """Read a source once and keep its rows; every process must call it.
 
     Args:
-        source: What to read; not touched if there is no room.
+        source: What to read; not touched if there is no room. If it raises, it does so on every process.
         targets: The weights that the rows belong to.
         num_gradients: Rows of all processes together.
         folder: Where a file may go, None for nowhere.
@@ -158,24 +204,45 @@ def share(
         max_memory: Main memory that this process may take. Default: a quarter of what is free, shared by the processes.
 
     Returns:
-        The rows, or None if there is room for them neither in main memory nor on the disk of ``folder``.
+        The rows, or None, on every process, if there is room for them neither in main memory nor on the disk of ``folder``, or
+        if it turned out on one process that there is not.
     """
     room = _room(-(-num_gradients // distributed.world_size()) * 4 * targets.numel, folder, max_memory)
     if room is None:
         _log.info("No room for %d gradient rows; every pruner collects its own.", num_gradients)
         return None
-    chunks = InMemory() if room == "memory" or folder is None else InFile(_emptied(folder), _shapes(targets))
-    own = []
-    for chunk in source:
-        chunks.add(chunk)
-        own.append(next(iter(chunk.values())).shape[0])
+    chunks: Chunks = InMemory() if room == "memory" or folder is None else InFile(_file(folder), _shapes(targets))
+    own: list[int] = []
+    error = _failure(chunks, chunks.begin)
+    with reading(source) as given:
+        for chunk in given if error is None or distributed.world_size() > 1 else ():
+            own.append(next(iter(chunk.values())).shape[0])
+            error = error or _failure(chunks, partial(chunks.add, chunk))
+            if error is not None and distributed.world_size() == 1:
+                break  # several processes read together, to the end
     seconds = float(getattr(source, "seconds", 0.0))
-    if isinstance(chunks, InFile) and folder is not None:
-        with distributed.agreed("Writing the gradient rows"):
-            chunks.sync()
-            index = {"key": key, "num_gradients": num_gradients, "rows": own, "seconds": seconds}
-            save_json(_index_of(_file(folder)), index)
+    index = {"key": key, "num_gradients": num_gradients, "rows": own, "seconds": seconds}
+    error = error or _failure(chunks, partial(chunks.end, index))
+    errors = distributed.gather_objects(error)
+    if any(errors):
+        chunks.close()
+        _log.warning(
+            "The gradient rows cannot be shared (%s); every pruner collects its own.", next(filter(None, errors))
+        )
+        return None
     return _shared(chunks, own, targets, num_gradients, seconds)
+
+
+def _failure(chunks: Chunks, step: Callable[[], None]) -> str | None:
+    """Take a step of keeping chunks; if there is no room for it or the disk fails, give back what there is, and say why."""
+    try:
+        step()
+    except (OSError, MemoryError, RuntimeError) as error:
+        if not isinstance(error, OSError) and not is_out_of_memory(error):
+            raise
+        chunks.close()
+        return f"{type(error).__name__}: {error}"
+    return None
 
 
 def find(targets: Targets, num_gradients: int, folder: Path | None, key: str) -> SharedRows | None:
@@ -223,8 +290,11 @@ def _room(size: int, folder: Path | None, max_memory: int | str | None) -> str |
         limit = None if free is None else int(_MEMORY_SHARE * free / processes)
     in_memory, on_disk = limit is None or size <= limit, False
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        on_disk = size <= _DISK_SHARE * shutil.disk_usage(folder).free / processes
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            on_disk = size <= _DISK_SHARE * shutil.disk_usage(folder).free / processes
+        except OSError as error:
+            _log.warning("Gradient rows cannot be kept in %s: %s", folder, error)
     every = distributed.gather_objects((in_memory, on_disk))
     if all(memory for memory, _ in every):
         return "memory"
@@ -233,14 +303,6 @@ def _room(size: int, folder: Path | None, max_memory: int | str | None) -> str |
 
 def _file(folder: Path) -> Path:
     return folder / f"rows-{distributed.rank()}-of-{distributed.world_size()}.bin"
-
-
-def _emptied(folder: Path) -> Path:
-    path = _file(folder)
-    _index_of(path).unlink(missing_ok=True)
-    path.unlink(missing_ok=True)
-    path.touch()
-    return path
 
 
 def _shapes(targets: Targets) -> dict[str, tuple[int, ...]]:

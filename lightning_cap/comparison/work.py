@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,8 +13,9 @@ from torch import Tensor
 
 from lightning_cap import distributed, rng
 from lightning_cap.comparison.extras import Extras
-from lightning_cap.comparison.measure import Measure, identity_of, loss_name
-from lightning_cap.comparison.plan import Request, Variant, check_targets
+from lightning_cap.comparison.identity import checksum, identity_of
+from lightning_cap.comparison.measure import Measure, loss_name
+from lightning_cap.comparison.plan import Request, Variant, check_targets, goal_of, naming
 from lightning_cap.comparison.results import Results, Row, digest, save_masks
 from lightning_cap.comparison.rows import SharedRows, find, share
 from lightning_cap.cycle import measured_sparsity, save_weights, sparsity_stem
@@ -45,22 +44,26 @@ class Work:
         request: What to compare.
 
     Raises:
-        CAPError: A pruner refuses the targets.
+        CAPError: A pruner refuses the targets, or its allocation a sparsity.
     """
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, request: Request) -> None:
         self._trainer, self._module, self._request = trainer, module, request
         self._targets = Targets.from_model(module, request.include, request.exclude)
-        check_targets(request.variants, self._targets)
         self._masks = MaskSet(self._targets)
         self._masks.mask_zeros()
+        check_targets(request.variants, self._targets, self._masks, request.sparsities)
         self._before = self._targets.copies()
-        self._identity = {**identity_of(trainer, module, self._targets), "loss_samples": request.loss_samples}
-        calibrates = any(v.pruner.num_gradients or v.pruner.num_inputs for v in request.variants)
+        calibrates = any(map(_calibrates, request.variants))
+        identity = {
+            **identity_of(trainer, module, self._targets, calibrates),
+            "loss_samples": request.loss_samples,
+        }
         self._measure = Measure(trainer, module, self._targets, request.loss_samples if calibrates else 0)
         wanted = [(v, s) for v in request.variants for s in request.sparsities]
-        self._prints = {(v.slug, s): v.fingerprint(s, self._identity) for v, s in wanted}
-        self._dense_print = hashlib.sha256(json.dumps(self._identity, sort_keys=True).encode()).hexdigest()[:20]
+        prints = {(v.slug, s): v.fingerprint(s, identity) for v, s in wanted}
+        self._prints: dict[tuple[str, float], str] = distributed.gather_objects(prints)[0]
+        self._dense_print = checksum(identity)
         self._results = Results(request.folder, [self._dense_print, *self._prints.values()])
         self._extras = Extras(request, self._targets, self._prints)
         for row in self._results.rows():
@@ -72,8 +75,9 @@ class Work:
     def run(self) -> list[Row]:
         """Do what is missing; the rows in the order of the request, the dense model's first."""
         try:
-            self._dense = self._dense_row()
             self._todo = {v: left for v in self._request.variants if (left := self._missing(v))}
+            self._rehearse()
+            self._dense = self._dense_row()
             for seed in {variant.seed for variant in self._todo}:
                 self._dense_losses[seed] = self._measure.calibration_loss(self._dense["solution"], seed)
             for seed in dict.fromkeys(v.seed for v in self._request.variants):
@@ -87,6 +91,13 @@ class Work:
         if self._request.folder is not None and distributed.gather_objects(None):  # when all have come here
             shutil.rmtree(self._request.folder / _WORK, ignore_errors=True)
         return self._results.rows()
+
+    def _rehearse(self) -> None:
+        """Compute one batch for each kind of source, and throw it away: what cannot work is to fail before anything runs."""
+        kinds = {(v.pruner.num_inputs > 0, v.pruner.samples_per_gradient): v for v in self._todo if _calibrates(v)}
+        for variant in kinds.values():
+            with naming(variant):
+                self._event(variant).rehearse(0)
 
     def _run_seed(self, seed: int) -> None:
         """Pruners without gradients first, then those that read the same rows together."""
@@ -165,7 +176,7 @@ class Work:
         predicted, seconds = 0.0, {"collect": 0.0, "solve": 0.0, "apply": 0.0}
         try:
             for step in range(steps):
-                goal = sparsity if step + 1 == steps else first + (sparsity - first) * (step + 1) / steps
+                goal = goal_of(first, sparsity, step, steps)
                 event = self._event(variant, progress)
                 own = rows if step == 0 else None
                 with _drawing(variant), event.path(step, masks, own) as path:
@@ -291,6 +302,10 @@ def _description(variant: Variant, sparsity: float) -> Row:
         "predicts_loss": variant.pruner.predicts_loss,
         "parameters": {**plain, "num_recomputations": variant.num_recomputations},
     }
+
+
+def _calibrates(variant: Variant) -> bool:
+    return bool(variant.pruner.num_gradients or variant.pruner.num_inputs)
 
 
 def _reads_gradients(variant: Variant) -> bool:

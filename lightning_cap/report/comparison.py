@@ -95,9 +95,12 @@ def markdown(rows: Sequence[Row]) -> str:
         "" if dense is None else f"Dense: {_number(mean_and_deviation(metric_values([dense], name)))}.",
         _table(_by_sparsity(rows, plain, _accuracy(rows))),
         "## Increase of the loss",
-        "Predicted by the pruner (in its own unit, where it has no model of the loss), then measured on calibration "
-        "samples and on the validation data.",
-        _table(_by_sparsity(rows, plain, _losses, with_dense=False)),
+        "Predicted by the pruner (in its own unit, where it has no model of the loss):",
+        _table(_by_sparsity(rows, plain, _predicted, with_dense=False)),
+        "Measured on calibration samples:",
+        _table(_by_sparsity(rows, plain, _increase("calibration"), with_dense=False)),
+        "Measured on the validation data:",
+        _table(_by_sparsity(rows, plain, _increase("validation"), with_dense=False)),
         "## Seconds",
         "To collect gradients (as if each pruner did so by itself) and to solve, then to read one sparsity.",
         _table(_by_sparsity(rows, plain, _seconds, with_dense=False)),
@@ -146,10 +149,12 @@ def _mean(rows: Sequence[Row]) -> _Cell:
     return lambda seeds: "-" if (v := mean_and_deviation(metric_values(seeds, name))) is None else f"{v[0]:.4f}"
 
 
-def _losses(seeds: Sequence[Row]) -> str:
-    measured = ([row["loss_increase"][kind] for row in seeds] for kind in ("calibration", "validation"))
-    columns = [[row["predicted_loss"] for row in seeds], *measured]
-    return " / ".join(_number(mean_and_deviation(values), ".3g") for values in columns)
+def _predicted(seeds: Sequence[Row]) -> str:
+    return _number(mean_and_deviation([row["predicted_loss"] for row in seeds]), ".3g")
+
+
+def _increase(kind: str) -> _Cell:
+    return lambda seeds: _number(mean_and_deviation([row["loss_increase"][kind] for row in seeds]), ".3g")
 
 
 def _seconds(seeds: Sequence[Row]) -> str:
