@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from lightning_cap import distributed
 from lightning_cap.fisher import EmpiricalFisher, fisher_bytes
 from lightning_cap.gradients import GradientCollector
-from lightning_cap.pruners import CAP, cap
+from lightning_cap.pruners import CAP, blockwise, cap
 from lightning_cap.sources import rows_bytes
 from lightning_cap.targets import Targets
 
@@ -52,9 +52,9 @@ HOOKS: tuple[tuple[Any, str, str], ...] = (
     (EmpiricalFisher, "finish", "accumulate"),
     (cap, "eliminate", "solve"),
     (cap, "block_scores", "select"),
-    (cap, "smallest", "select"),
-    (cap, "reconstruct", "reconstruct"),
-    (cap, "gather_rows", "gather"),
+    (blockwise, "select", "select"),
+    (blockwise, "reconstruct", "reconstruct"),
+    (blockwise, "gather_rows", "gather"),
 )
 NEW = ("exchange", "gather", "agree")  # with several ranks only
 CHECKED = (

@@ -15,6 +15,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_resume import CrashError, _StopAfter, assert_same, averaging
 from torch import Tensor, nn
+from torch.multiprocessing import ProcessExitedException
 from torch.utils.data import DataLoader
 from toy import Toy, ToyData, callback, cap, loaders, trainer, zeros
 
@@ -542,7 +543,11 @@ def test_two_processes_go_together(tmp_path: Path, kind: str) -> None:
     schedule, pruner = RUNS[kind]
     cb = callback(schedule, pruner=pruner(), dirpath=str(tmp_path / "out"))
     t = trainer(tmp_path, cb, Dump(tmp_path), max_epochs=6, devices=2, strategy="ddp_spawn")
-    t.fit(Toy(), **loaders())
+    try:
+        t.fit(Toy(), **loaders())
+    except ProcessExitedException as error:  # gloo's threads may abort a process that has done all of its work
+        if error.signal_name != "SIGABRT" or not all((tmp_path / f"5-{rank}.pt").exists() for rank in range(2)):
+            raise
     masks = []
     for epoch in range(6):
         (weight, mask), (other, other_mask) = (torch.load(tmp_path / f"{epoch}-{rank}.pt") for rank in range(2))
