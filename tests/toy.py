@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
 import random
+from multiprocessing import parent_process
 from typing import Any
 
 import lightning.pytorch as pl
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from torchmetrics.classification import MulticlassAccuracy
@@ -17,6 +20,11 @@ from lightning_cap.pruners import CAP
 from lightning_cap.schedules import SparsitySchedule, SparsitySteps
 
 CLASSES, FEATURES = 4, 12
+
+
+def _end_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 class ToyData(Dataset[Any]):
@@ -41,6 +49,12 @@ class ToyData(Dataset[Any]):
 
 class Toy(pl.LightningModule):
     """A plain user module: logs on every step, keeps metrics, has BatchNorm and dropout."""
+
+    def setup(self, stage: str) -> None:
+        """A spawned process ends its group before it exits: torch may abort one whose gloo threads still run."""
+        if dist.is_initialized() and parent_process() is not None:
+            atexit.unregister(_end_group)
+            atexit.register(_end_group)
 
     def __init__(self, optimizer: str = "adamw", scheduler: bool = True) -> None:
         super().__init__()
