@@ -30,7 +30,7 @@ class PaddedAfterwards(Dataset[Any]):
         return self._augment(image), label
 
 
-def open_data(root: Path) -> ImageNetDataModule:
+def open_data(root: Path, batch_size: int = DRAW_BATCH) -> ImageNetDataModule:
     """CIFAR-10 with the augmentation that the models were trained with."""
     return ImageNetDataModule(
         root=str(root),
@@ -42,7 +42,7 @@ def open_data(root: Path) -> ImageNetDataModule:
         hflip=0.5,
         img_size=32,
         test_crop_ratio=1.0,
-        batch_size=DRAW_BATCH,
+        batch_size=batch_size,
         num_workers=0,
         verify_up_to=0,
     )

@@ -21,13 +21,13 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
+from cifar10_data import open_data
 from machine import machine
 from safetensors.torch import save_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from lightning_cap import CAPPruningCallback, CyclicLinearLR, VisionClassifier
-from lightning_cap.data import ImageNetDataModule
 from lightning_cap.module import load_weights
 from lightning_cap.patterns import NofM
 from lightning_cap.pruners import CAP, Magnitude, Pruner, WoodFisher
@@ -49,22 +49,6 @@ def pruner(name: str, num_gradients: int, damp: float) -> Pruner:
         return Magnitude(pattern=pattern)
     make = {"WoodFisher": WoodFisher, "CAP": CAP}[name]
     return make(128, num_gradients, 64, damp, pattern=pattern)
-
-
-def open_data(root: Path, batch_size: int) -> ImageNetDataModule:
-    """Random crops of the padded images, flips, no mixing."""
-    return ImageNetDataModule(
-        root=str(root),
-        recipe="light1",
-        label_smoothing=0.0,
-        rand_augment="none",
-        crop="pad",
-        img_size=32,
-        test_crop_ratio=1.0,
-        batch_size=batch_size,
-        num_workers=0,
-        verify_up_to=0,
-    )
 
 
 def fit(

@@ -198,12 +198,38 @@ class NofM(Pattern):
         return int((kept.reshape(-1, self.m).sum(-1) > self.n).sum())
 
 
+class _Together(Pattern):
+    """Weights go in whole units, and any number of units may go."""
+
+    @property
+    def whole_groups(self) -> bool:
+        """Yes."""
+        return True
+
+    @property
+    def sparsity(self) -> None:
+        """None: any sparsity of whole units can be had."""
+        return
+
+    def candidates(self, alive: Tensor) -> Tensor:
+        """All that are alive; solvers remove a unit at a time."""
+        return alive
+
+    def holds(self, kept: Tensor) -> bool:
+        """Whether every unit is kept or gone as a whole."""
+        return self.broken(kept, tuple(kept.shape)) == 0
+
+    def broken(self, kept: Tensor, shape: tuple[int, ...]) -> int:
+        """Units that are kept in part."""
+        units = self.units(kept.reshape(-1)[: torch.Size(shape).numel()], shape)
+        return int((units.any(-1) & ~units.all(-1)).sum())
+
+
 @dataclass(frozen=True)
-class BlockOf(Pattern):
+class BlockOf(_Together):
     """Groups of ``n`` consecutive inputs of an output row go or stay together, 4 by default ("block-4" of Kurtic et al. 2022).
 
-    Groups lie as those of `NofM`. So many groups go as have room in each budget of the
-    allocation (with `Global`, in the total).
+    Groups lie as those of `NofM`. So many groups go as have room in each budget of the allocation (with `Global`, in the total).
 
     Args:
         n: Weights in a group, at least 2.
@@ -223,32 +249,9 @@ class BlockOf(Pattern):
         """``n``."""
         return self.n
 
-    @property
-    def whole_groups(self) -> bool:
-        """Yes."""
-        return True
-
-    @property
-    def sparsity(self) -> None:
-        """None: any sparsity of whole groups can be had."""
-        return
-
-    def candidates(self, alive: Tensor) -> Tensor:
-        """All that are alive; solvers remove a group at a time."""
-        return alive
-
-    def holds(self, kept: Tensor) -> bool:
-        """Whether every group is kept or gone as a whole."""
-        return self.broken(kept, ()) == 0
-
-    def broken(self, kept: Tensor, shape: tuple[int, ...]) -> int:
-        """Groups that are kept in part."""
-        groups = kept.reshape(-1, self.n)
-        return int((groups.any(-1) & ~groups.all(-1)).sum())
-
 
 @dataclass(frozen=True)
-class OutputRows(Pattern):
+class OutputRows(_Together):
     """Whole output rows: neurons of a Linear layer, output channels of a convolution (structured pruning).
 
     Rows are compared by their saliency a weight; rows of all targets compete, unless the allocation says otherwise. Shapes do
@@ -261,36 +264,13 @@ class OutputRows(Pattern):
         return 1
 
     @property
-    def whole_groups(self) -> bool:
-        """Yes: rows."""
-        return True
-
-    @property
     def in_blocks(self) -> bool:
         """No: a row may span many blocks."""
         return False
 
-    @property
-    def sparsity(self) -> None:
-        """None: any sparsity of whole rows can be had."""
-        return
-
-    def candidates(self, alive: Tensor) -> Tensor:
-        """All that are alive."""
-        return alive
-
-    def holds(self, kept: Tensor) -> bool:
-        """Whether the rows of ``kept``, those of the weight matrix here, are kept or gone as a whole."""
-        return self.broken(kept, tuple(kept.shape)) == 0
-
     def units(self, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Output rows, ``(O, weights in a row)``, of blocks without padding."""
         return rows.reshape(shape[0], -1)
-
-    def broken(self, kept: Tensor, shape: tuple[int, ...]) -> int:
-        """Rows that are kept in part."""
-        rows = kept.reshape(-1)[: torch.Size(shape).numel()].reshape(shape[0], -1)
-        return int((rows.any(-1) & ~rows.all(-1)).sum())
 
 
 def check_pattern(targets: Targets, pattern: Pattern, masks: Mapping[str, Tensor] | None = None) -> None:
