@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lightning_cap.allocation import Global, Uniform
 from lightning_cap.pruners import (
     CAP,
     MFAC,
@@ -19,6 +18,7 @@ from lightning_cap.pruners import (
     Taylor,
     WoodFisher,
 )
+from lightning_cap.sparsity.allocation import Global, Uniform
 
 FISHER = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 RELATIVE = (1e-3, 1e-2, 1e-1)

@@ -32,14 +32,14 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Subset
 
-from lightning_cap.calibration import CalibrationBatches
+from lightning_cap.calibration.batches import CalibrationBatches
+from lightning_cap.calibration.gradients import GradientCollector
+from lightning_cap.calibration.layer_inputs import InputCollector
+from lightning_cap.classifier import load_weights
 from lightning_cap.data import ImageNetDataModule
-from lightning_cap.gradients import GradientCollector
-from lightning_cap.layer_inputs import InputCollector
-from lightning_cap.module import load_weights
 from lightning_cap.pruners import MFAC, PruneResult, PruningPath, Random
-from lightning_cap.storage import save_json
-from lightning_cap.targets import Targets
+from lightning_cap.sparsity.targets import Targets
+from lightning_cap.utilities.files import save_json
 
 EVAL_BATCH = 500
 RECALIBRATED = 1024  # images, with --recalibrate

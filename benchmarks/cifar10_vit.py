@@ -28,11 +28,11 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from lightning_cap import CAPPruningCallback, CyclicLinearLR, VisionClassifier
-from lightning_cap.module import load_weights
-from lightning_cap.patterns import NofM
+from lightning_cap.classifier import load_weights
 from lightning_cap.pruners import CAP, Magnitude, Pruner, WoodFisher
 from lightning_cap.schedules import OneShot
-from lightning_cap.storage import save_json
+from lightning_cap.sparsity.patterns import NofM
+from lightning_cap.utilities.files import save_json
 
 METHODS = ("magnitude", "WoodFisher", "CAP")
 

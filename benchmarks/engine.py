@@ -31,7 +31,7 @@ from limits import SECONDS, limits
 from machine import machine
 
 import lightning_cap
-from lightning_cap.storage import save_json
+from lightning_cap.utilities.files import save_json
 
 HERE = Path(__file__).resolve().parent
 ROWS = ("event", "elimination", "growth", "gpu")

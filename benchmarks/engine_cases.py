@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from lightning_cap.pruners import CAP
-from lightning_cap.targets import Targets
+from lightning_cap.sparsity.targets import Targets
 
 SPARSITIES = (0.5, 0.6, 0.7, 0.75, 0.8, 0.9)
 ROWS_AT_ONCE = 16

@@ -20,8 +20,8 @@ from limits import SECONDS
 from published import rank1_elimination
 from torch import Tensor
 
-from lightning_cap.patterns import NofM, Pattern, Unstructured
 from lightning_cap.solver.torch_backend import eliminate_left_looking
+from lightning_cap.sparsity.patterns import NofM, Pattern, Unstructured
 
 CHUNKS = (16, 32, 64)  # blocks at a time, of which the fastest counts
 
@@ -87,11 +87,11 @@ def torch_left_looking(inverse: Tensor, floor: Tensor, weights: Tensor, steps: i
 
 @functools.cache
 def _loop() -> Any:
-    """The elimination that `lightning_cap.cpu.blocks.solve_blocks` calls for each block, without the factorisation before it."""
+    """The elimination that `solve_blocks` of `lightning_cap.kernels.cpu.obs` calls for each block, without the factorisation."""
     from numba import njit
 
-    from lightning_cap.cpu import blocks
-    from lightning_cap.cpu.tile import matrix
+    from lightning_cap.kernels.cpu import obs as blocks
+    from lightning_cap.kernels.cpu.tile import matrix
 
     eliminate = blocks._eliminate
 

@@ -23,13 +23,13 @@ import torch.nn.functional as F
 from engine_cases import SPARSITIES, make_pruner
 from torch import Tensor, nn
 
-from lightning_cap.fisher import ROW_CHUNK, EmpiricalFisher
-from lightning_cap.gradients import GradientCollector
-from lightning_cap.linalg import restrict, spd_inverse
-from lightning_cap.patterns import Unstructured
+from lightning_cap.calibration.gradients import GradientCollector
+from lightning_cap.calibration.sources import TimedSource
+from lightning_cap.fisher.blocks import ROW_CHUNK, EmpiricalFisher
 from lightning_cap.solver import eliminate
-from lightning_cap.sources import TimedSource
-from lightning_cap.targets import Targets
+from lightning_cap.solver.linalg import restrict, spd_inverse
+from lightning_cap.sparsity.patterns import Unstructured
+from lightning_cap.sparsity.targets import Targets
 
 DEIT_SMALL_BLOCK = {"qkv": (1152, 384), "proj": (384, 384), "fc1": (1536, 384), "fc2": (384, 1536)}
 DEPTH = 12  # 21,233,664 weights

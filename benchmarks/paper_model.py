@@ -12,8 +12,8 @@ For ``d`` weights in blocks of ``B``, ``N`` gradients in batches of ``n``, and `
     weights and masks          4 d (1 + 1/32) (R-1)/R bytes sent
     collectives                3 a round of batches and 20 besides, each log2(R) latencies
 
-All-gathers and all-reduces are counted as rings. Peak memory is that of `lightning_cap.planning`. What every rank does for all
-``d`` weights (packing, checksums) is a few passes over ``28 d`` bytes and left out.
+All-gathers and all-reduces are counted as rings. Peak memory is that of `lightning_cap.fisher.memory_plan`. What every rank
+does for all ``d`` weights (packing, checksums) is a few passes over ``28 d`` bytes and left out.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from typing import Any
 
 import torch
 
-from lightning_cap.fisher import ROW_CHUNK, fisher_bytes
-from lightning_cap.gradients import rows_at_once
-from lightning_cap.planning import Sizes
+from lightning_cap.calibration.gradients import rows_at_once
+from lightning_cap.fisher.blocks import ROW_CHUNK, fisher_bytes
+from lightning_cap.fisher.memory_plan import Sizes
 
 MIB, GIB = 2**20, 2**30
 #: Every phase that is told apart.

@@ -36,12 +36,12 @@ from paper_model import MIB, PHASES, Problem, add_assumptions, check, check_tabl
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from lightning_cap import distributed
-from lightning_cap.fisher import EmpiricalFisher, fisher_bytes
-from lightning_cap.gradients import GradientCollector
+from lightning_cap.calibration.gradients import GradientCollector
+from lightning_cap.calibration.sources import rows_bytes
+from lightning_cap.fisher.blocks import EmpiricalFisher, fisher_bytes
 from lightning_cap.pruners import CAP, blockwise, cap
-from lightning_cap.sources import rows_bytes
-from lightning_cap.targets import Targets
+from lightning_cap.sparsity.targets import Targets
+from lightning_cap.utilities import distributed
 
 ROOT = Path(__file__).resolve().parent.parent
 HOOKS: tuple[tuple[Any, str, str], ...] = (

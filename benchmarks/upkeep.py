@@ -28,8 +28,8 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_cap.masks import MaskSet
-from lightning_cap.targets import Targets
+from lightning_cap.sparsity.masks import MaskSet
+from lightning_cap.sparsity.targets import Targets
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -12,16 +12,16 @@ from rich.progress import Progress as RichProgress
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_cap.calibration.gradients import GradientCollector
+from lightning_cap.calibration.layer_inputs import InputCollector
+from lightning_cap.calibration.sources import GradientSource
 from lightning_cap.errors import ConfigError
-from lightning_cap.gradients import GradientCollector
-from lightning_cap.hooks import Progress
-from lightning_cap.layer_inputs import InputCollector
-from lightning_cap.masks import MaskSet
 from lightning_cap.pruners import CAP, Pruner, PruneResult
 from lightning_cap.pruners.base import refuse_regrowth, refuse_splitting
-from lightning_cap.sources import GradientSource
-from lightning_cap.stepping import undisturbed
-from lightning_cap.targets import Targets
+from lightning_cap.sparsity.masks import MaskSet
+from lightning_cap.sparsity.targets import Targets
+from lightning_cap.trainer.isolation import undisturbed
+from lightning_cap.utilities.progress import Progress
 
 
 def prune(

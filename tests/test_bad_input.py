@@ -11,14 +11,14 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import nn
 from torch.utils.data import DataLoader
-from toy import FEATURES, Toy, ToyData, callback, cap, loaders, trainer
 
 from lightning_cap import CAPPruningCallback
-from lightning_cap.allocation import Allocation, Global, PerTarget, Uniform
 from lightning_cap.errors import CAPError, ConfigError, GradientError, ScheduleError, TargetError, UnsupportedError
-from lightning_cap.patterns import NofM
 from lightning_cap.pruners import CAP, DropAndGrow, LayerwiseOBS, Magnitude, Pruner
 from lightning_cap.schedules import AlternatingSchedule, OneShot, PolynomialSchedule, SparsitySchedule, SparsitySteps
+from lightning_cap.sparsity.allocation import Allocation, Global, PerTarget, Uniform
+from lightning_cap.sparsity.patterns import NofM
+from tests.support.toy import FEATURES, Toy, ToyData, callback, cap, loaders, trainer
 
 
 class Steps(pl.Callback):
@@ -232,7 +232,7 @@ def test_training_data_that_cannot_be_drawn_from(tmp_path: Path) -> None:
 
 
 def test_event_that_does_not_fit_into_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_cap.planning.free_memory", lambda device: 1000)
+    monkeypatch.setattr("lightning_cap.fisher.memory_plan.free_memory", lambda device: 1000)
     assert_refused(tmp_path, ConfigError, "block_size: the pruning event needs .* MiB on cpu")
 
 

@@ -13,8 +13,8 @@ import pytest
 import yaml
 
 from lightning_cap.cli import CAPCLI, CAPTrainer, main
+from tests.support import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 GRADUAL = str(ROOT / "configs/digits_gradual.yaml")
 SMALL = [  # a tiny model
     "--model.init_args.model.init_args.embed_dim=16",
@@ -167,7 +167,7 @@ def test_our_errors_end_the_command_with_one_line(tmp_path: Path) -> None:
     [
         ("2:4", "124 is what YAML makes of an unquoted 2:4"),
         ('"2:4"', "pattern=124"),
-        ("{class_path: lightning_cap.patterns.NofM, init_args: {n: 2:4}}", "unquoted 2:4"),
+        ("{class_path: lightning_cap.sparsity.NofM, init_args: {n: 2:4}}", "unquoted 2:4"),
     ],
 )  # fmt: skip
 def test_n_of_m_written_wrongly_in_yaml_is_explained(

@@ -8,10 +8,10 @@ import yaml
 
 from lightning_cap import CAPPruningCallback
 from lightning_cap.cli import CAPCLI, CAPTrainer, main
-from lightning_cap.patterns import NofM
 from lightning_cap.pruners import CAP
+from lightning_cap.sparsity.patterns import NofM
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[1]
 CONFIGS = sorted([*(ROOT / "configs").glob("*.yaml"), *(ROOT / "examples").glob("*.yaml")])
 ONESHOT = [path for path in CONFIGS if "sparsities" in yaml.safe_load(path.read_text())]
 FIT = [path for path in CONFIGS if path not in ONESHOT]

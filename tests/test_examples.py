@@ -6,7 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-EXAMPLE = Path(__file__).parents[1] / "examples" / "existing_trainer.py"
+from tests.support import ROOT
+
+EXAMPLE = ROOT / "examples" / "existing_trainer.py"
 
 
 def test_the_example_is_short() -> None:

@@ -10,16 +10,17 @@ import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from toy import Toy, ToyData, cap, loaders, trainer, zeros
-from toy import callback as pruning
 
-from lightning_cap import planning, prune
-from lightning_cap.fisher import EmpiricalFisher
-from lightning_cap.layout import BlockLayout
-from lightning_cap.patterns import NofM, Unstructured
+from lightning_cap import prune
+from lightning_cap.fisher import memory_plan as planning
+from lightning_cap.fisher.blocks import EmpiricalFisher
 from lightning_cap.pruners import Magnitude
 from lightning_cap.solver import backend, eliminate
-from lightning_cap.targets import Targets
+from lightning_cap.sparsity.block_layout import BlockLayout
+from lightning_cap.sparsity.patterns import NofM, Unstructured
+from lightning_cap.sparsity.targets import Targets
+from tests.support.toy import Toy, ToyData, cap, loaders, trainer, zeros
+from tests.support.toy import callback as pruning
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import ast
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -9,139 +10,40 @@ import lightning_cap
 
 ROOT = Path(lightning_cap.__file__).parent
 
-# From high to low; a file imports only from files lower. A package stands where its first file stands.
-ORDER_ROWS = [
-    ("cli",),
-    (
-        "report.comparison",
-        "report.pictures",
-        "report.curves",
-        "report.mask_plots",
-        "report.planes",
-        "report.rows",
-        "report.style",
-    ),
-    ("oneshot",),
-    (
-        "comparison.compare",
-        "comparison.work",
-        "comparison.extras",
-        "comparison.plan",
-        "comparison.surface",
-        "comparison.fisher_block",
-        "comparison.rows",
-        "comparison.identity",
-        "comparison.measure",
-        "comparison.results",
-    ),
-    ("module",),
-    (
-        "data.imagenet",
-        "data.digits",
-        "data.base",
-        "data.reading",
-        "data.augment",
-        "data.recipes",
-    ),
-    ("callback",),
-    (
-        "summary",
-        "event_log",
-        "event",
-    ),
-    (
-        "lr_cycles",
-        "regrowth",
-        "resume",
-        "run",
-        "cycle",
-        "ema",
-    ),
-    (
-        "stepping",
-        "progress",
-        "calibration",
-    ),
-    ("lr",),
-    (
-        "schedules.gradual",
-        "schedules.recurrent",
-    ),
-    ("schedules.base",),
-    ("storage",),
-    (
-        "pruners.cap",
-        "pruners.woodfisher",
-        "pruners.mfac",
-        "pruners.layerwise",
-        "pruners.blockwise",
-        "pruners.fast_cap",
-        "pruners.gradient",
-        "pruners.obd",
-        "pruners.drop_and_grow",
-        "pruners.magnitude",
-        "pruners.random",
-        "pruners.scored",
-    ),
-    ("pruners.base",),
-    ("sources",),
-    ("planning",),
-    ("ranking",),
-    ("allocation",),
-    ("patterns",),
-    (
-        "solver.eliminate",
-        "solver.reconstruct",
-        "solver.alone",
-        "solver.backend",
-        "solver.numba_backend",
-        "solver.at_once",
-        "solver.groups",
-        "solver.torch_backend",
-        "solver.triton_backend",
-        "solver.triton_kernels",
-    ),
-    ("matrix_free",),
-    (
-        "fisher",
-        "staging",
-    ),
-    ("layer_inputs",),
-    (
-        "gradients",
-        "vmap_support",
-    ),
-    ("masks",),
-    ("targets",),
-    ("layout",),
-    ("distributed",),
-    ("linalg",),
-    ("chunks",),
-    (
-        "cpu.blocks",
-        "cpu.packed",
-        "cpu.pools",
-        "cpu.tile",
-        "cpu.jit",
-        "cpu.threads",
-    ),
-    ("rng",),
-    ("hooks",),
-    ("errors",),
-    ("_version",),
-]
-ORDER = [name for row in ORDER_ROWS for name in row]
-PACKAGES = {"report", "comparison", "data", "schedules", "pruners", "solver", "cpu"}
-HEIGHT = {name: -index for index, name in enumerate(ORDER)}
-HEIGHT |= {package: max(h for n, h in HEIGHT.items() if n.startswith(f"{package}.")) for package in PACKAGES}
+# A room is a folder, or a file at the root. It may import from the rooms named here, and from all that those may import from.
+MAY_IMPORT = {
+    "cli": ["report", "callbacks"],
+    "callbacks": ["trainer", "export", "schedules"],
+    "report": ["comparison"],
+    "comparison": ["trainer", "export", "_version"],
+    "trainer": ["pruners"],
+    "pruners": ["fisher"],
+    "fisher": ["solver", "calibration"],
+    "solver": ["kernels", "sparsity"],
+    "kernels": [],
+    "calibration": ["sparsity"],
+    "sparsity": ["utilities"],
+    "schedules": ["errors"],
+    "data": ["utilities"],
+    "export": ["sparsity"],
+    "utilities": ["errors"],
+    "oneshot": ["trainer"],
+    "classifier": ["data", "schedules"],
+    "errors": [],
+    "_version": [],
+}
 
 
 def _module_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts)
 
 
-def _files() -> dict[str, Path]:
-    return {_module_of(path): path for path in sorted(ROOT.rglob("*.py")) if path.name != "__init__.py"}
+FILES = {_module_of(path): path for path in sorted(ROOT.rglob("*.py")) if path.name != "__init__.py"}
+PACKAGES = {_module_of(path.parent): path for path in ROOT.rglob("*/__init__.py") if path.parent != ROOT}
+
+
+def _reach(room: str) -> set[str]:
+    return {room}.union(*(_reach(other) for other in MAY_IMPORT[room]))
 
 
 def _is_type_checking(node: ast.AST) -> bool:
@@ -156,39 +58,53 @@ def _statements(node: ast.AST) -> list[ast.AST]:
     return found
 
 
-def _imports(source: str) -> set[str]:
-    """Modules of the package that a source imports, functions' own imports included, without the package's name."""
+def _imports(source: str) -> set[tuple[str, str]]:
+    """``(module, name)`` that a source imports from the package, functions' own imports included; the name may be empty."""
     found = set()
     for node in _statements(ast.parse(source)):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            found |= {(alias.name, "") for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "relative imports are not used here"
-            deeper = [f"{node.module}.{alias.name}" for alias in node.names]
-            names = [name if name.removeprefix("lightning_cap.") in HEIGHT else str(node.module) for name in deeper]
-        else:
-            continue
-        found |= {name for name in names if name.split(".")[0] == "lightning_cap"}
-    return {name.removeprefix("lightning_cap").removeprefix(".") for name in found}
+            found |= {(str(node.module), alias.name) for alias in node.names}
+    ours = {(module, name) for module, name in found if module.split(".")[0] == "lightning_cap"}
+    return {(module.removeprefix("lightning_cap").removeprefix("."), name) for module, name in ours}
 
 
-def test_every_file_has_its_place() -> None:
-    assert set(_files()) == set(ORDER)
-    assert {path.parent.name for path in ROOT.rglob("*/__init__.py") if path.parent != ROOT} == PACKAGES
+def _file_of(module: str, name: str) -> str:
+    """The file that ``from module import name`` reads it from; a package's re-export is that of the file behind it."""
+    deeper = f"{module}.{name}".strip(".")
+    if deeper in FILES or module in FILES:
+        return deeper if deeper in FILES else module
+    behind = (
+        [m for m, exported in _imports(PACKAGES[module].read_text()) if exported == name] if module in PACKAGES else []
+    )
+    assert behind, f"{name} of {module or 'lightning_cap'}: the package's own __init__ is for users"
+    return behind[0]
 
 
-@pytest.mark.parametrize("name", ORDER)
+GRAPH = {name: {_file_of(*what) for what in _imports(path.read_text())} for name, path in FILES.items()}
+
+
+def test_every_room_has_its_place() -> None:
+    assert {name.split(".")[0] for name in FILES} == set(MAY_IMPORT)
+    assert {path.parent for path in FILES.values()} - {ROOT} == {path.parent for path in PACKAGES.values()}
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_imports_go_down(name: str) -> None:
-    imports = _imports(_files()[name].read_text())
-    unknown = imports - HEIGHT.keys()
-    assert not unknown, f"{name} imports {unknown}; the package's own __init__ is for users"
-    upward = {other for other in imports if HEIGHT[other] >= HEIGHT[name]}
-    assert not upward, f"{name} imports from {upward}, which are not lower"
+    room = name.split(".")[0]
+    upward = {other for other in GRAPH[name] if other.split(".")[0] not in _reach(room)}
+    assert not upward, f"{name} imports from {upward}; {room} may import from {sorted(_reach(room))}"
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    assert len(list(TopologicalSorter(GRAPH).static_order())) == len(FILES)
 
 
 def test_package_inits_only_export_their_own_files() -> None:
-    for package in PACKAGES:
-        assert all(name.startswith(f"{package}.") for name in _imports((ROOT / package / "__init__.py").read_text()))
+    for package, path in PACKAGES.items():
+        assert all(module.startswith(f"{package}.") for module, _ in _imports(path.read_text()))
 
 
 def test_lightning_comes_from_one_place() -> None:
@@ -202,12 +118,23 @@ def test_lightning_comes_from_one_place() -> None:
 def test_the_reader_of_imports_sees_all_forms() -> None:
     source = """
 from typing import TYPE_CHECKING
-import lightning_cap.masks
-from lightning_cap import rng, CAPPruningCallback
-from lightning_cap.solver import Progress
+import lightning_cap.sparsity.masks
+from lightning_cap import CAPPruningCallback
+from lightning_cap.utilities import rng
+from lightning_cap.solver import eliminate
 def f():
-    from lightning_cap.targets import Targets
+    from lightning_cap.sparsity.targets import Targets
 if TYPE_CHECKING:
-    from lightning_cap.callback import X
+    from lightning_cap.callbacks.pruning import X
 """
-    assert _imports(source) == {"masks", "rng", "", "solver", "targets"}
+    assert _imports(source) == {
+        ("sparsity.masks", ""),
+        ("", "CAPPruningCallback"),
+        ("utilities", "rng"),
+        ("solver", "eliminate"),
+        ("sparsity.targets", "Targets"),
+    }
+    assert _file_of("utilities", "rng") == "utilities.rng"
+    assert _file_of("solver", "eliminate") == "solver.eliminate"
+    with pytest.raises(AssertionError, match="for users"):
+        _file_of("", "CAPPruningCallback")

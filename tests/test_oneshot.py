@@ -8,13 +8,13 @@ import rich
 import torch
 from torch import nn
 from torch.utils.data import DataLoader
-from toy import Toy, ToyData, cap
 
 from lightning_cap import prune
-from lightning_cap.allocation import Global, PerTarget
 from lightning_cap.errors import ConfigError, GradientError, PatternError, TargetError
-from lightning_cap.patterns import NofM
 from lightning_cap.pruners import Magnitude
+from lightning_cap.sparsity.allocation import Global, PerTarget
+from lightning_cap.sparsity.patterns import NofM
+from tests.support.toy import Toy, ToyData, cap
 
 
 def loss(model: nn.Module, batch: Any) -> torch.Tensor:

@@ -4,15 +4,14 @@ import ast
 import importlib
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
 import yaml
 from jsonargparse import ArgumentParser
 
-from lightning_cap.patterns import NofM, Pattern
+from lightning_cap.sparsity.patterns import NofM, Pattern
+from tests.support import ROOT
 
-ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 CI = (ROOT / ".ci" / "run").read_text()
 

@@ -9,13 +9,13 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
-from lightning_cap.comparison.plan import Grids, Request, check_sparsities, file_name, make_variants
 from lightning_cap.comparison.results import Row, load_rows
+from lightning_cap.comparison.runner import Work
 from lightning_cap.comparison.surface import LossSurface
-from lightning_cap.comparison.work import Work
+from lightning_cap.comparison.variants import Grids, Request, check_sparsities, file_name, make_variants
 from lightning_cap.errors import ConfigError
-from lightning_cap.planning import parse_bytes
 from lightning_cap.pruners.base import Pruner
+from lightning_cap.utilities.memory import parse_bytes
 
 
 def compare(

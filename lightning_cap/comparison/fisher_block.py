@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_cap import distributed
+from lightning_cap.calibration.sources import GradientSource
 from lightning_cap.errors import ConfigError
-from lightning_cap.sources import GradientSource
-from lightning_cap.targets import Targets
+from lightning_cap.sparsity.targets import Targets
+from lightning_cap.utilities import distributed
 
 
 def average_blocks(targets: Targets, gradients: GradientSource, block_size: int) -> dict[str, Tensor]:

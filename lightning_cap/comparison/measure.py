@@ -7,12 +7,19 @@ from collections.abc import Mapping
 import lightning.pytorch as pl
 import torch
 
-from lightning_cap import distributed
-from lightning_cap.calibration import CalibrationBatches
-from lightning_cap.event import COMPUTE, calibration_source, precision_context
-from lightning_cap.gradients import rows_at_once
-from lightning_cap.stepping import calibrating, calibration_loss, evaluate, ready_batches, size_of
-from lightning_cap.targets import Targets
+from lightning_cap.calibration.batches import CalibrationBatches, batch_size
+from lightning_cap.calibration.gradients import rows_at_once
+from lightning_cap.sparsity.targets import Targets
+from lightning_cap.trainer.calibration import (
+    calibrating,
+    calibration_loss,
+    calibration_source,
+    precision_context,
+    ready_batches,
+)
+from lightning_cap.trainer.evaluation import evaluate
+from lightning_cap.trainer.event import COMPUTE
+from lightning_cap.utilities import distributed
 
 
 class Measure:
@@ -62,7 +69,7 @@ class Measure:
             for batch in ready_batches(trainer, module, batches, (seed, 0, COMPUTE)):
                 with context():
                     value = float(loss(module, batch))
-                size = size_of(batch)
+                size = batch_size(batch, default=1)
                 sums += torch.tensor([value * size, size], dtype=torch.float64)
                 if float(sums[1]) * distributed.world_size() >= self._samples:
                     break

@@ -13,9 +13,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from lightning_cap import distributed
-from lightning_cap.masks import pack_bits, unpack_bits
-from lightning_cap.storage import save_json, save_plain_weights
+from lightning_cap.export.safetensors import save_plain_weights
+from lightning_cap.sparsity.masks import pack_bits, unpack_bits
+from lightning_cap.utilities import distributed
+from lightning_cap.utilities.files import save_json
 
 _log = logging.getLogger(__name__)
 

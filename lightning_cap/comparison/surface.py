@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_cap.errors import ConfigError
-from lightning_cap.targets import Targets
+from lightning_cap.sparsity.targets import Targets
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_cap.allocation import Allocation, budget_of
+from lightning_cap.calibration.sources import GradientSource
 from lightning_cap.errors import ConfigError, PatternError, UnsupportedError
-from lightning_cap.hooks import Progress
-from lightning_cap.layout import BlockLayout
-from lightning_cap.patterns import Pattern, Unstructured
-from lightning_cap.planning import EventPlan
-from lightning_cap.sources import GradientSource
-from lightning_cap.targets import Targets
+from lightning_cap.fisher.memory_plan import EventPlan
+from lightning_cap.sparsity.allocation import Allocation, budget_of
+from lightning_cap.sparsity.block_layout import BlockLayout
+from lightning_cap.sparsity.patterns import Pattern, Unstructured
+from lightning_cap.sparsity.targets import Targets
+from lightning_cap.utilities.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -10,20 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_cap.allocation import Allocation, Global
-from lightning_cap.distributed import agreed, gather_rows, gather_tensors, world_size
+from lightning_cap.calibration.sources import GradientSource, check_repeatable, reading, rows_bytes
 from lightning_cap.errors import ConfigError, GradientError
-from lightning_cap.fisher import ROW_CHUNK, EmpiricalFisher, Storage
-from lightning_cap.hooks import Progress
-from lightning_cap.layout import BlockLayout
-from lightning_cap.patterns import Pattern, as_pattern
-from lightning_cap.planning import EventPlan, Sizes, parse_bytes, plan_event
+from lightning_cap.fisher.blocks import ROW_CHUNK, EmpiricalFisher, Storage
+from lightning_cap.fisher.memory_plan import EventPlan, Sizes, plan_event
 from lightning_cap.pruners.base import Pruner, PruneResult, PruningPath, in_blocks, pack_alive, pack_weights
-from lightning_cap.ranking import at_group_ends, select
 from lightning_cap.solver import Elimination, reconstruct
 from lightning_cap.solver.backend import Backend, choose_backend
-from lightning_cap.sources import GradientSource, check_repeatable, reading, rows_bytes
-from lightning_cap.targets import Targets
+from lightning_cap.solver.ranking import at_group_ends, select
+from lightning_cap.sparsity.allocation import Allocation, Global
+from lightning_cap.sparsity.block_layout import BlockLayout
+from lightning_cap.sparsity.patterns import Pattern, as_pattern
+from lightning_cap.sparsity.targets import Targets
+from lightning_cap.utilities.distributed import agreed, gather_rows, gather_tensors, world_size
+from lightning_cap.utilities.memory import parse_bytes
+from lightning_cap.utilities.progress import Progress
 
 
 class Blockwise(Pruner):

@@ -6,15 +6,15 @@ from typing import Literal
 
 from torch import Tensor
 
-from lightning_cap.allocation import Allocation
 from lightning_cap.errors import ConfigError
-from lightning_cap.fisher import ROW_CHUNK, FisherBlocks, Storage
-from lightning_cap.hooks import Progress
-from lightning_cap.patterns import Pattern
+from lightning_cap.fisher.blocks import ROW_CHUNK, FisherBlocks, Storage
 from lightning_cap.pruners.blockwise import Blockwise
-from lightning_cap.ranking import block_scores
 from lightning_cap.solver import Elimination, eliminate
 from lightning_cap.solver.backend import Backend
+from lightning_cap.solver.ranking import block_scores
+from lightning_cap.sparsity.allocation import Allocation
+from lightning_cap.sparsity.patterns import Pattern
+from lightning_cap.utilities.progress import Progress
 
 
 class CAP(Blockwise):

@@ -8,16 +8,16 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_cap.allocation import Allocation, Global, budget_of
+from lightning_cap.calibration.sources import GradientSource
 from lightning_cap.errors import ConfigError, GradientError
-from lightning_cap.hooks import Progress
-from lightning_cap.patterns import Unstructured
-from lightning_cap.planning import EventPlan
+from lightning_cap.fisher.memory_plan import EventPlan
 from lightning_cap.pruners.base import Pruner, PruneResult, PruningPath, check_room, pack_weights
 from lightning_cap.pruners.scored import Sums, check_counts
-from lightning_cap.ranking import select, smallest
-from lightning_cap.sources import GradientSource
-from lightning_cap.targets import Targets
+from lightning_cap.solver.ranking import select, smallest
+from lightning_cap.sparsity.allocation import Allocation, Global, budget_of
+from lightning_cap.sparsity.patterns import Unstructured
+from lightning_cap.sparsity.targets import Targets
+from lightning_cap.utilities.progress import Progress
 
 _LARGEST_FLOAT = 0x7F7FFFFF  # bits of the largest finite float32
 _BYTES = 48  # a weight: gradient sum 8, weight 4, two scores 8, places of a group 8, sorting 16, masks 4

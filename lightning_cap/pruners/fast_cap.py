@@ -9,21 +9,22 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lightning_cap import distributed
-from lightning_cap.allocation import Allocation, Global
+from lightning_cap.calibration.sources import GradientSource, reading
 from lightning_cap.errors import ConfigError, GradientError
-from lightning_cap.hooks import Progress
-from lightning_cap.layout import BlockLayout
-from lightning_cap.linalg import full_float32, spd_inverse
-from lightning_cap.patterns import Pattern
-from lightning_cap.planning import EventPlan
+from lightning_cap.fisher.memory_plan import EventPlan
 from lightning_cap.pruners.base import Pruner, in_blocks
 from lightning_cap.pruners.scored import ScoredPath, check_counts, single_choice
-from lightning_cap.ranking import smallest
 from lightning_cap.solver.backend import more_damp
 from lightning_cap.solver.groups import diagonal_groups, group_losses
-from lightning_cap.sources import GradientSource, reading
-from lightning_cap.targets import Targets
+from lightning_cap.solver.linalg import spd_inverse
+from lightning_cap.solver.ranking import smallest
+from lightning_cap.sparsity.allocation import Allocation, Global
+from lightning_cap.sparsity.block_layout import BlockLayout
+from lightning_cap.sparsity.patterns import Pattern
+from lightning_cap.sparsity.targets import Targets
+from lightning_cap.utilities import distributed
+from lightning_cap.utilities.precision import full_float32
+from lightning_cap.utilities.progress import Progress
 
 COLUMNS = 32
 

@@ -5,21 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_cap import distributed
-from lightning_cap.allocation import Allocation, Uniform
-from lightning_cap.distributed import world_size
+from lightning_cap.calibration.layer_inputs import LayerGrams
+from lightning_cap.calibration.sources import GradientSource, reading
 from lightning_cap.errors import ConfigError, GradientError
-from lightning_cap.hooks import Progress
-from lightning_cap.layer_inputs import LayerGrams
-from lightning_cap.layout import BlockLayout
-from lightning_cap.patterns import Pattern
-from lightning_cap.planning import EventPlan
+from lightning_cap.fisher.memory_plan import EventPlan
 from lightning_cap.pruners.blockwise import Blockwise
-from lightning_cap.ranking import pool_adjacent_violators
 from lightning_cap.solver import Elimination, eliminate
 from lightning_cap.solver.backend import Backend, choose_backend, work_bytes
-from lightning_cap.sources import GradientSource, reading
-from lightning_cap.targets import Targets
+from lightning_cap.solver.ranking import pool_adjacent_violators
+from lightning_cap.sparsity.allocation import Allocation, Uniform
+from lightning_cap.sparsity.block_layout import BlockLayout
+from lightning_cap.sparsity.patterns import Pattern
+from lightning_cap.sparsity.targets import Targets
+from lightning_cap.utilities import distributed
+from lightning_cap.utilities.distributed import world_size
+from lightning_cap.utilities.progress import Progress
 
 
 class LayerwiseOBS(Blockwise):

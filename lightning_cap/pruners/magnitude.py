@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from lightning_cap.layout import BlockLayout
+from lightning_cap.calibration.sources import GradientSource
 from lightning_cap.pruners.scored import Scored
-from lightning_cap.sources import GradientSource
-from lightning_cap.targets import Targets
+from lightning_cap.sparsity.block_layout import BlockLayout
+from lightning_cap.sparsity.targets import Targets
 
 
 class Magnitude(Scored):

@@ -8,20 +8,20 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lightning_cap.allocation import Allocation
-from lightning_cap.chunks import in_chunks
-from lightning_cap.distributed import agreed, world_size
+from lightning_cap.calibration.sources import GradientSource, reading
 from lightning_cap.errors import ConfigError, PatternError
-from lightning_cap.fisher import ROW_CHUNK, Storage
-from lightning_cap.hooks import Progress
-from lightning_cap.layout import BlockLayout
-from lightning_cap.matrix_free import DynamicInverse, GradientRows, Inverse, RowBlocks, StaticInverse, at_a_time
-from lightning_cap.patterns import Pattern
-from lightning_cap.planning import EventPlan, Sizes, parse_bytes, plan_event
+from lightning_cap.fisher.blocks import ROW_CHUNK, Storage
+from lightning_cap.fisher.matrix_free import DynamicInverse, GradientRows, Inverse, RowBlocks, StaticInverse, at_a_time
+from lightning_cap.fisher.memory_plan import EventPlan, Sizes, plan_event
 from lightning_cap.pruners.blockwise import Blockwise
 from lightning_cap.solver import Elimination
 from lightning_cap.solver.backend import more_damp
-from lightning_cap.sources import GradientSource, reading
+from lightning_cap.sparsity.allocation import Allocation
+from lightning_cap.sparsity.block_layout import BlockLayout
+from lightning_cap.sparsity.patterns import Pattern
+from lightning_cap.utilities.distributed import agreed, world_size
+from lightning_cap.utilities.memory import in_chunks, parse_bytes
+from lightning_cap.utilities.progress import Progress
 
 _MOST = torch.finfo(torch.float32).max
 

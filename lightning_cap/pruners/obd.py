@@ -6,13 +6,13 @@ from collections.abc import Mapping
 
 from torch import Tensor
 
-from lightning_cap.allocation import Allocation
+from lightning_cap.calibration.sources import GradientSource
 from lightning_cap.errors import ConfigError
-from lightning_cap.layout import BlockLayout
-from lightning_cap.patterns import Pattern
 from lightning_cap.pruners.scored import Scored, Sums, check_counts
-from lightning_cap.sources import GradientSource
-from lightning_cap.targets import Targets
+from lightning_cap.sparsity.allocation import Allocation
+from lightning_cap.sparsity.block_layout import BlockLayout
+from lightning_cap.sparsity.patterns import Pattern
+from lightning_cap.sparsity.targets import Targets
 
 
 class DiagonalFisher(Scored):

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_cap import distributed
-from lightning_cap.allocation import Allocation, Global
+from lightning_cap.calibration.sources import GradientSource, reading
 from lightning_cap.errors import ConfigError, GradientError, PatternError
-from lightning_cap.hooks import Progress
-from lightning_cap.layout import BlockLayout
-from lightning_cap.patterns import Pattern, as_pattern
-from lightning_cap.planning import EventPlan
+from lightning_cap.fisher.memory_plan import EventPlan
 from lightning_cap.pruners.base import Pruner, PruneResult, PruningPath, pack_weights
-from lightning_cap.ranking import select, smallest
-from lightning_cap.sources import GradientSource, reading
-from lightning_cap.targets import Targets
+from lightning_cap.solver.ranking import select, smallest
+from lightning_cap.sparsity.allocation import Allocation, Global
+from lightning_cap.sparsity.block_layout import BlockLayout
+from lightning_cap.sparsity.patterns import Pattern, as_pattern
+from lightning_cap.sparsity.targets import Targets
+from lightning_cap.utilities import distributed
+from lightning_cap.utilities.progress import Progress
 
 
 class Scored(Pruner):

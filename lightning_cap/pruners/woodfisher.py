@@ -7,22 +7,22 @@ from typing import Literal
 
 from torch import Tensor
 
-from lightning_cap.allocation import Allocation
 from lightning_cap.errors import ConfigError
-from lightning_cap.fisher import ROW_CHUNK, FisherBlocks, Storage
-from lightning_cap.hooks import Progress
-from lightning_cap.patterns import Pattern
+from lightning_cap.fisher.blocks import ROW_CHUNK, FisherBlocks, Storage
 from lightning_cap.pruners.blockwise import Blockwise
 from lightning_cap.solver import Elimination, eliminate, reconstruct, update_alone
-from lightning_cap.solver.at_once import order_at_once
 from lightning_cap.solver.backend import factor_first
+from lightning_cap.solver.one_step import order_at_once
+from lightning_cap.sparsity.allocation import Allocation
+from lightning_cap.sparsity.patterns import Pattern
+from lightning_cap.utilities.progress import Progress
 
 
 class WoodFisher(Blockwise):
     """The saliency of equation 2 on the dense model, ``w_p² / (2 [F⁻¹]_pp)``, in blocks; the least go together.
 
     Unlike in `CAP`, a weight's saliency does not know what else is removed, and the predicted loss, the sum of the
-    saliencies, leaves their interplay out. With `lightning_cap.patterns.BlockOf` groups go by ``½ w_gᵀ ([F⁻¹]_gg)⁻¹ w_g`` (equation
+    saliencies, leaves their interplay out. With `lightning_cap.sparsity.BlockOf` groups go by ``½ w_gᵀ ([F⁻¹]_gg)⁻¹ w_g`` (equation
     5, oBERT). For recomputations see ``num_recomputations`` of `lightning_cap.CAPPruningCallback`.
 
     Args:

@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from lightning_cap.report.pictures import draw_all
+from lightning_cap.report.figures import draw_all
 from lightning_cap.report.rows import (
     Row,
     accuracy_name,
@@ -21,7 +21,7 @@ from lightning_cap.report.rows import (
     plain_rows,
     targets_of,
 )
-from lightning_cap.storage import atomic
+from lightning_cap.utilities.files import atomic
 
 _Cell = Callable[[Sequence[Row]], str]
 

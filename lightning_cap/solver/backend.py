@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from lightning_cap.errors import ConfigError, GradientError
-from lightning_cap.linalg import restrict, spd_inverse
 from lightning_cap.solver.groups import eliminate_groups
+from lightning_cap.solver.linalg import restrict, spd_inverse
 from lightning_cap.solver.numba_backend import solve_numba
 from lightning_cap.solver.torch_backend import eliminate_left_looking
 from lightning_cap.solver.triton_backend import eliminate_triton, unavailable
 
 if TYPE_CHECKING:  # the solver asks a pattern for candidates and their rule, and knows no more of it
-    from lightning_cap.patterns import Pattern
+    from lightning_cap.sparsity.patterns import Pattern
 
 #: Code of the solver; ``"auto"`` takes numba on the CPU, triton on CUDA where it is installed, else torch.
 Backend = Literal["auto", "torch", "numba", "triton"]

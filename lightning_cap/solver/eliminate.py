@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from lightning_cap.chunks import in_chunks
-from lightning_cap.hooks import Progress
-from lightning_cap.linalg import full_float32
 from lightning_cap.solver.backend import Backend, Blocks, Solve, choose_solve, chunk_blocks, more_damp
+from lightning_cap.utilities.memory import in_chunks
+from lightning_cap.utilities.precision import full_float32
+from lightning_cap.utilities.progress import Progress
 
 if TYPE_CHECKING:
-    from lightning_cap.patterns import Pattern
+    from lightning_cap.sparsity.patterns import Pattern
 
 _MOST = torch.finfo(torch.float32).max
 

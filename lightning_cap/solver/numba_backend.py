@@ -1,4 +1,4 @@
-"""The compiled CPU backend: `lightning_cap.cpu` on torch tensors."""
+"""The compiled CPU backend: `lightning_cap.kernels.cpu` on torch tensors."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_cap import linalg
-from lightning_cap.cpu.threads import over_blocks
+from lightning_cap.kernels.cpu.threads import over_blocks
+from lightning_cap.solver import linalg
 
 
 def solve_numba(
     fisher: Any, blocks: Tensor, weights: Tensor, alive: Tensor, damp: Tensor, group: int, keep: int, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Factor and eliminate blocks on the CPU; see `lightning_cap.solver.backend.Solve`."""
-    from lightning_cap.cpu.blocks import solve_blocks
+    from lightning_cap.kernels.cpu.obs import solve_blocks
 
     k, B = weights.shape
     rank = torch.full((k, B), B, dtype=torch.int32)
@@ -33,7 +33,7 @@ def reconstruct_numba(
     fisher: Any, blocks: Tensor, weights: Tensor, alive: Tensor, pruned: Tensor, damp: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """``F_SS⁻¹ F_SQ w_Q`` of each block, ``(k, B)`` in ``dtype``, zero elsewhere, and which were solved ``(k,)``; on the CPU."""
-    from lightning_cap.cpu.blocks import reconstruct_blocks
+    from lightning_cap.kernels.cpu.obs import reconstruct_blocks
 
     out, solved = torch.zeros(weights.shape, dtype=dtype), torch.zeros(len(weights), dtype=torch.bool)
     kind = torch.empty(1, dtype=dtype).numpy()
@@ -49,7 +49,7 @@ def _triangles(fisher: Any, blocks: Tensor) -> tuple[Any, Any, float]:
     kept = getattr(fisher, "triangles", None)
     if kept is not None:
         return kept[0].numpy(), blocks.numpy(), kept[1]
-    from lightning_cap.cpu.packed import pack_blocks
+    from lightning_cap.kernels.cpu.packed import pack_blocks
 
     full = fisher[blocks].contiguous().numpy()
     k, B, _ = full.shape

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_cap.chunks import in_chunks
-from lightning_cap.linalg import full_float32, spd_solve
 from lightning_cap.solver.backend import Backend, Blocks, choose_backend, chunk_blocks, more_damp
+from lightning_cap.solver.linalg import spd_solve
 from lightning_cap.solver.numba_backend import reconstruct_numba
+from lightning_cap.utilities.memory import in_chunks
+from lightning_cap.utilities.precision import full_float32
 
 
 def reconstruct(

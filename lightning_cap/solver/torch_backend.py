@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from lightning_cap.patterns import Pattern
+    from lightning_cap.sparsity.patterns import Pattern
 
 
 def eliminate_left_looking(

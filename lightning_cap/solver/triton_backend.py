@@ -111,7 +111,7 @@ def eliminate_triton(
         ``rank`` ``(k, B)`` int32, the step at which each weight goes, ``B`` if never, and the marginal losses by step
         ``(k, B)``, dtype of ``inverse``, infinite past the block's last step.
     """
-    from lightning_cap.solver import triton_kernels as kernels
+    from lightning_cap.kernels import triton as kernels
 
     k, B = weights.shape
     dtype, device = inverse.dtype, inverse.device
@@ -138,7 +138,7 @@ def _interpreted() -> bool:
     """Whether the kernels were set up for triton's interpreter."""
     from triton.runtime import JITFunction
 
-    from lightning_cap.solver import triton_kernels as kernels
+    from lightning_cap.kernels import triton as kernels
 
     return not isinstance(kernels.eliminate_in_registers, JITFunction)
 

@@ -1,0 +1,1 @@
+"""From batches to gradient rows or layer inputs."""

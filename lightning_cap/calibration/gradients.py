@@ -1,0 +1,314 @@
+"""Gradient samples for the Fisher: batches -> chunks ``{target name: (n, *shape)}``.
+
+Only `torch.autograd.grad` (or `torch.func.grad`) is used, never ``.backward()``: ``.grad``, DDP's buckets and
+accumulated state are not touched.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.utils import _pytree as pytree
+
+from lightning_cap.calibration.batches import batch_size, is_batched, slice_batch
+from lightning_cap.calibration.vmap_rules import vmap_friendly
+from lightning_cap.errors import GradientError
+from lightning_cap.sparsity.targets import Targets
+from lightning_cap.utilities import distributed
+from lightning_cap.utilities.memory import is_out_of_memory
+from lightning_cap.utilities.progress import Progress
+
+_log = logging.getLogger(__name__)
+
+#: ``loss(model, batch)`` -> scalar mean loss over the batch.
+Loss = Callable[[nn.Module, Any], Tensor]
+
+_VMAP_FLOATS = 2**27  # per-sample gradients held at once, 512 MiB
+_VMAP_ROWS = 64
+
+
+class GradientCollector:
+    """A re-iterable source of gradient rows.
+
+    Args:
+        model: Put into eval mode by the caller; its parameters are not changed.
+        targets: Weights to differentiate by.
+        loss: Mean loss of a batch.
+        batches: This rank's batches, each a whole number of gradient samples; re-iterable to be read again. With
+            several processes, batch ``j`` of rank ``r`` is batch ``j·R + r`` of all.
+        num_gradients: Gradient samples ``N`` over all processes.
+        samples_per_gradient: Inputs ``m`` in one gradient sample. With ``m = 1`` rows are computed by `torch.func.vmap`,
+            and by a loop (with a warning) for models that vmap cannot take.
+        context: Entered around every loss evaluation, e.g. autocast.
+        scale: Factor on the loss before and off the gradient after, against float16 underflow.
+        progress: ``progress("collect", rows done, num_gradients)``.
+
+    Attributes:
+        skipped: Rows left out because they were not finite, in the last pass.
+        collected: Rows given, in the last pass.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Targets,
+        loss: Loss,
+        batches: Iterable[Any],
+        num_gradients: int,
+        samples_per_gradient: int = 1,
+        *,
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        scale: float = 1.0,
+        progress: Progress | None = None,
+    ) -> None:
+        self._program = _LossProgram(model, loss)
+        self._targets = targets
+        self._batches = batches
+        self._num_gradients = num_gradients
+        self._samples = samples_per_gradient
+        self._context = context
+        self._scale = scale
+        self._progress = progress
+        self._vmap = samples_per_gradient == 1
+        self._checked = False
+        self._at_once = rows_at_once(targets)
+        self.skipped = 0
+        self.collected = 0
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        """Chunks of finite rows, in global order.
+
+        With several processes, each gives its own rows, one chunk a round of batches, empty ones included: all give the same
+        number of chunks, and the global order is that of the rounds, and of the ranks in a round.
+
+        Raises:
+            GradientError: The loss has no gradient, a batch cannot be split, there are no batches, or more than half
+                of the rows are not finite.
+        """
+        self.skipped = self.collected = 0
+        attempted = 0
+        for chunk, tried, good in self._rounds() if distributed.world_size() > 1 else self._chunks():
+            attempted += tried
+            self.collected += good
+            self.skipped += tried - good
+            yield chunk
+            if self._progress is not None:
+                self._progress("collect", attempted, self._num_gradients)
+        self._conclude(attempted)
+
+    def _chunks(self) -> Iterator[tuple[dict[str, Tensor], int, int]]:
+        """``(finite rows, rows tried, finite ones)`` of a single process."""
+        left = self._num_gradients
+        for batch in self._batches:
+            for chunk in self._rows(batch, left):
+                tried = next(iter(chunk.values())).shape[0]
+                left -= tried
+                kept = _finite(chunk)
+                yield kept, tried, next(iter(kept.values())).shape[0]
+            if left <= 0:
+                return
+
+    def _rounds(self) -> Iterator[tuple[dict[str, Tensor], int, int]]:
+        """The same with several processes; the counts are those of all of them together."""
+        own, left = iter(self._batches), self._num_gradients
+        while left > 0:
+            batch, counts = self._together(lambda: self._next(own))
+            most = min(counts[distributed.rank()], max(0, left - sum(counts[: distributed.rank()])))
+            tried = min(left, sum(counts))
+            if tried == 0:
+                return
+            left -= tried
+            rows, good = self._together(functools.partial(self._finite_rows, batch, most))
+            yield rows, tried, sum(good)
+
+    def _together(self, work: Callable[[], tuple[Any, int]]) -> tuple[Any, list[int]]:
+        """What ``work`` gives, and the counts of all ranks; an error on one of them is raised on all."""
+        error: Exception | None = None
+        value, count = None, -1
+        try:
+            value, count = work()
+        except Exception as caught:
+            error = caught
+        counts = distributed.gather_counts(count, self._targets.device)
+        if min(counts) < 0:
+            with distributed.agreed("Collecting gradients"):
+                if error is not None:
+                    raise error
+        return value, counts
+
+    def _next(self, own: Iterator[Any]) -> tuple[Any, int]:
+        """This rank's next batch, and how many gradient samples are in it."""
+        batch = next(own, None)
+        size = 0 if batch is None else batch_size(batch, default=0)
+        return batch, 0 if batch is None else 1 if size <= self._samples else size // self._samples
+
+    def _finite_rows(self, batch: Any, most: int) -> tuple[dict[str, Tensor], int]:
+        """All finite rows of a batch at once, ``most`` of them at the most."""
+        chunks = [_finite(chunk) for chunk in self._rows(batch, most)] if most > 0 else []
+        if not chunks:
+            return {name: torch.zeros(0, *w.shape, device=w.device) for name, w in self._targets.items()}, 0
+        rows = chunks[0] if len(chunks) == 1 else {n: torch.cat([chunk[n] for chunk in chunks]) for n in chunks[0]}
+        return rows, next(iter(rows.values())).shape[0]
+
+    @property
+    def repeatable(self) -> bool:
+        """Whether the batches can be read again."""
+        return bool(getattr(self._batches, "repeatable", not isinstance(self._batches, Iterator)))
+
+    @property
+    def rows_bytes(self) -> int:
+        """Memory of the rows that are held at once, float32 (in a single process)."""
+        return 4 * self._targets.numel * (self._at_once if self._samples == 1 else 1)
+
+    def probe(self, batch: Any) -> None:
+        """Compute one gradient row and throw it away, to fail early.
+
+        Raises:
+            GradientError: The loss is not a scalar, has no gradient, or does not depend on any target.
+        """
+        self._loop_row(next(iter(self._split(batch, 1))))
+
+    def _conclude(self, attempted: int) -> None:
+        if attempted == 0:
+            raise GradientError("batches: the calibration batches are empty. Check the data set and its batch size.")
+        if attempted < self._num_gradients:
+            warnings.warn(
+                f"num_gradients={self._num_gradients}: the batches gave only {attempted} gradient samples of "
+                f"{self._samples} inputs; the Fisher is estimated from those.",
+                stacklevel=3,
+            )
+        if 2 * self.skipped > attempted:
+            raise GradientError(
+                f"{self.skipped} of {attempted} gradient samples are not finite, so the Fisher cannot be trusted. The model "
+                "was not changed. Check the loss and the calibration data, or use a wider precision (bf16 or float32)."
+            )
+        if self.skipped:
+            warnings.warn(
+                f"{self.skipped} of {attempted} gradient samples are not finite and were skipped.", stacklevel=3
+            )
+
+    def _rows(self, batch: Any, most: int) -> Iterator[dict[str, Tensor]]:
+        """Float32 rows of one batch, ``most`` of them at the most."""
+        if not self._checked:
+            self.probe(batch)
+            self._checked = True
+        if self._vmap:
+            size = batch_size(batch)
+            start, stop = 0, min(size, most)
+            while start < stop:
+                end = min(start + self._at_once, stop)
+                try:
+                    rows = self._vmap_rows(slice_batch(batch, size, start, end))
+                except Exception as error:
+                    if not is_out_of_memory(error):
+                        self._fall_back(error)
+                    elif self._at_once == 1:
+                        raise
+                    rows = None
+                if rows is not None:
+                    yield rows
+                    start = end
+                elif self._vmap:
+                    self._at_once //= 2
+                    _log.warning("Out of memory in the gradients; going on with %d samples at once.", self._at_once)
+                else:
+                    rest = slice_batch(batch, size, start, stop)
+                    yield from (self._loop_row(one) for one in self._split(rest, most))
+                    return
+            return
+        yield from (self._loop_row(piece) for piece in self._split(batch, most))
+
+    def _fall_back(self, error: Exception) -> None:
+        self._vmap = False
+        warnings.warn(
+            "samples_per_gradient=1: torch.func.vmap cannot take this model or loss "
+            f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}). Falling back to a loop "
+            "over samples, which gives the same gradients more slowly.",
+            stacklevel=4,
+        )
+
+    def _split(self, batch: Any, most: int) -> Iterator[Any]:
+        size = batch_size(batch, default=0)
+        if size <= self._samples:
+            yield batch
+            return
+        for start in range(0, min(size // self._samples, most)):
+            yield slice_batch(batch, size, start * self._samples, (start + 1) * self._samples)
+
+    def _loop_row(self, batch: Any) -> dict[str, Tensor]:
+        with torch.inference_mode(False), torch.enable_grad(), self._context():
+            loss = self._program(batch)
+            if not isinstance(loss, Tensor) or loss.numel() != 1:
+                raise GradientError(
+                    f"loss: got {_describe(loss)} instead of a scalar tensor. Return the mean loss of the batch, or define "
+                    "calibration_step(batch, batch_idx) that does."
+                )
+            if not loss.requires_grad:
+                raise GradientError(
+                    "loss: it has no gradient (requires_grad is False). Do not detach it or compute it under no_grad; or "
+                    "define calibration_step(batch, batch_idx) that returns a differentiable loss."
+                )
+            grads = torch.autograd.grad(loss.reshape(()) * self._scale, list(self._targets.values()), allow_unused=True)
+        if all(g is None for g in grads):
+            raise GradientError(
+                f"loss: it depends on none of the {len(self._targets)} targets, so nothing can be pruned by it."
+            )
+        return {
+            name: (torch.zeros_like(weight) if g is None else g.detach()).float().div_(self._scale).unsqueeze(0)
+            for (name, weight), g in zip(self._targets.items(), grads, strict=True)
+        }
+
+    def _vmap_rows(self, batch: Any) -> dict[str, Tensor]:
+        leaves, spec = pytree.tree_flatten(batch)
+        size = batch_size(batch)
+        dims = [0 if is_batched(leaf, size) else None for leaf in leaves]
+        tensors = [leaf for leaf, dim in zip(leaves, dims, strict=True) if dim == 0]
+        names = list(self._targets)
+        paths = [f"model.{self._targets.paths[name]}" for name in names]
+
+        def loss(weights: Sequence[Tensor], sample: Sequence[Tensor]) -> Tensor:
+            inputs = iter(sample)
+            one = [next(inputs).unsqueeze(0) if dim == 0 else leaf for leaf, dim in zip(leaves, dims, strict=True)]
+            value = functional_call(
+                self._program, dict(zip(paths, weights, strict=True)), (pytree.tree_unflatten(one, spec),)
+            )
+            return value.reshape(()) * self._scale  # type: ignore[no-any-return]
+
+        with torch.inference_mode(False), torch.enable_grad(), self._context(), vmap_friendly():
+            weights = [weight.detach() for weight in self._targets.values()]
+            rows = vmap(grad(loss), in_dims=(None, 0), randomness="different")(weights, tensors)
+        return {name: row.detach().float().div_(self._scale) for name, row in zip(names, rows, strict=True)}
+
+
+def _finite(chunk: dict[str, Tensor]) -> dict[str, Tensor]:
+    finite = torch.stack([torch.isfinite(row.flatten(1)).all(1) for row in chunk.values()]).all(0)
+    return chunk if bool(finite.all()) else {name: row[finite] for name, row in chunk.items()}
+
+
+def rows_at_once(targets: Targets) -> int:
+    """Per-sample gradients in one vmap: a fixed function of the targets, so that results do not depend on free memory."""
+    return max(1, min(_VMAP_ROWS, _VMAP_FLOATS // targets.numel))
+
+
+class _LossProgram(nn.Module):
+    """Makes ``loss(model, batch)`` a module's forward, so that `functional_call` can swap the weights."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = loss
+
+    def forward(self, batch: Any) -> Tensor:
+        return self._loss(self.model, batch)
+
+
+def _describe(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

@@ -1,0 +1,1 @@
+"""What a run of the Trainer is told by us."""

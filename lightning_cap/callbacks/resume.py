@@ -1,0 +1,41 @@
+"""Makes a resumed run draw what the run that was never stopped would have drawn."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_cap.utilities import distributed, rng
+
+
+def restore_random_state(restored: dict[str, Any]) -> bool:
+    """Set this rank's generators to those in a callback state, once: the entry is taken out. Whether it was done."""
+    states = restored.pop("rng", None)
+    if not states:
+        return False
+    if len(states) != distributed.world_size():
+        rank_zero_warn(
+            f"The checkpoint holds the random state of {len(states)} processes, this run has {distributed.world_size()}: "
+            "data order and augmentation will differ from the run that was stopped."
+        )
+        return False
+    rng.restore(states[distributed.rank()])
+    return True
+
+
+def begin_epoch_anew(trainer: pl.Trainer) -> None:
+    """Begin the epoch's data anew, now that the random state is the stopped run's.
+
+    On resuming, Lightning makes the training iterator before any callback state is in force, and keeps it; a run that was
+    never stopped makes it here. Loaders with a state of their own have restored it and are left alone.
+    """
+    fetcher = getattr(trainer.fit_loop, "_data_fetcher", None)
+    loader = getattr(trainer.fit_loop, "_combined_loader", None)
+    if (
+        fetcher is not None
+        and loader is not None
+        and not any(hasattr(dl, "load_state_dict") for dl in loader.flattened)
+    ):
+        iter(fetcher)

@@ -1,0 +1,62 @@
+"""What belongs to one ``fit``: live tensors and the resolved schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import lightning.pytorch as pl
+
+from lightning_cap.pruners import Pruner
+from lightning_cap.schedules import SparsitySchedule
+from lightning_cap.sparsity.masks import MaskSet
+from lightning_cap.sparsity.targets import Targets
+
+
+class Run:
+    """Targets, masks, events and the folder for checkpoints of one ``fit``.
+
+    Attributes:
+        starts: Epochs of the events that begin a cycle.
+        phases: Epochs of the events that begin a sparse phase; see `sparse_phases`.
+    """
+
+    def __init__(
+        self,
+        targets: Targets,
+        masks: MaskSet,
+        events: dict[int, float],
+        folder: Path,
+        pruner: Pruner,
+        schedule: SparsitySchedule,
+    ) -> None:
+        self.targets, self.masks, self.events, self.folder = targets, masks, events, folder
+        self.starts = cycle_starts(events, pruner)
+        self.phases = sparse_phases(events, schedule)
+
+    def done(self, epoch: int) -> float:
+        """Events before that of ``epoch``, over all."""
+        return list(self.events).index(epoch) / len(self.events)
+
+
+def is_dry(trainer: pl.Trainer) -> bool:
+    """Whether this is a ``fast_dev_run``."""
+    return bool(getattr(trainer, "fast_dev_run", False))
+
+
+def cycle_starts(events: Mapping[int, float], pruner: Pruner) -> list[int]:
+    """Epochs of the events that begin a cycle: all; with a pruner that regrows, those that change the target."""
+    epochs = list(events)
+    return [e for i, e in enumerate(epochs) if not (pruner.regrows and i and events[epochs[i - 1]] == events[e])]
+
+
+def sparse_phases(events: Mapping[int, float], schedule: SparsitySchedule) -> list[int]:
+    """Epochs of the events that begin a sparse phase, where a schedule has dense ones too: it lifts masks (AC/DC).
+
+    The first phase begins with the first event above 0, each other with the one that follows a lift. Which zeros the model
+    had before makes no difference. Schedules that lift no masks have no phases.
+    """
+    if not schedule.regrows or all(events.values()):
+        return []
+    before = [0.0, *events.values()]
+    return [epoch for (epoch, goal), last in zip(events.items(), before, strict=False) if goal and not last]

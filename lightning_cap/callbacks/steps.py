@@ -1,0 +1,131 @@
+"""How pruned weights come back: which way an event takes, and what the optimizer knows of a weight that is new."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+
+from lightning_cap.errors import PatternError
+from lightning_cap.pruners import DropAndGrow, Pruner
+from lightning_cap.schedules import SparsitySchedule
+from lightning_cap.sparsity.allocation import budget_of
+from lightning_cap.sparsity.masks import MaskSet
+from lightning_cap.sparsity.patterns import Unstructured
+from lightning_cap.sparsity.targets import Targets
+
+
+@dataclass(frozen=True)
+class Way:
+    """From the sparsity that is reached to an event's target.
+
+    Attributes:
+        pruner: Who goes it.
+        sparsities: Its steps; none lifts all masks.
+    """
+
+    pruner: Pruner
+    sparsities: tuple[float, ...]
+
+
+def choose_way(
+    pruner: Pruner, schedule: SparsitySchedule, masks: MaskSet, target: float, epoch: int, num_recomputations: int
+) -> Way | None:
+    """The way to ``target``; None, with a warning, if it is below what is reached, and neither schedule nor pruner regrows.
+
+    Args:
+        pruner: Of the run.
+        schedule: Of the run.
+        masks: In force.
+        target: Sparsity of the event.
+        epoch: Of the event.
+        num_recomputations: Steps that a pruner takes to a higher sparsity.
+    """
+    start, numel = masks.global_sparsity, sum(mask.numel() for mask in masks.values())
+    way = _way(pruner, schedule, start, numel, target, num_recomputations)
+    if way is None:
+        rank_zero_warn(
+            f"schedule: sparsity {target:g} at epoch {epoch}, but the model is already at {start:.4g}. Nothing is changed; "
+            "pruned weights grow back only where the schedule declares it, as SparsitySteps(..., allow_decrease=True) does."
+        )
+    return way
+
+
+def check_ways(
+    pruner: Pruner,
+    schedule: SparsitySchedule,
+    targets: Targets,
+    masks: MaskSet,
+    goals: Iterable[float],
+    num_recomputations: int,
+) -> None:
+    """Refuse, before the first step, what an event to come could not do. Arguments as for `choose_way`.
+
+    Args:
+        pruner: Of the run.
+        schedule: Of the run.
+        targets: The weights.
+        masks: In force now. Until all are lifted, they stand for those of the events to come.
+        goals: Sparsities of the events that are not done yet, in order.
+        num_recomputations: Steps that a pruner takes to a higher sparsity.
+
+    Raises:
+        ConfigError: The zeros of an event, or of a step to it, cannot be placed.
+        PatternError: The sparsity falls, and weights that come back one by one would break the pruner's pattern.
+    """
+    start, present = masks.global_sparsity, dict(masks)
+    for goal in goals:
+        way = _way(pruner, schedule, start, targets.numel, goal, num_recomputations)
+        if way is None:
+            continue
+        if not way.sparsities:
+            present = {}
+        way.pruner.check_goals(targets, present, way.sparsities)
+        start = goal
+
+
+def _way(
+    pruner: Pruner, schedule: SparsitySchedule, start: float, numel: int, target: float, num_recomputations: int
+) -> Way | None:
+    """From the sparsity ``start`` of ``numel`` weights to ``target``; None if there is no way."""
+    if schedule.regrows and target == 0:
+        return Way(pruner, ())
+    if pruner.regrows:
+        return Way(pruner, (target,))
+    if pruner.pattern.sparsity is None and budget_of(target, numel) < round(start * numel):
+        if schedule.regrows:
+            _refuse_patterned_fall(pruner, start, target)
+            return Way(grower(pruner), (target,))
+        return None
+    steps = [start + (target - start) * (i + 1) / num_recomputations for i in range(num_recomputations - 1)]
+    return Way(pruner, (*steps, target))
+
+
+def grower(pruner: Pruner) -> DropAndGrow:
+    """Brings weights back by their mean gradient, as many in each budget as the allocation of ``pruner`` has it.
+
+    It drops none where that does not ask for it, and takes as many gradient samples as ``pruner``, if any.
+    """
+    allocation = getattr(pruner, "allocation", None)
+    if not pruner.num_gradients:
+        return DropAndGrow(0, allocation=allocation)
+    return DropAndGrow(0, pruner.num_gradients, pruner.samples_per_gradient, allocation)
+
+
+def _refuse_patterned_fall(pruner: Pruner, start: float, target: float) -> None:
+    if not isinstance(pruner.pattern, Unstructured):
+        raise PatternError(
+            f"pattern={pruner.pattern}: the sparsity falls from {start:.4g} to {target:g}, and weights come back one by one, "
+            "which would break the pattern. Let the schedule rise, or fall to 0 first, which lifts all masks, or use "
+            "Unstructured()."
+        )
+
+
+def pruners_of(pruner: Pruner, schedule: SparsitySchedule, events: Mapping[int, float]) -> list[Pruner]:
+    """The pruners that a run needs, its own first."""
+    reached, falls = 0.0, False
+    for target in events.values():
+        falls |= 0 < target < reached
+        reached = target
+    return [pruner, grower(pruner)] if falls and schedule.regrows and not pruner.regrows else [pruner]

@@ -1,0 +1,121 @@
+"""What a comparison draws beside its rows: the loss surface of two solutions, and the average Fisher block."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from lightning_cap.calibration.sources import GradientSource
+from lightning_cap.comparison.fisher_block import average_blocks
+from lightning_cap.comparison.surface import measure_surface
+from lightning_cap.comparison.variants import Request, Variant
+from lightning_cap.export.safetensors import save_plain_weights
+from lightning_cap.sparsity.targets import Targets
+from lightning_cap.utilities import distributed
+from lightning_cap.utilities.files import save_json
+
+
+class Extras:
+    """Which of them are wanted and not there yet, and their making. With the first seed, and pruners as given.
+
+    Args:
+        request: What to compare.
+        targets: The weights.
+        prints: Fingerprints of the rows.
+    """
+
+    def __init__(self, request: Request, targets: Targets, prints: Mapping[tuple[str, float], str]) -> None:
+        self._request, self._targets = request, targets
+        first = request.variants[0].seed
+        self._plain = [v for v in request.variants if v.setting is None and v.seed == first]
+        self._prints = prints
+        self._surface_print = self._block_print = self._block_of = ""
+        self._surface_of: list[str] = []  # fingerprints of the rows
+        self.surface_wanted = self._surface_missing()
+        self._block = self._block_missing()
+
+    def block_reader(self, seed: int) -> Variant | None:
+        """The pruner whose gradients the average block is made of, if it is still to be made with this seed."""
+        return self._block if self._block is not None and self._block.seed == seed else None
+
+    def save_block(self, rows: GradientSource) -> None:
+        """Make the average block; every process must call it."""
+        blocks = average_blocks(self._targets, rows, self._request.fisher_block)
+        with distributed.agreed("Saving the Fisher block"):
+            if self._request.folder is not None and distributed.rank() == 0:
+                path = self._request.folder / "fisher_block.safetensors"
+                save_plain_weights(path, blocks, {"fingerprint": self._block_print, "of": self._block_of})
+
+    def solution_file(self, variant: Variant, sparsity: float) -> str:
+        """Where the weights of a solution are kept until the surface is drawn; empty for those that it does not need."""
+        surface = self._request.surface
+        if surface is None or not self.surface_wanted or variant not in self._plain:
+            return ""
+        if variant.name not in surface.pruners or sparsity != surface.sparsity:
+            return ""
+        return f".work/surface-{self._prints[variant.slug, sparsity]}.safetensors"
+
+    def save_surface(self, loss: Callable[[], float], progress: Callable[[int, int], None]) -> None:
+        """Take the loss over the plane; every process must call it."""
+        surface, folder = self._request.surface, self._request.folder
+        if surface is None or folder is None:
+            return
+        one, two = (self._solution(folder, self._of(name)) for name in surface.pruners)
+        found = measure_surface(self._targets, (one, two), loss, surface, progress)
+        with distributed.agreed("Saving the loss surface"):
+            if distributed.rank() == 0:
+                prints = {"fingerprint": self._surface_print, "of": self._surface_of}
+                save_json(folder / "surface.json", {**found, **prints})
+        self.surface_wanted = False
+
+    def _solution(self, folder: Path, variant: Variant) -> dict[str, Tensor]:
+        """The weights that rank 0 has kept, on every rank."""
+        assert self._request.surface is not None
+        weights = self._targets.copies()
+        with distributed.agreed("Reading the solutions for the loss surface"):
+            if distributed.rank() == 0:
+                weights = load_file(folder / self.solution_file(variant, self._request.surface.sparsity))
+        weights = {name: weights[name].to(weight.device) for name, weight in self._targets.items()}
+        for name in weights:
+            distributed.broadcast(weights[name])
+        return weights
+
+    def _of(self, name: str) -> Variant:
+        return next(variant for variant in self._plain if variant.name == name)
+
+    def _surface_missing(self) -> bool:
+        surface, folder = self._request.surface, self._request.folder
+        if surface is None or folder is None:
+            return False
+        self._surface_of = [self._prints[self._of(name).slug, surface.sparsity] for name in surface.pruners]
+        self._surface_print = _short_hash([self._surface_of, surface.points, surface.batches, surface.margin])
+        try:
+            known = json.loads((folder / "surface.json").read_text())["fingerprint"]
+        except (OSError, ValueError, KeyError):
+            known = ""
+        return bool(distributed.gather_objects(known != self._surface_print)[0])
+
+    def _block_missing(self) -> Variant | None:
+        folder, size = self._request.folder, self._request.fisher_block
+        reader = next((variant for variant in self._plain if variant.pruner.num_gradients), None)
+        if not size or folder is None or reader is None:
+            return None
+        self._block_of = self._prints[reader.slug, self._request.sparsities[0]]
+        self._block_print = _short_hash([self._block_of, size])
+        try:
+            with safe_open(folder / "fisher_block.safetensors", "pt") as file:
+                known = (file.metadata() or {}).get("fingerprint", "")
+        except (OSError, SafetensorError):
+            known = ""
+        return reader if distributed.gather_objects(known != self._block_print)[0] else None
+
+
+def _short_hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()[:20]

@@ -1,0 +1,150 @@
+"""What all rows of a comparison depend on: weights, settings, data, version. So that rows of other ones are not taken up."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import is_dataclass
+from pathlib import PurePath
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, Dataset
+from torchmetrics import Metric
+
+from lightning_cap._version import __version__
+from lightning_cap.calibration.batches import CalibrationBatches
+from lightning_cap.calibration.gradients import rows_at_once
+from lightning_cap.comparison.results import digest
+from lightning_cap.sparsity.targets import Targets
+from lightning_cap.trainer.calibration import calibrating, calibration_source, ready_batches
+from lightning_cap.trainer.event import COMPUTE
+from lightning_cap.utilities import distributed
+
+ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
+_DEPTH = 6  # of objects in objects
+
+
+def identity_of(trainer: pl.Trainer, module: pl.LightningModule, targets: Targets, calibrates: bool) -> dict[str, Any]:
+    """What all rows of a comparison depend on, as far as it can be known; rank 0's on every process, which all must call it.
+
+    Of the module (with all in it) and the datamodule: public attributes and hyperparameters. Names that begin with ``_`` are for
+    what does not matter.
+
+    Args:
+        trainer: In ``validate``.
+        module: Its LightningModule.
+        targets: The weights that are pruned.
+        calibrates: Whether calibration data is read; its first batch (seed 0) counts then.
+    """
+    with distributed.agreed("Reading what the comparison depends on"):
+        calibration = _calibration(trainer, module, targets) if calibrates else None  # first: it may set the data up
+        tensors = {**module.state_dict(), **dict(module.named_buffers())}
+        loaders = CombinedLoader(trainer.val_dataloaders, "sequential").flattened
+        identity = {
+            "version": __version__,
+            "weights": digest({name: value for name, value in tensors.items() if isinstance(value, Tensor)}),
+            "targets": list(targets),
+            "module": checksum([{n: _own(m) for n, m in module.named_modules()}, plain(dict(module.hparams))]),
+            "data": _data(getattr(trainer, "datamodule", None)),
+            "calibration": calibration,
+            "samples": [_length(getattr(loader, "dataset", None)) for loader in loaders],
+            "batches": [float(number) for number in trainer.num_val_batches],
+            "precision": str(trainer.precision),
+        }
+    return dict(distributed.gather_objects(identity)[0])
+
+
+def checksum(value: Any) -> str:
+    """Of plain values, the same in every run of the program."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def plain(value: Any, depth: int = _DEPTH) -> Any:
+    """A description that JSON can hold, the same in every run of the program, and another one for other settings.
+
+    Objects are described by type and ``repr``, and where that has an address in it (or they are dataclasses) by their attributes
+    instead; tensors and modules by a checksum; data sets by their length.
+    """
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, PurePath):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {"{}": sorted(([str(plain(k)), plain(v, depth)] for k, v in value.items()), key=lambda pair: pair[0])}
+    if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
+        return [plain(entry, depth) for entry in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted((plain(entry, depth) for entry in value), key=str)
+    return _described(value, depth)
+
+
+def _described(value: Any, depth: int) -> Any:
+    kind = _name(type(value))
+    if isinstance(value, Tensor):
+        return [kind, digest({"": value})]
+    if isinstance(value, np.ndarray):
+        return [kind, str(value.dtype), checksum(plain(value.tolist()))]
+    if isinstance(value, nn.Module):
+        return [kind, digest({name: part for name, part in value.state_dict().items() if isinstance(part, Tensor)})]
+    if isinstance(value, (Dataset, DataLoader)):
+        return [kind, _length(value)]
+    if isinstance(value, pl.Trainer) or depth == 0:
+        return kind
+    if isinstance(value, functools.partial):
+        return [kind, plain(value.func, depth - 1), plain(value.args, depth - 1), plain(value.keywords, depth - 1)]
+    if hasattr(value, "__qualname__"):  # a class or a function
+        code = getattr(value, "__code__", None)
+        return [_name(value), code.co_code.hex() if code is not None else "", plain(getattr(value, "__defaults__", ()))]
+    text = repr(value)
+    if hasattr(value, "__dict__") and (ADDRESS.search(text) or is_dataclass(value)):
+        return [kind, plain(vars(value), depth - 1)]
+    return [kind, ADDRESS.sub("", text)]
+
+
+def _name(kind: Any) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _own(module: nn.Module) -> Any:
+    """Type and public attributes of one module, without those in it, what the run keeps in it, and the state of a metric."""
+    state = module._defaults if isinstance(module, Metric) else {}
+    without = _internal(module) | set(state)
+    return [_name(type(module)), plain({k: v for k, v in vars(module).items() if k[0] != "_" and k not in without})]
+
+
+def _data(datamodule: pl.LightningDataModule | None) -> Any:
+    if datamodule is None:
+        return None
+    own = {k: v for k, v in vars(datamodule).items() if k[0] != "_" and k not in vars(pl.LightningDataModule())}
+    return [_name(type(datamodule)), checksum([plain(own), plain(dict(datamodule.hparams))])]
+
+
+def _internal(module: nn.Module) -> set[str]:
+    """What torch and Lightning keep in every module."""
+    return set(vars(pl.LightningModule() if isinstance(module, pl.LightningModule) else nn.Module()))
+
+
+def _calibration(trainer: pl.Trainer, module: pl.LightningModule, targets: Targets) -> list[Any]:
+    """Samples of the calibration data, and a checksum of its first batch under seed 0, as the module gets it."""
+    with calibrating(trainer, module), torch.no_grad():
+        source = calibration_source(trainer, module)
+        batches = CalibrationBatches(source, 1, 1, 0, 0, rows_at_once(targets))
+        first = next(ready_batches(trainer, module, batches, (0, 0, COMPUTE)), None)
+    return [_length(getattr(source, "dataset", source)), checksum([plain(leaf) for leaf in pytree.tree_leaves(first)])]
+
+
+def _length(data: Any) -> int | None:
+    """Of data that knows it."""
+    try:
+        return len(data)
+    except (TypeError, NotImplementedError):
+        return None

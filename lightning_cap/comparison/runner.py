@@ -1,0 +1,338 @@
+"""The work of a comparison inside one validation run: collect, solve, apply, measure, put the weights back."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import lightning.pytorch as pl
+from torch import Tensor
+
+from lightning_cap.calibration.sources import TimedSource
+from lightning_cap.comparison.artifacts import Extras
+from lightning_cap.comparison.fingerprint import checksum, identity_of
+from lightning_cap.comparison.gradient_cache import SharedRows, find, share
+from lightning_cap.comparison.measure import Measure, loss_name
+from lightning_cap.comparison.results import Results, Row, digest, save_masks
+from lightning_cap.comparison.variants import Request, Variant, check_targets, goal_of, naming
+from lightning_cap.errors import ConfigError
+from lightning_cap.export.safetensors import save_plain_weights, save_weights, sparsity_stem
+from lightning_cap.pruners.base import PruneResult
+from lightning_cap.sparsity.masks import MaskSet
+from lightning_cap.sparsity.targets import Targets, measured_sparsity
+from lightning_cap.trainer.calibration import calibrating
+from lightning_cap.trainer.evaluation import evaluate
+from lightning_cap.trainer.event import PruningEvent
+from lightning_cap.trainer.progress_bar import event_progress
+from lightning_cap.utilities import distributed, rng
+from lightning_cap.utilities.distributed import check_equal_on_all_ranks
+from lightning_cap.utilities.progress import Progress
+
+_DRAW = 5  # domain of the key for what a pruner draws from the global generators
+_WORK = ".work"  # folder in the folder, gone in the end
+
+
+class Work:
+    """All runs of a comparison, in the module of a Trainer that validates.
+
+    Args:
+        trainer: In ``validate``.
+        module: Its LightningModule; as before afterwards.
+        request: What to compare.
+
+    Raises:
+        CAPError: A pruner refuses the targets, or its allocation a sparsity.
+    """
+
+    def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, request: Request) -> None:
+        self._trainer, self._module, self._request = trainer, module, request
+        self._targets = Targets.from_model(module, request.include, request.exclude)
+        self._masks = MaskSet(self._targets)
+        self._masks.mask_zeros()
+        check_targets(request.variants, self._targets, self._masks, request.sparsities)
+        self._before = self._targets.copies()
+        calibrates = any(map(_calibrates, request.variants))
+        identity = {
+            **identity_of(trainer, module, self._targets, calibrates),
+            "loss_samples": request.loss_samples,
+        }
+        self._measure = Measure(trainer, module, self._targets, request.loss_samples if calibrates else 0)
+        wanted = [(v, s) for v in request.variants for s in request.sparsities]
+        prints = {(v.slug, s): v.fingerprint(s, identity) for v, s in wanted}
+        self._prints: dict[tuple[str, float], str] = distributed.gather_objects(prints)[0]
+        self._dense_print = checksum(identity)
+        self._results = Results(request.folder, [self._dense_print, *self._prints.values()])
+        self._extras = Extras(request, self._targets, self._prints)
+        for row in self._results.rows():
+            self._measure.know(row["solution"], row["metrics"])
+        self._todo: dict[Variant, list[float]] = {}
+        self._started = 0
+        self._dense_losses: dict[int, float | None] = {}
+
+    def run(self) -> list[Row]:
+        """Do what is missing; the rows in the order of the request, the dense model's first."""
+        try:
+            self._todo = {v: left for v in self._request.variants if (left := self._missing(v))}
+            self._rehearse()
+            self._dense = self._dense_row()
+            for seed in {variant.seed for variant in self._todo}:
+                self._dense_losses[seed] = self._measure.calibration_loss(self._dense["solution"], seed)
+            for seed in dict.fromkeys(v.seed for v in self._request.variants):
+                self._run_seed(seed)
+            if self._extras.surface_wanted:
+                with event_progress(self._trainer, "Loss surface") as progress:
+                    self._extras.save_surface(self._surface_loss(), lambda done, total: progress("loss", done, total))
+        finally:
+            self._targets.restore(self._before)
+        self._results.save()
+        if self._request.folder is not None and distributed.gather_objects(None):  # when all have come here
+            shutil.rmtree(self._request.folder / _WORK, ignore_errors=True)
+        return self._results.rows()
+
+    def _rehearse(self) -> None:
+        """Compute one batch for each kind of source, and throw it away: what cannot work is to fail before anything runs."""
+        kinds = {(v.pruner.num_inputs > 0, v.pruner.samples_per_gradient): v for v in self._todo if _calibrates(v)}
+        for variant in kinds.values():
+            with naming(variant):
+                self._event(variant).rehearse(0)
+
+    def _run_seed(self, seed: int) -> None:
+        """Pruners without gradients first, then those that read the same rows together."""
+        here = [variant for variant in self._todo if variant.seed == seed]
+        block = self._extras.block_reader(seed)
+        readers = [variant for variant in here if _reads_gradients(variant)] + ([block] if block is not None else [])
+        self._run([variant for variant in here if not _reads_gradients(variant)], None)
+        for m in dict.fromkeys(variant.pruner.samples_per_gradient for variant in readers):
+            group = [variant for variant in readers if variant.pruner.samples_per_gradient == m]
+            rows = self._shared(group)
+            if block is not None and block in group:
+                self._extras.save_block(_first(rows, block) or self._own_rows(block))
+            self._run([variant for variant in here if variant in group], rows)
+            if rows is not None:
+                rows.chunks.close()
+
+    def _own_rows(self, variant: Variant, progress: Progress | None = None) -> TimedSource:
+        source = self._event(variant, progress).collector(0)
+        return TimedSource(source if source is not None else (), lambda: calibrating(self._trainer, self._module))
+
+    def _missing(self, variant: Variant) -> list[float]:
+        """Sparsities whose row, or a file of it, is not there yet."""
+        return [s for s in self._request.sparsities if not self._has(variant, s)]
+
+    def _has(self, variant: Variant, sparsity: float) -> bool:
+        keys = ["masks"] if self._request.folder is not None else []
+        keys += ["weights"] if self._weights_file(variant, sparsity) else []
+        kept = self._extras.solution_file(variant, sparsity)
+        row = self._results.get(self._prints[variant.slug, sparsity], keys)
+        return row is not None and (not kept or self._results.exists(kept))
+
+    def _shared(self, readers: Sequence[Variant]) -> SharedRows | None:
+        """The rows for pruners of one seed and ``samples_per_gradient``, if there is more than one."""
+        request, largest = self._request, max(readers, key=lambda v: v.pruner.num_gradients)
+        m, most = largest.pruner.samples_per_gradient, largest.pruner.num_gradients
+        folder = None if request.folder is None else request.folder / _WORK / f"rows-seed={largest.seed}-m={m}"
+        key = f"{self._dense_print} {largest.seed} {m}"
+        found = find(self._targets, most, folder, key)
+        if found is not None or len(readers) < 2:
+            return found
+        with event_progress(self._trainer, "Gradients for all") as progress:
+            source = self._own_rows(largest, progress)
+            return share(source, self._targets, most, folder, key, request.max_rows_memory)
+
+    def _run(self, variants: Sequence[Variant], rows: SharedRows | None) -> None:
+        for variant in variants:
+            self._started += 1
+            seed = f", seed {variant.seed}" if len({v.seed for v in self._request.variants}) > 1 else ""
+            title = f"{self._started}/{len(self._todo)} {variant.label}{seed}"
+            with event_progress(self._trainer, title) as progress:
+                if variant.num_recomputations == 1:
+                    self._from_one_path(variant, _first(rows, variant), progress)
+                    continue
+                for number, sparsity in enumerate(self._todo[variant]):
+                    progress("sparsity", number, len(self._todo[variant]))
+                    self._in_steps(variant, sparsity, _first(rows, variant), progress)
+
+    def _from_one_path(self, variant: Variant, rows: SharedRows | None, progress: Progress) -> None:
+        event = self._event(variant, progress)
+        with _drawing(variant):
+            path = event.path(0, self._masks, rows)
+        with path:
+            solved = _seconds(event, rows)
+            for number, sparsity in enumerate(self._todo[variant]):
+                progress("validate", number, len(self._todo[variant]))
+                started = time.perf_counter()
+                with _drawing(variant):
+                    result = path.at(sparsity)
+                seconds = {**solved, "apply": time.perf_counter() - started}
+                self._record(variant, sparsity, result, result.predicted_loss, seconds)
+
+    def _in_steps(self, variant: Variant, sparsity: float, rows: SharedRows | None, progress: Progress) -> None:
+        """Rising sparsities with fresh gradients for each; the first step is at the dense model and shares its rows."""
+        first, steps = self._masks.global_sparsity, variant.num_recomputations
+        masks: Mapping[str, Tensor] = self._masks
+        predicted, seconds = 0.0, {"collect": 0.0, "solve": 0.0, "apply": 0.0}
+        try:
+            for step in range(steps):
+                goal = goal_of(first, sparsity, step, steps)
+                event = self._event(variant, progress)
+                own = rows if step == 0 else None
+                with _drawing(variant), event.path(step, masks, own) as path:
+                    started = time.perf_counter()
+                    result = path.at(goal)
+                    taken = {**_seconds(event, own), "apply": time.perf_counter() - started}
+                result.apply(self._targets)
+                masks, predicted = result.masks, predicted + result.predicted_loss
+                seconds = {phase: seconds[phase] + taken[phase] for phase in seconds}
+            self._record(variant, sparsity, result, predicted, seconds)
+        finally:
+            self._targets.restore(self._before)
+
+    def _record(
+        self, variant: Variant, sparsity: float, result: PruneResult, predicted: float, seconds: dict[str, float]
+    ) -> None:
+        """Apply, measure, keep the row and its files, put the weights back."""
+        result.apply(self._targets)
+        try:
+            weights = self._targets.weights()
+            check_equal_on_all_ranks({"the weights": weights, "the masks": result.masks})
+            started = time.perf_counter()
+            row = {
+                **_description(variant, sparsity),
+                **self._measured(digest(weights), variant.seed),
+                "predicted_loss": predicted,
+                "stats": dict(result.stats),
+                "fingerprint": self._prints[variant.slug, sparsity],
+            }
+            row["seconds"] = {**seconds, "evaluate": time.perf_counter() - started}
+            self._save_files(variant, row, result)
+            self._results.add(row)
+        finally:
+            self._targets.restore(self._before)
+
+    def _measured(self, solution: str, seed: int) -> Row:
+        metrics = self._measure.metrics(solution)
+        name = loss_name(metrics)
+        now = {"validation": metrics.get(name or ""), "calibration": self._measure.calibration_loss(solution, seed)}
+        return {
+            "sparsity": measured_sparsity(self._targets),
+            "sparsities": {n: 1 - int(w.count_nonzero()) / w.numel() for n, w in self._targets.weights().items()},
+            "metrics": metrics,
+            "loss_increase": {kind: _less(now[kind], self._dense_loss(kind, seed)) for kind in now},
+            "solution": solution,
+        }
+
+    def _dense_loss(self, kind: str, seed: int) -> float | None:
+        if kind == "calibration":
+            return self._dense_losses.get(seed)
+        metrics: dict[str, float] = self._dense["metrics"]
+        return metrics.get(loss_name(metrics) or "")
+
+    def _dense_row(self) -> Row:
+        row = self._results.get(self._dense_print)
+        if row is None:
+            solution = digest(self._targets.weights())
+            metrics = self._measure.metrics(solution)
+            row = {
+                **{
+                    "pruner": "dense",
+                    "label": "dense",
+                    "grid": None,
+                    "seed": None,
+                    "target": 0.0,
+                    "predicted_loss": 0.0,
+                },
+                **{"sparsity": measured_sparsity(self._targets), "metrics": metrics, "solution": solution},
+                **{"settings": "", "weights": "", "masks": "", "fingerprint": self._dense_print},
+            }
+            self._results.add(row)
+        return row
+
+    def _save_files(self, variant: Variant, row: Row, result: PruneResult) -> None:
+        folder, stem = self._request.folder, sparsity_stem(row["target"])
+        row["masks"] = "" if folder is None else f"masks/{variant.slug}-{stem}.safetensors"
+        row["weights"] = self._weights_file(variant, row["target"])
+        kept = self._extras.solution_file(variant, row["target"])
+        with distributed.agreed("Saving the masks and weights"):
+            if folder is not None and distributed.rank() == 0:
+                save_masks(folder / row["masks"], result.masks)
+                if row["weights"]:
+                    path = folder / row["weights"]
+                    save_weights(self._module, self._targets, path, sparsity=row["sparsity"], goal=row["target"])
+                if kept:
+                    save_plain_weights(folder / kept, self._targets.weights(), {})
+
+    def _weights_file(self, variant: Variant, sparsity: float) -> str:
+        place = self._request.weights_in.get(variant.name)
+        if place is None or variant.setting is not None or self._request.folder is None:
+            return ""
+        several = len({v.seed for v in self._request.variants}) > 1
+        return f"{place}{f'seed={variant.seed}/' if several else ''}{sparsity_stem(sparsity)}.safetensors"
+
+    def _event(self, variant: Variant, progress: Progress | None = None) -> PruningEvent:
+        args = self._trainer, self._module, variant.pruner, self._targets, self._masks, variant.seed
+        return PruningEvent(*args, progress)
+
+    def _surface_loss(self) -> Callable[[], float]:
+        """The validation loss, of as many batches as the surface wants."""
+        name = loss_name(self._dense["metrics"])
+        batches = self._request.surface.batches if self._request.surface is not None else None
+        if name is None:
+            raise ConfigError(
+                f"surface: the module logs no loss in validation, but only {list(self._dense['metrics'])}. Log one, under a name "
+                "with 'loss' in it."
+            )
+        return lambda: evaluate(self._trainer, self._module, batches)[name]
+
+
+def _description(variant: Variant, sparsity: float) -> Row:
+    plain = {
+        k: v
+        for k, v in vars(variant.pruner).items()
+        if isinstance(v, (bool, int, float, str)) and not k.startswith("_")
+    }
+    return {
+        "pruner": variant.name,
+        "label": variant.label,
+        "grid": None if variant.setting is None else {"setting": variant.setting, "value": variant.value},
+        "seed": variant.seed,
+        "target": sparsity,
+        "settings": variant.settings,
+        "predicts_loss": variant.pruner.predicts_loss,
+        "parameters": {**plain, "num_recomputations": variant.num_recomputations},
+    }
+
+
+def _calibrates(variant: Variant) -> bool:
+    return bool(variant.pruner.num_gradients or variant.pruner.num_inputs)
+
+
+def _reads_gradients(variant: Variant) -> bool:
+    """Whether the pruner reads gradients, which can be shared, and nothing else."""
+    return bool(variant.pruner.num_gradients) and not variant.pruner.num_inputs
+
+
+def _first(rows: SharedRows | None, variant: Variant) -> SharedRows | None:
+    """As many as the pruner wants."""
+    return None if rows is None or not _reads_gradients(variant) else replace(rows, most=variant.pruner.num_gradients)
+
+
+def _seconds(event: PruningEvent, rows: SharedRows | None) -> dict[str, float]:
+    """Of the phases; for rows that were shared, collecting is counted as if the pruner had done it alone."""
+    spent = event.report.seconds
+    collect = spent["collect"] if rows is None else rows.seconds * min(1.0, rows.most / max(1, rows.total))
+    return {"collect": collect, "solve": spent["plan"] + spent["solve"]}
+
+
+def _less(value: float | None, dense: float | None) -> float | None:
+    return None if value is None or dense is None else value - dense
+
+
+@contextmanager
+def _drawing(variant: Variant) -> Iterator[None]:
+    """What a pruner draws from the global generators depends on the seed alone."""
+    with rng.preserved():
+        rng.seed_by(variant.seed, _DRAW)
+        yield

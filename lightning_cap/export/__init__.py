@@ -1,0 +1,1 @@
+"""Plain files of a pruned model."""

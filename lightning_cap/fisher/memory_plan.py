@@ -1,0 +1,197 @@
+"""The plan of a pruning event, made before it runs: where the Fisher lives, in how many passes, with how much memory."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from lightning_cap.errors import ConfigError
+from lightning_cap.fisher.blocks import Storage, fisher_bytes, resolve_storage, update_bytes
+from lightning_cap.solver.backend import Backend, chunk_blocks, work_bytes
+from lightning_cap.utilities import distributed
+from lightning_cap.utilities.memory import _gib, free_memory
+
+CPU = torch.device("cpu")
+
+_SHARE = 0.8  # of the free memory: the rest is for the activations of the calibration and, later, for training
+# bytes for an entry of a block besides its Fisher
+_FIRST_PASS = 5  # weight 4, alive 1
+_LATER_PASS = 24  # and rank 2, loss 4, score 4, pruned 1, new weights 4, diagonal 4
+_SOLVED = 30  # and the result, or the keys that the scores are sorted by
+
+
+@dataclass(frozen=True)
+class EventPlan:
+    """What an event will take.
+
+    Attributes:
+        device: Where blocks are solved.
+        peak_bytes: Peak extra memory there, the gradient rows of the source included.
+        limit: Bytes that it may take there; None if that is not known.
+        argument: What to name when it does not fit.
+        home: Where the Fisher is kept; the CPU for one that is too large for ``device``.
+        host_bytes: Peak extra main memory, where ``home`` is the CPU and ``device`` is not.
+        shares: For each pass over the gradients and each rank the ``(K_r,)`` indices of the blocks that it holds. There is one pass
+            unless memory is short. The blocks of a rank, all passes together, are consecutive.
+        chunk: Blocks that are solved at a time.
+    """
+
+    device: torch.device
+    peak_bytes: int = 0
+    limit: int | None = None
+    argument: str = "block_size"
+    home: torch.device = CPU
+    host_bytes: int = 0
+    shares: tuple[tuple[Tensor, ...], ...] = field(default=(), compare=False)
+    chunk: int = 1
+
+    @property
+    def passes(self) -> int:
+        """Times that the gradients are computed for the elimination; as often again to build weights, if more than one."""
+        return max(1, len(self.shares))
+
+    @property
+    def groups(self) -> tuple[Tensor, ...]:
+        """This rank's blocks in each pass."""
+        return tuple(share[distributed.rank()] for share in self.shares)
+
+    def check(self) -> None:
+        """Refuse an event that cannot fit.
+
+        Raises:
+            ConfigError: It needs more memory than it may take.
+        """
+        if self.limit is not None and self.peak_bytes > self.limit:
+            raise ConfigError(
+                f"{self.argument}: the pruning event needs {_gib(self.peak_bytes)} on {self.device}, where "
+                f"{_gib(self.limit)} may be used, even with the Fisher in as many passes as it has blocks. Allow more with "
+                "max_memory, choose a smaller block_size or row_chunk, or fewer targets with include/exclude."
+            )
+
+    def __str__(self) -> str:
+        where = f"on {self.device}" if self.home == self.device else f"on {self.home}, solved on {self.device}"
+        passes = f", in {self.passes} passes" if self.passes > 1 else ""
+        host = f", {_gib(self.host_bytes)} of main memory" if self.host_bytes else ""
+        return f"Fisher {where}{passes}, {_gib(self.peak_bytes)}{host}"
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the memory of an event depends on.
+
+    Attributes:
+        block_size: ``B``.
+        num_blocks: ``K``, of the layout.
+        row_chunk: Rows of the Fisher's buffer.
+        storage: Of the Fisher.
+        backend: Of the solver, resolved.
+        rows_bytes: Gradient rows that the source holds at once.
+        ranks: Processes that share the blocks.
+        busy_blocks: Of all ranks, those that are not fully masked.
+    """
+
+    block_size: int
+    num_blocks: int
+    row_chunk: int
+    storage: Storage
+    backend: Backend = "torch"
+    rows_bytes: int = 0
+    ranks: int = 1
+    busy_blocks: int = 0
+
+    def _source(self) -> int:
+        """The rows; with several processes also those that are sent and those that are received."""
+        return self.rows_bytes * (1 if self.ranks == 1 else 3)
+
+    def _kept(self, blocks: int, storage: Storage, home: torch.device) -> int:
+        """Of the Fisher."""
+        return fisher_bytes(blocks, self.block_size, storage, home)
+
+    def _buffer(self, blocks: int) -> int:
+        return 4 * self.row_chunk * blocks * self.block_size
+
+    def chunk(self, device: torch.device, limit: int | None) -> int:
+        """Blocks to solve at a time: what suits the device, in no more than a quarter of ``limit``."""
+        chunk = chunk_blocks(self.block_size, device, packed=self._packed(device))
+        while limit is not None and chunk > 1 and self._work(device, chunk) > limit // 4:
+            chunk //= 2
+        return chunk
+
+    def _work(self, home: torch.device, chunk: int) -> int:
+        return work_bytes(self.backend, self.block_size, chunk, packed=self._packed(home))
+
+    def _packed(self, device: torch.device) -> bool:
+        """Whether the compiled CPU code finds triangles where it works."""
+        return self.backend == "numba" and device.type == "cpu" and resolve_storage(self.storage, device) == "packed"
+
+    def direct(self, blocks: int, device: torch.device, chunk: int) -> int:
+        """Peak memory with the Fisher of ``blocks`` blocks where it is solved."""
+        entries = self.num_blocks * self.block_size
+        held = (_LATER_PASS if blocks * self.ranks < self.busy_blocks else _FIRST_PASS) * entries
+        temporary = update_bytes(blocks, self.block_size, self.storage, device)
+        collect = held + self._buffer(blocks) + temporary + self._source()
+        solve = _SOLVED * entries + self._work(device, min(chunk, max(1, blocks)))
+        return self._kept(blocks, self.storage, device) + max(collect, solve)
+
+    def offloaded(self, blocks: int, device: torch.device, chunk: int) -> tuple[int, int]:
+        """Peak memory of the device and of the host, with the Fisher on the host."""
+        kept = self._kept(blocks, "packed", CPU)
+        entries = self.num_blocks * self.block_size
+        on_device = max(_FIRST_PASS * entries + 3 * self._source(), _SOLVED * entries + self._work(device, chunk))
+        return on_device, kept + 2 * self._buffer(blocks) + 4 * chunk * self.block_size**2
+
+    def most_blocks(self, device: torch.device, limit: int, chunk: int) -> int:
+        """The largest number of blocks that `direct` fits into ``limit``."""
+        low, high = 0, self.num_blocks
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.direct(middle, device, chunk) <= limit else (low, middle - 1)
+        return low
+
+
+def plan_event(sizes: Sizes, blocks: Tensor, device: torch.device, max_memory: int | None = None) -> EventPlan:
+    """Choose the placement: all on the device; the Fisher on the host; or passes over groups of blocks.
+
+    Every process must call it; all come to the same plan, that of the one with the least memory.
+
+    Args:
+        sizes: Of the problem.
+        blocks: ``(K',)`` rising indices of the blocks that are not fully masked.
+        device: Of the weights.
+        max_memory: Bytes that the event may take on ``device``. Default: 80 % of what is free.
+    """
+    argument = "block_size" if max_memory is None else "max_memory"
+    free, host = (
+        None if None in values else min(values)
+        for values in zip(*distributed.gather_objects((_may_use(device), _may_use(CPU))), strict=True)
+    )
+    limit = free if max_memory is None else max_memory
+    by_rank = blocks.tensor_split(sizes.ranks)
+    sizes = replace(sizes, busy_blocks=len(blocks))
+    count = len(by_rank[0])
+    chunk = min(sizes.chunk(device, limit), max(1, count))
+    peak = sizes.direct(count, device, chunk)
+    if count == 0:
+        return EventPlan(device, 0, limit, argument, device, 0, (by_rank,), chunk)
+    if limit is None or peak <= limit:
+        return EventPlan(device, peak, limit, argument, device, 0, (by_rank,), chunk)
+    if device.type != "cpu":
+        on_device, on_host = sizes.offloaded(count, device, chunk)
+        if on_device <= limit and (host is None or on_host <= host):
+            return EventPlan(device, on_device, limit, argument, CPU, on_host, (by_rank,), chunk)
+    most = max(1, sizes.most_blocks(device, limit, chunk))
+    pieces = [own.tensor_split(-(-count // most)) for own in by_rank]
+    shares = tuple(zip(*pieces, strict=True))
+    return EventPlan(device, sizes.direct(len(shares[0][0]), device, chunk), limit, argument, device, 0, shares, chunk)
+
+
+def _may_use(device: torch.device) -> int | None:
+    free = free_memory(device)
+    if free is None:
+        return None
+    if device.type == "cpu":  # processes of one machine share it
+        free //= int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
+    return int(_SHARE * free)

@@ -1,0 +1,1 @@
+"""Compiled loops: ``cpu/`` for numba, ``triton.py`` for CUDA."""

@@ -1,0 +1,73 @@
+"""Batched Cholesky work on symmetric positive definite blocks, with the precision decided a block at a time.
+
+Never the batched ``torch.linalg.inv``/``lu_factor``/``solve`` here: on CPU with two threads or more they hang
+inside MKL for batches of n >= 160 (an upstream defect).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+#: Largest 1-norm condition number that float32 factorisation *and* elimination are trusted with.
+FLOAT32_CONDITION = 1e4
+#: The same for float64; beyond it the damp of the block is raised.
+FLOAT64_CONDITION = 1e13
+
+
+def restrict(fisher: Tensor, alive: Tensor, damp: Tensor) -> Tensor:
+    """The damped Fisher of the alive weights, embedded in a block-diagonal matrix of full size.
+
+    Dead rows and columns are zero, their diagonal is the block's largest diagonal entry, so that neither the
+    factorisation of the alive part nor the condition estimate is touched by them.
+
+    Args:
+        fisher: ``(k, B, B)`` without damp, float32 or float64.
+        alive: ``(k, B)`` bool.
+        damp: ``(k,)`` added to the diagonal of each block (equation 3's lambda).
+
+    Returns:
+        A new ``(k, B, B)`` tensor of the dtype of ``fisher``.
+    """
+    dead = ~alive
+    matrix = fisher.masked_fill(dead.unsqueeze(-1) | dead.unsqueeze(-2), 0.0)
+    diagonal = matrix.diagonal(dim1=-2, dim2=-1)
+    diagonal += damp.to(matrix.dtype).unsqueeze(-1)
+    filler = diagonal.masked_fill(dead, 0.0).amax(-1, keepdim=True).clamp_min(torch.finfo(matrix.dtype).tiny)
+    diagonal.copy_(torch.where(dead, filler, diagonal))
+    return matrix
+
+
+def spd_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverse by Cholesky, and whether it can be trusted in this dtype.
+
+    Args:
+        matrix: ``(k, B, B)`` symmetric, float32 or float64.
+
+    Returns:
+        The inverses ``(k, B, B)`` and a bool ``(k,)``: factored, finite and with a 1-norm condition number below
+        `FLOAT32_CONDITION` or `FLOAT64_CONDITION`.
+    """
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    failed = (info != 0) | ~torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all(-1)
+    factor[failed] = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    inverse = _inverse_of_factor(factor)
+    condition = matrix.abs().sum(-1).amax(-1) * inverse.abs().sum(-1).amax(-1)
+    limit = FLOAT32_CONDITION if matrix.dtype == torch.float32 else FLOAT64_CONDITION
+    return inverse, ~failed & torch.isfinite(condition) & (condition < limit)
+
+
+def _inverse_of_factor(factor: Tensor) -> Tensor:
+    """``(L Lᵀ)⁻¹``. On a GPU by one batched triangular solve and one product: `cholesky_inverse` takes one matrix at a time."""
+    if factor.device.type == "cpu":
+        return torch.cholesky_inverse(factor)
+    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device).expand_as(factor)
+    inverse = torch.linalg.solve_triangular(factor, eye, upper=False)
+    return torch.bmm(inverse.mT, inverse)
+
+
+def spd_solve(matrix: Tensor, rhs: Tensor) -> tuple[Tensor, Tensor]:
+    """``matrix⁻¹ rhs`` by Cholesky for ``(k, B, B)`` and ``(k, B)``, and which blocks factored, ``(k,)`` bool."""
+    factor, info = torch.linalg.cholesky_ex(matrix)
+    solution = torch.cholesky_solve(rhs.unsqueeze(-1), factor).squeeze(-1)
+    return solution, (info == 0) & torch.isfinite(solution).all(-1)

@@ -1,0 +1,208 @@
+"""`MaskSet`: which weights stay, kept in force on weights, gradients, optimizer state and averaged copies."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from lightning_cap.errors import ConfigError
+from lightning_cap.sparsity.targets import Targets
+
+_Groups = list[tuple[list[Tensor], list[Tensor]]]  # tensors and multipliers, a pair a device and type
+
+
+class MaskSet(Mapping[str, Tensor]):
+    """``{target name: bool (*shape)}``, True = kept. Starts all True, on the targets' devices.
+
+    What runs every training step multiplies by 1 or 0 in the weight's own type, strides and device: one
+    ``torch._foreach_mul_`` call for all targets of a device and type, which CUDA runs fused and the CPU vectorised, and
+    no call at all while nothing is masked. These multipliers are made at the first use after the masks changed, for
+    the targets with a masked weight alone; they take as many bytes as those weights, beside one byte a weight for the
+    masks. Nothing waits for the device in a step. Change masks through the methods only.
+
+    A product keeps NaN: a masked weight or gradient that is NaN or infinite becomes NaN, so that a step that diverged
+    shows as it does in a dense model (a gradient scaler has seen it, and skips the step, before gradients are masked).
+
+    Args:
+        targets: The weights that the masks belong to.
+    """
+
+    def __init__(self, targets: Targets) -> None:
+        self._targets = targets
+        self._masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in targets.items()}
+        self._masks_changed()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what is made from the masks, so that copies and pickles do not carry it."""
+        return {"_targets": self._targets, "_masks": self._masks}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._masks_changed()
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._masks[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._masks)
+
+    def __len__(self) -> int:
+        return len(self._masks)
+
+    def sparsity(self) -> dict[str, float]:
+        """Zeros over weights of each target."""
+        return {name: 1 - int(mask.sum()) / mask.numel() for name, mask in self._masks.items()}
+
+    @property
+    def global_sparsity(self) -> float:
+        """Zeros over all weights of the targets."""
+        kept = sum(int(mask.sum()) for mask in self._masks.values())
+        return 1 - kept / self._targets.numel
+
+    def update(self, masks: Mapping[str, Tensor]) -> None:
+        """Copy ``masks`` in, all or none; weights that were masked stay masked."""
+        self._masks |= {name: self._masks[name] & mask.to(self._masks[name].device) for name, mask in masks.items()}
+        self._masks_changed()
+
+    def replace(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Put ``masks`` in the place of those in force; weights may come back.
+
+        Returns:
+            ``{target name: bool (*shape)}``, True = was masked and is kept now; only targets with such weights.
+        """
+        new = {name: mask.to(self._masks[name].device, copy=True) for name, mask in masks.items()}
+        grown = {name: mask & ~self._masks[name] for name, mask in new.items()}
+        self._masks |= new
+        self._masks_changed()
+        return {name: back for name, back in grown.items() if bool(back.any())}
+
+    def lift(self) -> dict[str, Tensor]:
+        """Keep every weight again. Returns what came back, as `replace`."""
+        return self.replace({name: torch.ones_like(mask) for name, mask in self._masks.items()})
+
+    def mask_zeros(self) -> None:
+        """Take the zeros that the weights have now as pruned; targets that are all zero stay free, with a warning."""
+        weights = self._targets.weights()
+        blank = [name for name, weight in weights.items() if not bool(weight.any())]
+        if blank:
+            warnings.warn(
+                f"{len(blank)} targets, first {blank[0]!r}, are all zero. They are taken as not yet trained, not as pruned, "
+                "and stay free.",
+                stacklevel=2,
+            )
+        self.update({name: weight != 0 for name, weight in weights.items() if name not in blank})
+
+    @torch.no_grad()
+    def apply_to_weights(self) -> None:
+        """Set masked weights to zero."""
+        for weights, multipliers in self._weight_groups():
+            torch._foreach_mul_(weights, multipliers)
+
+    @torch.no_grad()
+    def apply_to_gradients(self) -> None:
+        """Set the gradients of masked weights to zero."""
+        for weights, multipliers in self._weight_groups():
+            pairs = [(g, m) for w, m in zip(weights, multipliers, strict=True) if (g := w.grad) is not None]
+            if pairs:
+                torch._foreach_mul_([g for g, _ in pairs], [m for _, m in pairs])
+
+    @torch.no_grad()
+    def apply_to_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Zero the optimizer's state (moments, momentum: every tensor of the weight's shape) on masked entries."""
+        for name, weight in self._targets.items():
+            state = optimizer.state.get(weight, {})
+            entries = [v for v in state.values() if isinstance(v, Tensor) and v.shape == weight.shape]
+            if entries:
+                torch._foreach_mul_(entries, [self._masks[name]] * len(entries))
+
+    @torch.no_grad()
+    def apply_to_copy(self, model: nn.Module) -> None:
+        """Set masked weights to zero in another model of the same parameter names, such as an averaged one.
+
+        Its parameters are looked up once after each change of the masks. Where it is on another device or of another
+        type than the weights, it has multipliers of its own.
+        """
+        groups = self._copy_groups.get(model)
+        if groups is None or _moved(groups):
+            names = {path: name for name, path in self._targets.paths.items()}
+            groups = self._grouped({names[path]: p for path, p in model.named_parameters() if path in names})
+            self._copy_groups[model] = groups
+        for weights, multipliers in groups:
+            torch._foreach_mul_(weights, multipliers)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Bit-packed masks: ``{name: {"shape": list, "bits": uint8}}``, one byte for eight weights."""
+        return {name: {"shape": list(mask.shape), "bits": pack_bits(mask)} for name, mask in self._masks.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Replace all masks.
+
+        Raises:
+            ConfigError: The names or shapes are not those of the targets.
+        """
+        shapes = {name: list(mask.shape) for name, mask in self._masks.items()}
+        saved = {name: list(entry["shape"]) for name, entry in state.items()}
+        if shapes != saved:
+            different = sorted(n for n in shapes.keys() | saved.keys() if shapes.get(n) != saved.get(n))
+            raise ConfigError(
+                f"checkpoint: its masks do not fit the targets of this run; {len(different)} differ, first {different[0]!r} "
+                f"({saved.get(different[0])} saved, {shapes.get(different[0])} here). Use the include/exclude and the model "
+                "that the checkpoint was made with."
+            )
+        for name, entry in state.items():
+            mask = unpack_bits(entry["bits"].cpu(), self._masks[name].numel())
+            self._masks[name] = mask.view(self._masks[name].shape).to(self._masks[name].device)
+        self._masks_changed()
+
+    def _masks_changed(self) -> None:
+        """Drop what was made from the masks, and find the targets that have masked weights (a host sync each)."""
+        self._thinned = [name for name, mask in self._masks.items() if not bool(mask.all())]
+        self._multipliers: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
+        self._groups: _Groups | None = None
+        self._copy_groups: WeakKeyDictionary[nn.Module, _Groups] = WeakKeyDictionary()
+
+    def _weight_groups(self) -> _Groups:
+        groups = self._groups
+        if groups is None or _moved(groups):
+            groups = self._groups = self._grouped(self._targets)
+        return groups
+
+    def _grouped(self, tensors: Mapping[str, Tensor]) -> _Groups:
+        """Those of ``tensors`` that have masked entries."""
+        groups: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
+        for name in self._thinned:
+            if name in tensors:
+                tensor = tensors[name]
+                members, multipliers = groups.setdefault((tensor.device, tensor.dtype), ([], []))
+                members.append(tensor)
+                multipliers.append(self._multiplier(name, tensor))
+        return list(groups.values())
+
+    def _multiplier(self, name: str, like: Tensor) -> Tensor:
+        """The mask as ones and zeros of the type, strides and device of ``like``; weights and averages share it."""
+        key = (name, like.device, like.dtype)
+        if key not in self._multipliers:
+            self._multipliers[key] = torch.empty_like(like, requires_grad=False).copy_(self._masks[name])
+        return self._multipliers[key]
+
+
+def _moved(groups: _Groups) -> bool:
+    """Whether the model has been put on another device or made of another type since."""
+    return any(t[0].device != m[0].device or t[0].dtype != m[0].dtype for t, m in groups)
+
+
+def pack_bits(mask: Tensor) -> Tensor:
+    """Bool of any shape -> uint8 ``(ceil(n / 8),)`` on the CPU, the first element in the lowest bit."""
+    flat = mask.flatten().cpu().to(torch.uint8)
+    flat = nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
+    return (flat << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(bits: Tensor, count: int) -> Tensor:
+    """The inverse of `pack_bits`: bool ``(count,)``."""
+    return (bits.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)).bitwise_and(1).flatten()[:count].bool()

@@ -1,0 +1,1 @@
+"""One pruning event inside a Trainer, without a trace in the run."""

@@ -1,0 +1,108 @@
+"""What pruning reads inside a Trainer: calibration batches, and the loss on them."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from lightning.pytorch.utilities.model_helpers import is_overridden
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from lightning_cap.errors import ConfigError
+from lightning_cap.trainer.isolation import in_stage, preserve_attributes, quiet, undisturbed
+from lightning_cap.utilities import distributed, rng
+
+
+def calibration_source(trainer: pl.Trainer, module: pl.LightningModule) -> Iterable[Any]:
+    """``calibration_dataloader()`` of the datamodule or the module, else the loader over the training data set.
+
+    Raises:
+        ConfigError: Neither exists, or the training data is not a single DataLoader.
+    """
+    datamodule = getattr(trainer, "datamodule", None)
+    for owner in (datamodule, module):
+        hook = getattr(owner, "calibration_dataloader", None)
+        if callable(hook):
+            loader: Iterable[Any] = hook()
+            return loader
+    loaders = trainer.train_dataloader
+    if loaders is None:  # outside of fit
+        for owner in (datamodule, module):
+            if owner is not None and is_overridden("train_dataloader", owner):
+                owner.setup("fit")
+                loaders = owner.train_dataloader()
+                break
+    flat = CombinedLoader(loaders).flattened if loaders is not None else []
+    if len(flat) != 1 or not isinstance(flat[0], DataLoader):
+        kinds = ", ".join(type(loader).__name__ for loader in flat) or "none"
+        raise ConfigError(
+            f"train_dataloader: calibration needs a single DataLoader to draw samples from, got {kinds}. Define "
+            "calibration_dataloader() on the LightningDataModule or LightningModule."
+        )
+    return flat[0]
+
+
+def precision_context(trainer: pl.Trainer) -> Callable[[], AbstractContextManager[Any]]:
+    """What a training step is computed in, such as autocast."""
+    plugin = getattr(trainer, "precision_plugin", None)
+    return nullcontext if plugin is None else plugin.train_step_context
+
+
+def _loss_scale(trainer: pl.Trainer) -> float:
+    scaler = getattr(trainer.precision_plugin, "scaler", None)
+    return float(scaler.get_scale()) if scaler is not None else 1.0
+
+
+@contextmanager
+def calibrating(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
+    """Around the reading of calibration batches and losses on them: no trace in the run, the training's augmentation."""
+    with undisturbed(module), quiet(module), in_stage(trainer, RunningStage.TRAINING):
+        yield
+
+
+def calibration_loss(module: pl.LightningModule) -> Callable[[nn.Module, Any], Tensor]:
+    """``loss(model, batch)``: the module's ``calibration_step(batch, batch_idx)``, else its ``training_step``.
+
+    To be called inside `quiet`.
+    """
+
+    def loss(_: nn.Module, batch: Any) -> Any:
+        step = getattr(module, "calibration_step", None) or module.training_step
+        with preserve_attributes(module):  # a module that collects its outputs would hold every graph
+            out = step(*step_arguments(step, batch, 0))
+        return out["loss"] if isinstance(out, Mapping) and "loss" in out else out
+
+    return loss
+
+
+def ready_batches(
+    trainer: pl.Trainer, module: pl.LightningModule, batches: Iterable[Any], key: tuple[int, ...]
+) -> Iterator[Any]:
+    """Batches after the batch-transfer hooks, each computed on under generators seeded by its number."""
+    for number, batch in enumerate(batches):
+        rng.seed_by(*key, number * distributed.world_size() + distributed.rank())
+        yield to_device(trainer, module, batch)
+
+
+def to_device(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, loader: int = 0) -> Any:
+    """What Lightning does to a batch before its step: precision, transfer hooks, device."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=loader)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=loader)
+
+
+def step_arguments(step: Callable[..., Any], *values: Any) -> list[Any]:
+    """Those of (batch, batch_idx, dataloader_idx) that a step takes."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    parameters = list(inspect.signature(step).parameters.values())
+    if any(p.kind is p.VAR_POSITIONAL for p in parameters):
+        return list(values[:2])
+    wanted = [p for p in parameters if p.kind in kinds]
+    wanted = [p for p in wanted if p.default is p.empty or p.name in ("batch_idx", "dataloader_idx")]
+    return [value for value, _ in zip((*values, 0), wanted, strict=False)]

@@ -1,0 +1,97 @@
+"""One pass over the validation data outside of the Trainer's loop."""
+
+from __future__ import annotations
+
+import copy
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.trainer.states import RunningStage
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
+from torch import Tensor
+from torchmetrics import Metric
+
+from lightning_cap.calibration.batches import batch_size
+from lightning_cap.trainer.calibration import step_arguments, to_device
+from lightning_cap.trainer.isolation import in_stage, replace_logging, replace_metrics, undisturbed
+from lightning_cap.utilities import distributed
+
+
+def evaluate(trainer: pl.Trainer, module: pl.LightningModule, batches: int | None = None) -> dict[str, float]:
+    """One pass over the validation data: whatever the module logs in it, averaged or computed as Lightning would.
+
+    Callbacks and loggers see nothing of it; metrics are updated in copies. Empty if there is nothing to validate with.
+
+    Args:
+        trainer: In ``fit`` or ``validate``.
+        module: Its LightningModule.
+        batches: Stop after so many of each loader. Default: as the Trainer is set.
+    """
+    if trainer.val_dataloaders is None and trainer.enable_validation:  # no epoch has been validated yet
+        with in_stage(trainer, RunningStage.VALIDATING):
+            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+    loaders = trainer.val_dataloaders
+    if loaders is None or not trainer.limit_val_batches or not trainer.num_val_batches:
+        return {}
+    flat = CombinedLoader(loaders, "sequential").flattened
+    record = _Record()
+    with (
+        undisturbed(module),
+        torch.no_grad(),
+        in_stage(trainer, RunningStage.VALIDATING),
+        replace_metrics(module, copy.deepcopy),
+        replace_logging(module, record),
+    ):
+        module.on_validation_epoch_start()
+        for index, loader in enumerate(flat):
+            record.suffix = f"/dataloader_idx_{index}" if len(flat) > 1 else ""
+            for number, raw in enumerate(loader):
+                if number >= min(trainer.num_val_batches[index], math.inf if batches is None else batches):
+                    break
+                batch = to_device(trainer, module, raw, index)
+                record.batch_size = batch_size(batch, default=1)
+                with trainer.precision_plugin.val_step_context():
+                    module.validation_step(*step_arguments(module.validation_step, batch, number, index))
+        record.suffix, record.batch_size = "", 1
+        module.on_validation_epoch_end()
+        return record.results(module.device)
+
+
+class _Record:
+    """Stands in for ``self.log`` and keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.batch_size = 1
+        self.suffix = ""
+        self._sums: dict[str, Tensor] = {}
+        self._metrics: dict[str, Metric] = {}
+
+    def __call__(
+        self,
+        name: Any,
+        value: Any = None,
+        *_: Any,
+        batch_size: int | None = None,
+        add_dataloader_idx: bool = True,
+        **__: Any,
+    ) -> None:
+        if not isinstance(name, str):  # log_dict
+            for key, entry in name.items():
+                self(key, entry, batch_size=batch_size, add_dataloader_idx=add_dataloader_idx)
+            return
+        name += self.suffix if add_dataloader_idx else ""
+        if isinstance(value, Metric):
+            self._metrics[name] = value
+        elif isinstance(value, (int, float, Tensor)):
+            weight = float(batch_size or self.batch_size)
+            entry = torch.tensor([float(value) * weight, weight], dtype=torch.float64)
+            self._sums[name] = self._sums.get(name, torch.zeros(2, dtype=torch.float64)) + entry
+
+    def results(self, device: torch.device) -> dict[str, float]:
+        out = {name: float(metric.compute()) for name, metric in self._metrics.items()}
+        for name, entry in self._sums.items():
+            total = distributed.sum_over_ranks(entry.float().to(device))
+            out[name] = float(total[0] / total[1])
+        return out

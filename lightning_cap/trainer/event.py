@@ -1,0 +1,236 @@
+"""One pruning event inside a Lightning run: plan, collect, solve, apply. All of it happens, or nothing."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from torch import Tensor
+
+from lightning_cap.calibration.batches import CalibrationBatches
+from lightning_cap.calibration.gradients import GradientCollector, rows_at_once
+from lightning_cap.calibration.layer_inputs import InputCollector
+from lightning_cap.calibration.sources import GradientSource, TimedSource, rows_bytes
+from lightning_cap.fisher.memory_plan import EventPlan
+from lightning_cap.pruners.base import Pruner, PruneResult, PruningPath
+from lightning_cap.sparsity.masks import MaskSet
+from lightning_cap.sparsity.targets import Targets
+from lightning_cap.trainer.calibration import (
+    _loss_scale,
+    calibrating,
+    calibration_loss,
+    calibration_source,
+    precision_context,
+    ready_batches,
+)
+from lightning_cap.utilities import distributed
+from lightning_cap.utilities.distributed import check_equal_on_all_ranks
+from lightning_cap.utilities.progress import Progress
+
+COMPUTE = 4  # domain of the key for generators during the computation of a batch
+
+
+@dataclass
+class EventReport:
+    """What an event did, for logs.
+
+    Attributes:
+        sparsity: Of all targets, after the event.
+        predicted_loss: Predicted increase of the loss, summed over recomputations.
+        unit: What was collected: ``"gradients"``, or ``"inputs"`` for a pruner with ``num_inputs``.
+        samples: How many of them were used, in all.
+        skipped: How many were left out as not finite.
+        seconds: Seconds of each phase (plan, collect, solve, apply).
+        grown: Weights that came back.
+        peak_bytes: Planned peak extra memory on the device of the weights.
+        stats: The pruner's own numbers, of the last recomputation.
+    """
+
+    sparsity: float = 0.0
+    predicted_loss: float = 0.0
+    unit: str = "gradients"
+    samples: int = 0
+    skipped: int = 0
+    grown: int = 0
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("plan", "collect", "solve", "apply"), 0.0))
+    peak_bytes: int = 0
+    stats: Mapping[str, float] = field(default_factory=dict)
+
+
+class PruningEvent:
+    """Prunes the module of a running Trainer.
+
+    Args:
+        trainer: In ``fit`` (or, for a comparison, in ``validate``).
+        module: Its LightningModule.
+        pruner: The method.
+        targets: The weights.
+        masks: Weights that are pruned already; updated by `run`.
+        seed: First part of the key that samples and augmentation are drawn by.
+        progress: ``progress(phase, done, total)``.
+
+    Attributes:
+        report: What it did.
+        grown: ``{target: bool (*shape)}``, True where a masked weight came back.
+    """
+
+    def __init__(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        pruner: Pruner,
+        targets: Targets,
+        masks: MaskSet,
+        seed: int,
+        progress: Progress | None = None,
+    ) -> None:
+        self._trainer, self._module, self._pruner = trainer, module, pruner
+        self._targets, self._masks, self._seed, self._progress = targets, masks, seed, progress
+        self._source = TimedSource(())
+        self.report = EventReport(unit="inputs" if pruner.num_inputs else "gradients")
+        self.grown: dict[str, Tensor] = {}
+
+    def run(self, sparsities: Sequence[float], position: int) -> int:
+        """Prune to each sparsity in turn, with fresh gradients each time, and apply the result.
+
+        Args:
+            sparsities: One for each recomputation, rising unless the pruner regrows. None at all lifts every mask.
+            position: Sampler position: how many collections the run has made before.
+
+        Returns:
+            The sampler position afterwards.
+
+        Raises:
+            CAPError: Whatever went wrong; the model and the masks are then as before.
+        """
+        before = self._targets.copies()
+        masks = dict(self._masks)
+        try:
+            for sparsity in sparsities:
+                result = self._prune(sparsity, position, masks)
+                masks = dict(result.masks)
+                self.report.predicted_loss += result.predicted_loss
+                self.report.stats = result.stats
+                position += 1
+            self._put(masks, lifted=not sparsities)
+        except BaseException:
+            self._targets.restore(before)
+            raise
+        self.report.sparsity = self._masks.global_sparsity
+        self.report.grown = sum(int(back.sum()) for back in self.grown.values())
+        return position
+
+    def _put(self, masks: Mapping[str, Tensor], lifted: bool) -> None:
+        if lifted:
+            self.grown = self._masks.lift()
+        elif self._pruner.regrows:
+            self.grown = self._masks.replace(masks)
+        else:
+            self._masks.update(masks)
+
+    def path(self, position: int, masks: Mapping[str, Tensor], rows: GradientSource | None = None) -> PruningPath:
+        """Collect gradients and solve; the caller closes the path. Nothing in the module changes.
+
+        Args:
+            position: Sampler position.
+            masks: Weights that are pruned already.
+            rows: Read these instead of collecting, such as rows that several pruners share.
+        """
+        started = time.perf_counter()
+        source = self.collector(position) if rows is None else rows
+        self.report.peak_bytes = self._plan(source, masks).peak_bytes
+        self.report.seconds["plan"] += time.perf_counter() - started
+        context = self._calibrating if rows is None else nullcontext
+        self._source = TimedSource(source if source is not None else (), context)
+        with self._timed("solve"), torch.inference_mode(False):
+            path = self._pruner.path(self._targets, self._source, masks, progress=self._progress)
+        if isinstance(source, (GradientCollector, InputCollector)):
+            self.report.samples += source.collected
+            self.report.skipped += source.skipped
+        return path
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        """Add the body's time to a phase, less what it spends on reading gradients, which is collection."""
+        started, before = time.perf_counter(), self._source.seconds
+        yield
+        if self._targets.device.type == "cuda":
+            torch.cuda.synchronize(self._targets.device)
+        collecting = self._source.seconds - before
+        self.report.seconds["collect"] += collecting
+        self.report.seconds[phase] += time.perf_counter() - started - collecting
+
+    def rehearse(self, position: int) -> None:
+        """Plan, and compute one gradient that is thrown away: what cannot work is to fail before training begins."""
+        collector = self.collector(position)
+        rank_zero_info(f"Pruning events: {self._plan(collector, self._masks)}")
+        if collector is None:
+            return
+        with self._calibrating(), distributed.agreed("The first gradient"):
+            batches = self._batches(position)
+            first = next(ready_batches(self._trainer, self._module, batches, (self._seed, position, COMPUTE)), None)
+            if first is not None:
+                collector.probe(first)
+
+    def collector(self, position: int) -> GradientCollector | InputCollector | None:
+        """The source of what the pruner wants, at a sampler position: gradient rows, layer inputs or nothing."""
+        pruner = self._pruner
+        batches = _Repeat(
+            lambda: ready_batches(self._trainer, self._module, self._batches(position), (self._seed, position, COMPUTE))
+        )
+        given = self._module, self._targets, calibration_loss(self._module), batches
+        context = precision_context(self._trainer)
+        if pruner.num_inputs:
+            return InputCollector(*given, pruner.num_inputs, context=context, progress=self._progress)
+        if not pruner.num_gradients:
+            return None
+        return GradientCollector(
+            *given,
+            pruner.num_gradients,
+            pruner.samples_per_gradient,
+            context=context,
+            scale=_loss_scale(self._trainer),
+            progress=self._progress,
+        )
+
+    def _batches(self, position: int) -> CalibrationBatches:
+        pruner = self._pruner
+        return CalibrationBatches(
+            calibration_source(self._trainer, self._module),
+            pruner.num_inputs or pruner.num_gradients * pruner.samples_per_gradient,
+            1 if pruner.num_inputs else pruner.samples_per_gradient,
+            self._seed,
+            position,
+            2**16 if pruner.num_inputs else rows_at_once(self._targets),
+        )
+
+    def _calibrating(self) -> AbstractContextManager[None]:
+        return calibrating(self._trainer, self._module)
+
+    def _plan(self, source: GradientSource | None, masks: Mapping[str, Tensor]) -> EventPlan:
+        return self._pruner.plan(self._targets, masks, rows_bytes=rows_bytes(source))
+
+    def _prune(self, sparsity: float, position: int, masks: Mapping[str, Tensor]) -> PruneResult:
+        with self.path(position, masks) as path, self._timed("apply"), torch.inference_mode(False):
+            result = path.at(sparsity)
+        started = time.perf_counter()
+        result.apply(self._targets)
+        check_equal_on_all_ranks({"the weights": self._targets.weights(), "the masks": result.masks})
+        self.report.seconds["apply"] += time.perf_counter() - started
+        return result
+
+
+class _Repeat:
+    """Makes a function that gives an iterator re-iterable."""
+
+    def __init__(self, make: Callable[[], Iterator[Any]]) -> None:
+        self._make = make
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._make()

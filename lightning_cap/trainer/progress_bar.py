@@ -1,0 +1,69 @@
+"""Shows the phases of a pruning event in the trainer's own progress bar."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+from lightning_cap.utilities.progress import Progress
+
+
+def _silent(phase: str, done: int, total: int) -> None:
+    """Where there is no bar to show progress in."""
+
+
+@contextmanager
+def event_progress(trainer: pl.Trainer, title: str) -> Iterator[Progress]:
+    """A ``progress(phase, done, total)`` for the duration of an event: one line in the Rich or tqdm bar of the run.
+
+    Args:
+        trainer: Its progress bar callback is asked; without one (or another kind) nothing is shown.
+        title: What the line begins with, e.g. ``"CAP 75%"``.
+    """
+    bar: Any = trainer.progress_bar_callback
+    if isinstance(bar, RichProgressBar) and bar.is_enabled and bar.progress is not None:
+        lines: Any = bar.progress
+        task = lines.add_task(f"{title}: starting", total=1)
+
+        def show(phase: str, done: int, total: int) -> None:
+            lines.update(task, description=f"{title}: {phase}", completed=done, total=total)
+            bar.refresh()
+
+        try:
+            yield show
+        finally:
+            lines.remove_task(task)
+            bar.refresh(hard=True)
+    elif isinstance(bar, TQDMProgressBar) and bar.is_enabled:
+        line = Tqdm(
+            desc=title,
+            position=2 * bar.process_position + 1,
+            leave=False,
+            dynamic_ncols=True,
+            file=sys.stdout,
+            bar_format=bar.BAR_FORMAT,
+        )
+
+        def write(phase: str, done: int, total: int) -> None:
+            line.set_description(f"{title}: {phase}", refresh=False)
+            line.total, line.n = total, done
+            line.refresh()
+
+        try:
+            yield write
+        finally:
+            line.close()
+    else:
+        yield _silent
+
+
+def end_bar(trainer: pl.Trainer, module: pl.LightningModule) -> None:
+    """Let a Rich bar draw its last state now, so that what is printed next stands below it."""
+    if isinstance(trainer.progress_bar_callback, RichProgressBar):
+        trainer.progress_bar_callback.teardown(trainer, module, "fit")

@@ -1,0 +1,1 @@
+"""What knows nothing of pruning: processes, random state, files, memory, precision, progress."""

@@ -1,0 +1,395 @@
+"""What every pruner must keep. A new one is added to `PRUNERS`."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lightning_cap.calibration.layer_inputs import LayerGrams
+from lightning_cap.errors import CAPError, ConfigError, GradientError, PatternError
+from lightning_cap.pruners import (
+    CAP,
+    MFAC,
+    DiagonalFisher,
+    DropAndGrow,
+    FastCAP,
+    GradientTimesWeight,
+    LayerwiseOBS,
+    Magnitude,
+    Pruner,
+    PruneResult,
+    PruningPath,
+    Random,
+    Taylor,
+    WoodFisher,
+)
+from lightning_cap.sparsity.allocation import ERK, Global, Uniform
+from lightning_cap.sparsity.patterns import NofM
+from lightning_cap.sparsity.targets import Targets
+
+Rows = list[dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Case:
+    make: Callable[[], Pruner]
+    updates: bool = True  # the kept weights
+    owns_fisher: bool = True
+    uniform: bool = False  # every target has a budget of its own
+    signed: bool = False  # saliencies may be negative
+    blind: bool = False  # to the loss: zero gradients make no difference
+    regrows: bool = False  # masked weights may come back
+
+    def path(self, targets: Targets, rows: Any, masks: Any = None, **more: Any) -> Any:
+        pruner = self.make()
+        return pruner.path(targets, layer_grams(rows) if pruner.num_inputs else rows, masks, **more)
+
+
+def layer_grams(rows: Rows) -> list[LayerGrams]:
+    """Layer statistics as if the first output row's part of each gradient row were an input."""
+    out = []
+    for chunk in rows:
+        flat = {name: row[:, 0].flatten(1).float() for name, row in chunk.items()}
+        out.append(LayerGrams({name: (x.T @ x).unsqueeze(0) for name, x in flat.items()}))
+        out[-1].count = len(next(iter(chunk.values())))
+    return out
+
+
+COMMON: dict[str, Any] = {"num_gradients": 40, "damp": 1e-2}
+
+PRUNERS = {
+    "cap": Case(lambda: CAP(7, **COMMON)),
+    "cap-cumulative": Case(lambda: CAP(7, **COMMON, ranking="cumulative")),
+    "cap-uniform": Case(lambda: CAP(7, **COMMON, allocation=Uniform()), uniform=True),
+    "cap-float64": Case(lambda: CAP(16, num_gradients=40, damp=1e-8)),
+    "cap-one-block-each": Case(lambda: CAP(100, **COMMON)),
+    "cap-diagonal": Case(lambda: CAP(1, **COMMON), updates=False),
+    "woodfisher": Case(lambda: WoodFisher(7, **COMMON)),
+    "woodfisher-simple": Case(lambda: WoodFisher(7, **COMMON, update="simple")),
+    "woodfisher-none": Case(lambda: WoodFisher(7, **COMMON, update="none"), updates=False),
+    "woodfisher-float64": Case(lambda: WoodFisher(16, num_gradients=40, damp=1e-8)),
+    "mfac": Case(lambda: MFAC(50, **COMMON)),
+    "mfac-static": Case(lambda: MFAC(50, **COMMON, mode="static")),
+    "fast-cap": Case(lambda: FastCAP(7, **COMMON, columns=3), owns_fisher=False),
+    "layerwise": Case(lambda: LayerwiseOBS(5, allocation=Global())),
+    "layerwise-uniform": Case(lambda: LayerwiseOBS(100), uniform=True),
+    "obd": Case(lambda: DiagonalFisher(**COMMON), updates=False, owns_fisher=False),
+    "gradient-times-weight": Case(lambda: GradientTimesWeight(40), updates=False, owns_fisher=False),
+    "taylor": Case(lambda: Taylor(40), updates=False, owns_fisher=False, signed=True),
+    "magnitude": Case(lambda: Magnitude(), updates=False, owns_fisher=False, blind=True),
+    "magnitude-uniform": Case(lambda: Magnitude(Uniform()), updates=False, owns_fisher=False, uniform=True, blind=True),
+    "magnitude-erk": Case(lambda: Magnitude(ERK()), updates=False, owns_fisher=False, uniform=True, blind=True),
+    "random": Case(lambda: Random(3), updates=False, owns_fisher=False, blind=True),
+    "drop-and-grow": Case(lambda: DropAndGrow(), updates=False, owns_fisher=False, regrows=True),
+    "drop-and-grow-uniform": Case(
+        lambda: DropAndGrow(allocation=Uniform()), updates=False, owns_fisher=False, uniform=True, regrows=True
+    ),
+}
+SHAPES = {"linear": (6, 8), "tiny": (1, 4), "conv": (4, 4, 2, 3), "odd": (7, 12)}
+SPARSITIES = [0.0, 0.1, 0.33, 0.5, 0.75, 0.9, 0.99]
+
+
+@pytest.fixture(params=PRUNERS)
+def case(request: pytest.FixtureRequest) -> Case:
+    return PRUNERS[request.param]
+
+
+@pytest.fixture
+def targets() -> Targets:
+    generator = torch.Generator().manual_seed(0)
+    return Targets({n: nn.Parameter(torch.randn(s, generator=generator)) for n, s in SHAPES.items()})
+
+
+@pytest.fixture
+def rows(targets: Targets, gradient_rows: Callable[..., Rows]) -> Rows:
+    return gradient_rows(targets, 40)
+
+
+def _masks(targets: Targets, share: float = 0.2) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return {name: torch.rand(w.shape, generator=generator) >= share for name, w in targets.items()}
+
+
+def _zeros(result: PruneResult) -> int:
+    return sum(int((~mask).sum()) for mask in result.masks.values())
+
+
+def _equal(a: PruneResult, b: PruneResult) -> bool:
+    same = all(torch.equal(a.weights[n], b.weights[n]) and torch.equal(a.masks[n], b.masks[n]) for n in a.weights)
+    return same and a.predicted_loss == b.predicted_loss and a.sparsity == b.sparsity
+
+
+def _check(result: PruneResult, targets: Targets, zeros: int, signed: bool = False) -> None:
+    """What holds of every result."""
+    assert list(result.weights) == list(result.masks) == list(targets)
+    for name, weight in targets.items():
+        assert result.weights[name].shape == result.masks[name].shape == weight.shape
+        assert result.weights[name].dtype == weight.dtype
+        assert result.masks[name].dtype == torch.bool
+        assert result.weights[name].isfinite().all()
+        assert torch.equal(result.weights[name] != 0, result.masks[name])
+        assert not result.weights[name].requires_grad
+    assert _zeros(result) == zeros
+    assert result.sparsity == pytest.approx(zeros / targets.numel)
+    assert math.isfinite(result.predicted_loss)
+    assert result.predicted_loss >= 0 or signed
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_counts_are_exact_and_masked_stays_masked(case: Case, targets: Targets, rows: Rows, masked: bool) -> None:
+    if masked and case.regrows:
+        pytest.skip("masked weights may come back; see test_drop_and_grow.py")
+    masks = _masks(targets) if masked else None
+    path = case.path(targets, rows, masks)
+    low = sum(int((~m).sum()) for m in (masks or {}).values())
+    assert path.sparsity == pytest.approx(low / targets.numel)
+    for sparsity in SPARSITIES:
+        zeros = math.floor(sparsity * targets.numel + 0.5)
+        if zeros < low:
+            continue
+        result = path.at(sparsity)
+        _check(result, targets, zeros, case.signed)
+        for name, mask in (masks or {}).items():
+            assert not (result.masks[name] & ~mask).any()
+
+
+def test_masks_are_nested_and_loss_grows(case: Case, targets: Targets, rows: Rows) -> None:
+    path = case.path(targets, rows)
+    results = [path.at(sparsity) for sparsity in SPARSITIES]
+    for less, more in pairwise(results):
+        assert not path.nested or all(not (more.masks[n] & ~less.masks[n]).any() for n in targets)
+        assert less.predicted_loss < more.predicted_loss or case.signed
+    assert results[0].predicted_loss == 0
+    assert all(torch.equal(results[0].weights[n], w) for n, w in targets.items())
+
+
+def test_path_is_never_consumed_and_curve_tells_the_same(case: Case, targets: Targets, rows: Rows) -> None:
+    path = case.path(targets, rows)
+    first = [path.at(sparsity) for sparsity in SPARSITIES]
+    again = [path.at(sparsity) for sparsity in reversed(SPARSITIES)][::-1]
+    assert all(_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert path.curve(SPARSITIES) == [result.predicted_loss for result in first]
+    assert path.curve([]) == []
+    first[3].weights["linear"].zero_()
+    first[0].weights["linear"].zero_()  # the caller may do what he likes with what he got
+    first[0].masks["linear"].zero_()
+    assert all(_equal(path.at(s), r) for s, r in zip(SPARSITIES[1:3], first[1:3], strict=True))
+    assert _equal(path.at(0.0), again[0])
+
+
+def test_model_changes_only_when_applied(case: Case, targets: Targets, rows: Rows) -> None:
+    before = copy.deepcopy(targets.weights())
+    chunks = copy.deepcopy(rows)
+    masks = _masks(targets)
+    given = copy.deepcopy(masks)
+    result = case.path(targets, rows, masks).at(0.5)
+    assert all(torch.equal(w, before[n]) and w.requires_grad and w.grad is None for n, w in targets.items())
+    assert all(torch.equal(a[n], b[n]) for a, b in zip(chunks, rows, strict=True) for n in a)
+    assert all(torch.equal(masks[n], given[n]) for n in masks)
+    result.apply(targets)
+    assert all(torch.equal(w, result.weights[n]) and w.requires_grad for n, w in targets.items())
+
+
+def test_is_deterministic(case: Case, targets: Targets, rows: Rows) -> None:
+    state = torch.get_rng_state()
+    one, two = (case.path(targets, rows, _masks(targets)).at(0.6) for _ in range(2))
+    assert _equal(one, two)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_does_not_depend_on_the_order_of_targets(case: Case, targets: Targets, rows: Rows) -> None:
+    turned = Targets({name: targets[name] for name in reversed(list(targets))})
+    one, two = (case.path(t, rows).at(0.5) for t in (targets, turned))
+    assert list(two.weights) == list(turned)
+    for name in targets:
+        assert torch.equal(one.masks[name], two.masks[name])
+        torch.testing.assert_close(one.weights[name], two.weights[name], rtol=1e-4, atol=1e-5)
+
+
+def test_kept_weights_change_only_where_the_method_updates(case: Case, targets: Targets, rows: Rows) -> None:
+    result = case.path(targets, rows).at(0.5)
+    large = {name: w for name, w in targets.items() if name != "tiny"}  # a block that loses none is left alone
+    moved = [bool((result.weights[n] != torch.where(result.masks[n], w, 0.0)).any()) for n, w in large.items()]
+    assert all(moved) if case.updates else not any(moved)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+def test_other_types_of_weights(case: Case, targets: Targets, rows: Rows, dtype: torch.dtype) -> None:
+    cast = Targets({name: nn.Parameter(w.detach().to(dtype)) for name, w in targets.items()})
+    path = case.path(cast, [{n: g.to(dtype) for n, g in chunk.items()} for chunk in rows])
+    _check(path.at(0.5), cast, math.floor(0.5 * cast.numel + 0.5), case.signed)
+    dense = path.at(0.0)
+    assert all(torch.equal(dense.weights[n], w) for n, w in cast.items())
+    if not case.updates:
+        half = path.at(0.5)
+        assert all(torch.equal(half.weights[n], w * half.masks[n]) for n, w in cast.items())
+
+
+def test_float64_weights_keep_their_digits(case: Case, targets: Targets, rows: Rows) -> None:
+    fine = {
+        name: w.detach().double() + torch.randn(w.shape, dtype=torch.float64) * 1e-10 for name, w in targets.items()
+    }
+    cast = Targets({name: nn.Parameter(w) for name, w in fine.items()})
+    dense = case.path(cast, rows).at(0.0)
+    assert all(torch.equal(dense.weights[n], w) for n, w in cast.items())
+
+
+def test_all_zero_target(case: Case, targets: Targets, rows: Rows) -> None:
+    with torch.no_grad():
+        targets["linear"].zero_()
+    result = case.path(targets, rows).at(0.5)
+    assert _zeros(result) == math.floor(0.5 * targets.numel + 0.5)
+    assert not result.weights["linear"].any()
+    assert all(torch.equal(result.weights[n] != 0, result.masks[n]) for n in targets if n != "linear")
+    if not case.uniform and not case.signed:
+        assert not result.masks["linear"].any(), "what is zero costs nothing and goes first"
+
+
+def test_zero_gradients(case: Case, targets: Targets, rows: Rows) -> None:
+    path = case.path(targets, [{n: torch.zeros_like(g) for n, g in chunk.items()} for chunk in rows])
+    result = path.at(0.5)
+    _check(result, targets, math.floor(0.5 * targets.numel + 0.5), case.signed)
+    assert all(torch.equal(result.weights[n], w * result.masks[n]) for n, w in targets.items())
+
+
+def test_more_zeros_than_asked_for_warns_and_changes_nothing(case: Case, targets: Targets, rows: Rows) -> None:
+    if case.regrows:
+        pytest.skip("masked weights come back; see test_drop_and_grow.py")
+    masks = _masks(targets, 0.4)
+    path = case.path(targets, rows, masks)
+    with pytest.warns(UserWarning, match=r"sparsity=0\.2: the model is already at 0\.[34]\d+.*higher sparsity"):
+        result = path.at(0.2)
+    assert result.predicted_loss == 0
+    assert result.sparsity == pytest.approx(path.sparsity)
+    for name, weight in targets.items():
+        assert torch.equal(result.masks[name], masks[name])
+        assert torch.equal(result.weights[name], torch.where(masks[name], weight, 0.0))
+    with pytest.warns(UserWarning, match="already at"):
+        assert path.curve([0.2]) == [0.0]
+
+
+def test_exactly_the_zeros_that_are_there(case: Case, targets: Targets, rows: Rows) -> None:
+    masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in targets.items()}
+    numel = targets.numel
+    for name in ("odd", "linear"):
+        masks[name].view(-1)[: numel // 8] = False
+    zeros = sum(int((~m).sum()) for m in masks.values())
+    result = case.path(targets, rows, masks).at(zeros / numel)
+    assert _zeros(result) >= zeros
+    assert _zeros(result) == zeros
+
+
+@pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.1, 50, float("nan")])
+def test_sparsity_outside_is_refused(case: Case, targets: Targets, rows: Rows, sparsity: float) -> None:
+    pruner = case.make()
+    path = case.path(targets, rows)
+    for ask in (path.at, pruner.check_sparsity, lambda s: path.curve([0.5, s])):
+        with pytest.raises(PatternError, match=r"sparsity=.*\[0, 1\)"):
+            ask(sparsity)
+
+
+@pytest.mark.parametrize("sparsity", [0.995, 0.999, 1 - 1e-9])
+def test_to_the_last_weight(case: Case, targets: Targets, rows: Rows, sparsity: float) -> None:
+    _check(case.path(targets, rows).at(sparsity), targets, math.floor(sparsity * targets.numel + 0.5), case.signed)
+
+
+def test_one_target_of_one_weight(case: Case) -> None:
+    targets = Targets({"w": nn.Parameter(torch.tensor([[2.0]]))})
+    path = case.path(targets, [{"w": torch.ones(3, 1, 1)}])
+    assert path.at(0.4).weights["w"].item() == 2
+    assert path.at(0.6).weights["w"].item() == 0
+
+
+def test_masks_that_do_not_fit_are_refused(case: Case, targets: Targets, rows: Rows) -> None:
+    ones: dict[str, Any] = {name: torch.ones(s, dtype=torch.bool) for name, s in SHAPES.items()}
+    with pytest.raises(ConfigError, match=r"masks: 'lin'.*there is no such target"):
+        case.path(targets, rows, {"lin": ones["linear"]})
+    with pytest.raises(ConfigError, match=r"masks: 'linear' has shape \(8, 6\), but its weight has \(6, 8\)"):
+        case.path(targets, rows, {**ones, "linear": ones["linear"].t()})
+    partial = case.path(targets, rows, {"odd": torch.zeros(SHAPES["odd"], dtype=torch.bool)})
+    assert partial.sparsity == pytest.approx(84 / targets.numel)  # others are free
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_broken_weights_are_refused(case: Case, targets: Targets, rows: Rows, value: float) -> None:
+    with torch.no_grad():
+        targets["conv"][0, 1, 1, 2] = value
+    with pytest.raises(CAPError, match="'conv' is not finite"):
+        case.path(targets, rows)
+
+
+def test_closed_paths(case: Case, targets: Targets, rows: Rows) -> None:
+    with case.path(targets, rows) as path:
+        path.at(0.5)
+    path.close()  # twice is no error
+    if case.owns_fisher:
+        with pytest.raises(GradientError, match="closed"):
+            path.at(0.5)
+
+
+def test_progress_ends_at_its_total(case: Case, targets: Targets, rows: Rows) -> None:
+    seen: list[tuple[str, int, int]] = []
+    case.path(targets, rows, progress=lambda *step: seen.append(step))
+    assert all(0 < done <= total for _, done, total in seen)
+    assert not seen or seen[-1][1] == seen[-1][2]
+
+
+def test_repr_and_copies(case: Case, targets: Targets, rows: Rows) -> None:
+    pruner = case.make()
+    assert repr(pruner).startswith(type(pruner).__name__)
+    path = case.path(targets, rows)
+    assert isinstance(path, PruningPath)
+    assert _equal(path.at(0.5), case.path(targets, rows).at(0.5))
+
+
+# N:M
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (1, 2)])
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("damp", [1e-2, 1e-8])
+def test_n_of_m(targets: Targets, rows: Rows, n: int, m: int, masked: bool, damp: float) -> None:
+    masks = _masks(targets, 0.3) if masked else None
+    pruner = CAP(block_size=16, num_gradients=40, damp=damp, pattern=NofM(n, m))
+    path = pruner.path(targets, rows, masks)
+    result = path.at(1 - n / m)
+    for name, weight in targets.items():
+        w = result.weights[name]
+        rows_out, inputs = w.shape[:2]
+        alive = (masks or {}).get(name, torch.ones_like(w, dtype=torch.bool))
+        for o in range(rows_out):
+            for place in [()] if w.ndim == 2 else [(y, x) for y in range(2) for x in range(3)]:
+                for i in range(0, inputs, m):
+                    group = (o, slice(i, i + m), *place)
+                    assert int(w[group].count_nonzero()) == min(n, int(alive[group].sum()))
+        assert torch.equal(w != 0, result.masks[name])
+        assert not (result.masks[name] & ~alive).any()
+        assert weight.requires_grad
+    assert _equal(path.at(1 - n / m), result)
+    assert path.curve([1 - n / m]) == [result.predicted_loss]
+    if masks is None:
+        assert result.sparsity == pytest.approx(1 - n / m)
+    for wrong in (0.0, 0.9, 1 - n / m - 0.01):
+        for ask in (path.at, pruner.check_sparsity):
+            with pytest.raises(PatternError, match=r"alone\. Ask for sparsity="):
+                ask(wrong)
+
+
+def test_n_of_m_refuses_targets_by_name_before_anything_runs(targets: Targets) -> None:
+    with pytest.raises(ConfigError, match="'odd'"):
+        CAP(block_size=16, pattern=NofM(4, 8)).check(Targets({"odd": targets["odd"]}))
+
+    def unread() -> Any:
+        raise AssertionError("gradients were read")
+        yield
+
+    with pytest.raises(ConfigError, match="'linear' of shape"):
+        CAP(block_size=15, pattern=NofM(1, 5)).path(targets, unread())

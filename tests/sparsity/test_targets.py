@@ -1,0 +1,302 @@
+from __future__ import annotations
+
+import fnmatch
+from itertools import pairwise
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+from lightning_cap.errors import ConfigError, TargetError
+from lightning_cap.sparsity.block_layout import BlockLayout
+from lightning_cap.sparsity.targets import Targets, plain_name
+
+VIT = {"img_size": 32, "embed_dim": 16, "depth": 2, "num_heads": 2}
+
+
+def _dense(model: nn.Module) -> set[str]:
+    """Matrices and kernels that are no default target."""
+    targets = Targets.from_model(model)
+    assert all(p.data_ptr() == targets[n].data_ptr() for n, p in model.named_parameters() if n in targets)
+    return {name for name, p in model.named_parameters() if p.ndim > 1 and name not in targets}
+
+
+# Which weights
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "dense"),
+    [
+        ("vit_tiny_patch16_224", VIT, {"cls_token", "pos_embed", "patch_embed.proj.weight", "head.weight"}),
+        (
+            "deit_tiny_distilled_patch16_224",
+            VIT,
+            {"cls_token", "dist_token", "pos_embed", "patch_embed.proj.weight", "head.weight", "head_dist.weight"},
+        ),
+        ("resnet18", {"layers": (1, 1, 1, 1), "channels": (4, 4, 4, 4)}, {"conv1.weight", "fc.weight"}),
+        (
+            "convnext_atto",
+            {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)},
+            {"stem.0.weight", "head.fc.weight", *(f"stages.{i}.blocks.0.conv_dw.weight" for i in range(4))},
+        ),
+    ],
+)
+def test_default_targets_of_timm_models(name: str, options: dict[str, object], dense: set[str]) -> None:
+    model = timm.create_model(name, **options)
+    assert _dense(model) == dense
+    assert _dense(nn.ModuleDict({"net": model})) == {f"net.{d}" for d in dense}
+
+
+def test_own_head_on_a_headless_timm_model(tiny_vit: nn.Module) -> None:
+    tiny_vit.reset_classifier(0)
+    model = nn.Sequential(tiny_vit, nn.Linear(16, 16), nn.Linear(16, 3))
+    assert _dense(model) == {"0.cls_token", "0.pos_embed", "0.patch_embed.proj.weight", "2.weight"}
+
+
+def test_default_targets_of_plain_models(tiny_cnn: nn.Module) -> None:
+    assert list(Targets.from_model(tiny_cnn)) == ["2.weight", "6.weight"]
+    with pytest.raises(TargetError, match=r"no prunable weight left.*'0\.weight'"):
+        Targets.from_model(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
+    with pytest.raises(TargetError, match="no prunable weight"):
+        Targets.from_model(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
+    with pytest.raises(TargetError, match="no prunable weight"):
+        Targets.from_model(nn.ReLU())
+
+
+def test_depthwise_is_dense_but_grouped_is_not() -> None:
+    convs = [nn.Conv2d(4, 4, 3, groups=g) for g in (1, 2, 4)] + [nn.Conv2d(4, 8, 3, groups=4), nn.Conv2d(1, 4, 3)]
+    model = nn.Sequential(nn.Linear(2, 2), *convs, nn.ConvTranspose2d(4, 2, 3), nn.Linear(2, 2))
+    assert list(Targets.from_model(model)) == ["1.weight", "2.weight", "5.weight", "6.weight"]
+    assert "3.weight" in Targets.from_model(model, include=["*"])
+
+
+def test_multihead_attention() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Linear(3, 8)
+            self.same = nn.MultiheadAttention(8, 2)
+            self.cross = nn.MultiheadAttention(8, 2, kdim=4, vdim=6)
+            self.head = nn.Linear(8, 2)
+
+    assert set(Targets.from_model(Net())) == {
+        "same.in_proj_weight",
+        "same.out_proj.weight",
+        "cross.q_proj_weight",
+        "cross.k_proj_weight",
+        "cross.v_proj_weight",
+        "cross.out_proj.weight",
+    }
+    encoder = nn.TransformerEncoderLayer(8, 2, 12)
+    assert "self_attn.in_proj_weight" in Targets.from_model(encoder, include=["*"])
+
+
+def test_include_and_exclude(tiny_vit: nn.Module) -> None:
+    def names(**options: object) -> list[str]:
+        return list(Targets.from_model(tiny_vit, **options))  # type: ignore[arg-type]
+
+    assert names(include=["*.attn.qkv.weight", "*.mlp.fc?.weight"]) == [
+        f"blocks.{i}.{layer}.weight" for i in range(2) for layer in ("attn.qkv", "mlp.fc1", "mlp.fc2")
+    ]  # in the model's order, whatever the order of the patterns
+    assert names(include=["*.mlp.fc?.weight", "*.attn.qkv.weight"]) == names(
+        include=["*.attn.qkv.weight", "*.mlp.fc?.weight"]
+    )
+    assert names(include=("head.weight", "pos_embed", "*head*")) == ["pos_embed", "head.weight"]
+    assert names(exclude=["*.fc[12].weight", "head.weight"]) == [
+        f"blocks.{i}.attn.{layer}.weight" for i in range(2) for layer in ("qkv", "proj")
+    ]
+    assert len(names(include=["*"])) == 10
+    assert "blocks.0.norm1.weight" in names(include=["blocks.0.norm1.weight", "*.qkv.weight"])
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+def test_patterns_that_select_nothing(tiny_vit: nn.Module, argument: str) -> None:
+    def select(patterns: object) -> Targets:
+        return Targets.from_model(tiny_vit, **{argument: patterns})  # type: ignore[arg-type]
+
+    with pytest.raises(
+        TargetError, match=rf"{argument}: '\*\.mlp\.fc3\.weigth' matches no.*'blocks\.\d\.mlp\.fc\d\.weight'"
+    ):
+        select(["*.mlp.fc3.weigth"])
+    with pytest.raises(TargetError, match=r"matches no parameter"):
+        select(["*.QKV.weight"])
+    with pytest.raises(TargetError, match=rf"{argument}='\*' is a string. Give a list.*{argument}=\['\*'\]"):
+        select("*")
+
+
+def test_patterns_for_vectors(tiny_vit: nn.Module) -> None:
+    with pytest.raises(
+        TargetError, match=r"matches only 'blocks\.0\.norm1\.weight'.*not weights of a Linear.*exact name"
+    ):
+        Targets.from_model(tiny_vit, include=["*.norm?.weight"])
+    assert len(Targets.from_model(tiny_vit, exclude=["*.fc1.weight"])) == 6
+    with pytest.raises(TargetError, match=r"include=\[\]"):
+        Targets.from_model(tiny_vit, include=[])
+    with pytest.raises(TargetError, match="no prunable weight left"):
+        Targets.from_model(tiny_vit, include=["head.weight"], exclude=["head.weight"])
+
+
+def test_frozen_targets_are_refused_others_may_be_frozen(tiny_cnn: nn.Module) -> None:
+    tiny_cnn[0].weight.requires_grad_(False)
+    assert len(Targets.from_model(tiny_cnn)) == 2
+    tiny_cnn[6].weight.requires_grad_(False)
+    with pytest.raises(TargetError, match=r"'6\.weight' is frozen.*exclude=\['6\.weight'\]"):
+        Targets.from_model(tiny_cnn)
+    assert list(Targets.from_model(tiny_cnn, exclude=["6.weight"])) == ["2.weight"]
+
+
+def _net_with(a: nn.Parameter, b: nn.Parameter, c: nn.Parameter | None = None) -> nn.Module:
+    net = nn.ModuleDict({name: nn.Linear(4, 4) for name in ("a", "b", "c")})
+    net["a"].weight, net["b"].weight = a, b
+    if c is not None:
+        net["c"].weight = c
+    return net
+
+
+def test_tied_targets_are_refused() -> None:
+    one = nn.Parameter(torch.randn(4, 4))
+    with pytest.raises(TargetError, match=r"'a\.weight' is tied: it shares its memory with 'b\.weight'"):
+        Targets.from_model(_net_with(one, one), include=["*"])
+    assert list(Targets.from_model(_net_with(one, one), include=["c.weight"])) == ["c.weight"]
+    with pytest.raises(TargetError, match="tied"):  # a tie to what is no target is a tie
+        Targets.from_model(_net_with(one, one), include=["b.weight"])
+    shared = nn.ModuleDict({"a": nn.Linear(4, 4)})
+    shared["b"] = shared["a"]
+    with pytest.raises(TargetError, match="tied"):
+        Targets.from_model(shared, include=["*"])
+
+
+def test_views_of_one_storage() -> None:
+    flat = torch.randn(40)
+    views = [nn.Parameter(flat[i : i + 16].view(4, 4)) for i in (0, 16, 24)]
+    with pytest.raises(TargetError, match=r"'b\.weight' is tied: it shares its memory with 'c\.weight'\."):
+        Targets.from_model(_net_with(*views), include=["*"])
+    assert len(Targets.from_model(_net_with(*views), include=["a.weight"])) == 1
+    with pytest.raises(TargetError, match="tied"):
+        Targets.from_model(_net_with(views[0], nn.Parameter(flat[:16].view(4, 4).t())), include=["*"])
+    strided = nn.Parameter(flat[:32].view(4, 8)[:, :4])  # reaches to 28, though it has 16 elements
+    with pytest.raises(TargetError, match="tied"):
+        Targets.from_model(_net_with(strided, views[2]), include=["*"])
+
+
+def test_compiled_modules_keep_plain_names(tiny_vit: nn.Module) -> None:
+    plain = list(Targets.from_model(tiny_vit))
+    tiny_vit.blocks[1] = torch.compile(tiny_vit.blocks[1])
+    targets = Targets.from_model(tiny_vit)
+    assert list(targets) == plain
+    parameters = dict(tiny_vit.named_parameters())
+    assert all(parameters[path] is targets[name] for name, path in targets.paths.items())
+    assert any("_orig_mod." in path for path in targets.paths.values())
+    whole = Targets.from_model(torch.compile(tiny_vit), include=["blocks.1.mlp.fc1.weight"])
+    assert list(whole) == ["blocks.1.mlp.fc1.weight"]
+    assert plain_name("_orig_mod.a._orig_mod.weight") == "a.weight"
+
+
+def test_tensors_that_cannot_be_targets() -> None:
+    with pytest.raises(TargetError, match=r"'0\.weight' is not initialised yet. Run one forward pass"):
+        Targets.from_model(nn.Sequential(nn.LazyLinear(4), nn.ReLU()), include=["*"])
+    with pytest.raises(TargetError, match="no weight to prune"):
+        Targets({})
+    with pytest.raises(TargetError, match="'w' is empty"):
+        Targets({"w": torch.empty(0, 3)})
+    with pytest.raises(TargetError, match=r"'w' is of type torch\.int64"):
+        Targets({"w": torch.ones(3, dtype=torch.int64)})
+
+
+def test_targets_follow_their_model(tiny_cnn: nn.Module) -> None:
+    targets = Targets.from_model(tiny_cnn)
+    with torch.no_grad():
+        tiny_cnn[6].weight.fill_(7.0)
+    assert (targets.weights()["6.weight"] == 7).all()
+    assert not targets.weights()["6.weight"].requires_grad
+    assert targets.numel == 12 * 8 * 9 + 12 * 16
+
+
+# The block view
+
+SHAPES = {"a": (5, 6), "conv": (4, 3, 3, 2), "one": (1, 1), "vector": (7,), "deep": (2, 3, 2, 1, 2)}
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 7, 16, 30, 31, 500])
+def test_round_trip_and_padding(block_size: int) -> None:
+    tensors = {name: torch.randn(shape) for name, shape in SHAPES.items()}
+    layout = BlockLayout(SHAPES, block_size)
+    blocks = layout.pack(tensors, torch.float32)
+    assert blocks.shape == (layout.num_blocks, block_size)
+    assert layout.num_blocks == sum(-(-t.numel() // block_size) for t in tensors.values())
+    spans = list(layout.spans.values())
+    assert spans[0].start == 0
+    assert spans[-1].stop == layout.num_blocks
+    assert all(before.stop == after.start for before, after in pairwise(spans))
+    for name, tensor in tensors.items():  # consecutive in memory order, padding zero
+        flat = blocks[layout.spans[name]].flatten()
+        assert torch.equal(flat[: tensor.numel()], tensor.flatten())
+        assert not flat[tensor.numel() :].any()
+    assert int(layout.valid().sum()) == sum(t.numel() for t in tensors.values())
+    assert (
+        layout.pack({k: torch.full_like(t, 3) for k, t in tensors.items()}, torch.float32) == 3 * layout.valid()
+    ).all()
+    back = layout.unpack(blocks)
+    assert all(torch.equal(back[name], tensor) and back[name].is_contiguous() for name, tensor in tensors.items())
+    back["a"].zero_()
+    assert blocks[0].any()  # copies
+
+
+def test_rows_and_strided_tensors() -> None:
+    layout = BlockLayout(SHAPES, 4)
+    rows = {name: torch.randn(3, *shape) for name, shape in SHAPES.items()}
+    packed = layout.pack_rows(rows, torch.float64)
+    assert packed.dtype == torch.float64
+    for i in range(3):
+        assert torch.equal(packed[i], layout.pack({name: r[i] for name, r in rows.items()}, torch.float64))
+    strided = {name: t.transpose(0, -1).contiguous().transpose(0, -1) for name, t in rows.items() if t.ndim > 1}
+    assert torch.equal(layout.pack_rows(strided, torch.float64), packed)
+
+
+def test_groups_lie_along_the_inputs_of_one_kernel_position() -> None:
+    rows, inputs, H, W, m = 3, 4, 2, 3, 2
+    shapes = {"conv": (rows, inputs, H, W), "linear": (rows, inputs)}
+    conv = torch.arange(float(rows * inputs * H * W)).view(rows, inputs, H, W)
+    linear = -torch.arange(1.0, rows * inputs + 1).view(rows, inputs)
+    layout = BlockLayout(shapes, 6, m)
+    blocks = layout.pack({"conv": conv, "linear": linear}, torch.float32)
+    by_hand = [conv[o, i, y, x].item() for o in range(rows) for y in range(H) for x in range(W) for i in range(inputs)]
+    assert blocks[layout.spans["conv"]].flatten().tolist() == by_hand
+    groups = blocks.view(-1, m)
+    expected = {
+        tuple(conv[o, i : i + m, y, x].tolist())
+        for o in range(rows)
+        for i in (0, 2)
+        for y in range(H)
+        for x in range(W)
+    }
+    expected |= {tuple(linear[o, i : i + m].tolist()) for o in range(rows) for i in (0, 2)}
+    assert {tuple(g.tolist()) for g in groups} == expected
+    back = layout.unpack(blocks)
+    assert torch.equal(back["conv"], conv)
+    assert back["conv"].is_contiguous()
+    assert torch.equal(back["linear"], linear)
+
+
+def test_bad_blocks() -> None:
+    with pytest.raises(ConfigError, match="block_size=0: a block holds at least one weight"):
+        BlockLayout({"a": (4, 4)}, 0)
+    with pytest.raises(ConfigError, match=r"block_size=190 is not a multiple of the pattern's group of 4. Try 188"):
+        BlockLayout({"a": (4, 4)}, 190, 4)
+    with pytest.raises(ConfigError, match="Try 4"):
+        BlockLayout({"a": (4, 4)}, 3, 4)
+    with pytest.raises(TargetError, match=r"'odd' of shape \(4, 6\).*group of 4.*exclude=\['odd'\]"):
+        BlockLayout({"a": (4, 4), "odd": (4, 6)}, 8, 4)
+    with pytest.raises(TargetError, match=r"'conv' of shape \(4, 3, 2, 2\)"):  # 12 a row, but only 3 inputs
+        BlockLayout({"conv": (4, 3, 2, 2)}, 8, 4)
+    with pytest.raises(TargetError, match="'bias'"):
+        BlockLayout({"bias": (4,)}, 8, 4)
+
+
+def test_every_near_name_exists(tiny_vit: nn.Module) -> None:
+    with pytest.raises(TargetError) as error:
+        Targets.from_model(tiny_vit, include=["zzz"])
+    names = [name for name, _ in tiny_vit.named_parameters() if f"'{name}'" in str(error.value)]
+    assert len(names) == 3
+    assert all(fnmatch.fnmatchcase(name, "*.weight") for name in names)

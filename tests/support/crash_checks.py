@@ -1,0 +1,175 @@
+"""For `test_crash.py`: starts the runs of `crash_run.py`, and says whether what they leave is whole and the same."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+
+from lightning_cap.sparsity.masks import unpack_bits
+from tests.support import ROOT
+from tests.support.crash_run import SCHEDULE
+
+
+class Server:
+    """Starts fits in forked processes."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.support.crash_run"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"},
+        )
+
+    def __call__(self, folder: Path, ranks: int = 1, **order: Any) -> list[int | None]:
+        """Exit code of each rank: 0, 1 after an exception, -9 after a kill, None for one that hung."""
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"folder": str(folder), "ranks": ranks, **order}) + "\n")
+        self._process.stdin.flush()
+        answer = json.loads(self._process.stdout.readline())
+        self.seconds: list[float] = answer["seconds"]
+        codes: list[int | None] = answer["codes"]
+        return codes
+
+    def end(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(20)
+
+
+class Whole:
+    """Runs that are never killed, one of each kind."""
+
+    def __init__(self, server: Server, folder: Path) -> None:
+        self._server, self._folder = server, folder
+        self._runs: dict[str, Path] = {}
+
+    def __call__(self, ranks: int = 1, **order: Any) -> Path:
+        kind = json.dumps([ranks, order], sort_keys=True)
+        if kind not in self._runs:
+            folder = self._folder / str(len(list(self._folder.iterdir())))
+            assert self._server(folder, ranks, **order) == [0] * ranks, log(folder)
+            self._runs[kind] = folder
+        return self._runs[kind]
+
+    def counts(self, rank: int = 0, **order: Any) -> dict[str, int]:
+        """How many moments there are of each phase."""
+        counts: dict[str, int] = json.loads((self(**order) / f"counts-{rank}.json").read_text())
+        return counts
+
+
+def log(folder: Path) -> str:
+    return "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("log-*.txt")))
+
+
+def masked(state: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Where a checkpoint's masks say that a weight is pruned."""
+    entry = callback_state(state)
+    shapes = {name: mask["shape"] for name, mask in entry["masks"].items()}
+    return {
+        name: ~unpack_bits(entry["masks"][name]["bits"], state["state_dict"][name].numel()).view(shape)
+        for name, shape in shapes.items()
+    }
+
+
+def callback_state(state: dict[str, Any]) -> dict[str, Any]:
+    entry: dict[str, Any] = next(v for k, v in state["callbacks"].items() if "CAPPruningCallback" in k)
+    return entry
+
+
+def check_checkpoint(path: Path, schedule: dict[int, float] = SCHEDULE) -> None:
+    """It loads, and every event in it is whole: masks, weights and the list of events done tell the same."""
+    state = torch.load(path, weights_only=True)
+    entry, pruned = callback_state(state), masked(state)
+    for name, where in pruned.items():
+        assert torch.equal(state["state_dict"][name] == 0, where), (path, name)
+    size = sum(where.numel() for where in pruned.values())
+    done = entry["done"]
+    assert done == list(schedule)[: len(done)], path
+    assert entry["position"] == len(done), path
+    zeros = int(schedule[done[-1]] * size + 0.5) if done else 0
+    assert sum(int(where.sum()) for where in pruned.values()) == zeros, path
+
+
+def check_files(folder: Path, schedule: dict[int, float] = SCHEDULE) -> None:
+    """Whatever a user or Lightning may load is complete; only hidden temporary files may be torn."""
+    for path in folder.rglob("*"):
+        if path.is_dir() or path.suffix in (".txt", ".pt") or path.name.startswith("counts-"):
+            continue  # this test's own
+        if path.suffix == ".ckpt" and not path.name.startswith("."):
+            check_checkpoint(path, schedule)
+        elif path.suffix == ".safetensors":
+            plain(path)
+        elif path.suffix == ".jsonl":
+            text = path.read_text()
+            assert text.endswith("\n")
+            assert [json.loads(line)["epoch"] for line in text.splitlines()] == sorted(schedule)[: text.count("\n")]
+        else:
+            assert path.name.startswith("."), f"{path.name} is visible"
+            # ours, or the one that the safetensors library writes to before it renames
+            assert path.suffix == ".tmp" or path.name.startswith(".tmp")
+
+
+def same(a: Any, b: Any, where: str = "") -> None:
+    """Equal bit for bit."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            same(a[key], b[key], f"{where}/{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, pair in enumerate(zip(a, b, strict=True)):
+            same(*pair, f"{where}/{i}")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, where
+        assert torch.equal(a, b), where
+    else:
+        assert a == b or (a != a and b != b), where
+
+
+def without_folder(value: Any, folder: Path) -> Any:
+    if isinstance(value, dict):
+        return {k: without_folder(v, folder) for k, v in value.items() if not str(k).startswith("ModelCheckpoint")}
+    if isinstance(value, (list, tuple)):
+        return [without_folder(v, folder) for v in value]
+    return value.replace(str(folder), "") if isinstance(value, str) else value
+
+
+def load(path: Path, folder: Path) -> Any:
+    return without_folder(torch.load(path, weights_only=True), folder)
+
+
+def plain(path: Path) -> tuple[Any, Any]:
+    """Tensors and metadata; the order in which safetensors writes the latter is not fixed."""
+    with safe_open(path, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 - not a dict
+
+
+def events(folder: Path) -> list[dict[str, float]]:
+    rows = [json.loads(line) for line in (folder / "pruned/events.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if not k.startswith("seconds/")} for row in rows]
+
+
+def check_same_end(expected: Path, folder: Path, ranks: int = 1) -> None:
+    """Weights, masks, optimizer, table, events and every checkpoint that stays."""
+    check_files(folder)
+    for rank in range(ranks):
+        ends = [load(f / f"end-{rank}.pt", f) for f in (expected, folder)]
+        batches = [end.pop("batches") for end in ends]
+        same(*ends)
+        assert batches[0][len(batches[0]) - len(batches[1]) :] == batches[1]  # fewer if little was left to train
+    assert events(expected) == events(folder)
+    for path in [expected / "last.ckpt", *(expected / "pruned").glob("*.ckpt")]:
+        same(load(path, expected), load(folder / path.relative_to(expected), folder), path.name)
+    for path in (expected / "pruned").glob("*.safetensors"):
+        same(plain(path), plain(folder / "pruned" / path.name), path.name)
