@@ -41,7 +41,7 @@ ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str
 
 
 @dataclass(frozen=True)
-class Sizes:
+class MemoryModel:
     """How large everything is."""
 
     weights: int = 442_368
@@ -55,7 +55,7 @@ class Sizes:
     gpu_depth: int = 12
 
 
-QUICK = Sizes(6144, 16, 32, (8, 16), 16, 0.05, 32, 2, 1)
+QUICK = MemoryModel(6144, 16, 32, (8, 16), 16, 0.05, 32, 2, 1)
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ def max_or_none(values: Sequence[int | None]) -> int | None:
     return max(known) if known else None
 
 
-def event_rows(sizes: Sizes, threads: int, repeats: int) -> tuple[dict[str, Any], list[Line]]:
+def event_rows(sizes: MemoryModel, threads: int, repeats: int) -> tuple[dict[str, Any], list[Line]]:
     """The whole event on well- and ill-conditioned blocks, and its memory."""
     found: dict[str, Any] = {}
     lines = []
@@ -159,7 +159,7 @@ def megabytes(size: int | None) -> str:
     return "-" if size is None else f"{size / 1e6:.0f} MB"
 
 
-def elimination_rows(sizes: Sizes, peak: dict[str, Any]) -> tuple[dict[str, Any], list[Line]]:
+def elimination_rows(sizes: MemoryModel, peak: dict[str, Any]) -> tuple[dict[str, Any], list[Line]]:
     """Elimination alone, one thread, to three quarters and to the end."""
     found: dict[str, Any] = {}
     lines = []
@@ -169,9 +169,9 @@ def elimination_rows(sizes: Sizes, peak: dict[str, Any]) -> tuple[dict[str, Any]
             ways = child("engine_elimination.py", {**spec, "seconds": sizes.elimination_seconds}, 1)
             done, work = ways["numba"]["blocks_s"], flops(block_size, steps)
             fraction = done * work["needed"] / (peak["float32"]["1"] * 1e9)
-            precise = ways["numba, float64"]["blocks_s"] * work["needed"] / (peak["float64"]["1"] * 1e9)
+            use_float64 = ways["numba, float64"]["blocks_s"] * work["needed"] / (peak["float64"]["1"] * 1e9)
             found[f"B={block_size} K={steps}"] = {
-                "ways": ways, "flops": work, "fraction_of_fma_peak": {"float32": fraction, "float64": precise},
+                "ways": ways, "flops": work, "fraction_of_fma_peak": {"float32": fraction, "float64": use_float64},
             }  # fmt: skip
             for name in ("rank-1, as published", "rank-1, in place", "torch left-looking"):
                 theirs = ways[name]["blocks_s"]
@@ -187,7 +187,7 @@ def elimination_rows(sizes: Sizes, peak: dict[str, Any]) -> tuple[dict[str, Any]
     return found, lines
 
 
-def growth_rows(sizes: Sizes, threads: int, repeats: int) -> tuple[dict[str, Any], list[Line]]:
+def growth_rows(sizes: MemoryModel, threads: int, repeats: int) -> tuple[dict[str, Any], list[Line]]:
     """Our event's time over ``d`` and over ``B``."""
     low, high = sizes.blocks[0], sizes.blocks[-1]
     shapes = {"large": (4 * sizes.weights, high), "small": (sizes.weights, high), "narrow": (sizes.weights, low)}
@@ -204,7 +204,7 @@ def growth_rows(sizes: Sizes, threads: int, repeats: int) -> tuple[dict[str, Any
     return found, lines
 
 
-def gpu_rows(sizes: Sizes, options: dict[str, Any]) -> tuple[dict[str, Any] | None, list[Line]]:
+def gpu_rows(sizes: MemoryModel, options: dict[str, Any]) -> tuple[dict[str, Any] | None, list[Line]]:
     """Phases at DeiT-Small's size and whole events; each in a process of its own, and a failure is a row."""
     targets = {
         "DeiT-Small, 16 images a gradient": "<= 60 s, >= 80 % in the gradients",
@@ -251,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     )
     parser.add_argument("--output", type=Path, default=HERE / "results/engine.json")
     given = parser.parse_args(arguments)
-    sizes = QUICK if given.quick else Sizes()
+    sizes = QUICK if given.quick else MemoryModel()
     torch.set_num_threads(given.threads)
     found: dict[str, Any] = {
         "machine": machine(),

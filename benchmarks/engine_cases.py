@@ -145,7 +145,7 @@ def run_ours(case: Case, weights: Tensor, rows: Rows) -> Event:
         results = [path.at(sparsity) for sparsity in SPARSITIES]
         ended = time.perf_counter()
     marks = (accumulated - started - source, eliminated - accumulated, ended - eliminated)
-    facts = {name: results[0].stats[name] for name in ("blocks_float64", "blocks_redamped")}
+    facts = {name: results[0].stats[name] for name in ("blocks_float64", "blocks_damping_increased")}
     facts.update(planned_bytes=path.plan.peak_bytes, row_chunk=pruner.row_chunk)
     facts.update(blocks=case.num_blocks, rows=case.num_gradients)
     found = [result.weights["weight"].view(weights.shape) for result in results]

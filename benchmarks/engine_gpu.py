@@ -133,7 +133,11 @@ def event(case: ModelCase, device: str = "cuda", **options: Any) -> dict[str, An
     def work() -> None:
         with pruner.path(targets, source) as path:
             result = path.at(SPARSITIES[-1])
-            facts.update(passes=path.plan.passes, home=str(path.plan.home), planned_bytes=path.plan.peak_bytes)
+            facts.update(
+                passes=path.plan.passes,
+                storage_device=str(path.plan.storage_device),
+                planned_bytes=path.plan.peak_bytes,
+            )
         facts.update(result.stats, sparsity=result.sparsity)
 
     total = seconds(work, device)

@@ -149,8 +149,8 @@ def _gpu_limits(budget: float) -> dict[str, Any]:
     target = torch.empty_like(source)
     copy = best_seconds(lambda: _synchronised(lambda: target.copy_(source)), budget)
     pinned = torch.empty(2**27, pin_memory=True)
-    home = best_seconds(lambda: _synchronised(lambda: pinned.copy_(source[: 2**27], non_blocking=True)), budget)
-    return {"gflops": flops, "copy_gb_s": 2 * 2**30 / copy / 1e9, "to_host_gb_s": 2**29 / home / 1e9}
+    to_host = best_seconds(lambda: _synchronised(lambda: pinned.copy_(source[: 2**27], non_blocking=True)), budget)
+    return {"gflops": flops, "copy_gb_s": 2 * 2**30 / copy / 1e9, "to_host_gb_s": 2**29 / to_host / 1e9}
 
 
 def _synchronised(work: Callable[[], Any]) -> None:

@@ -29,7 +29,7 @@ import torch
 
 from lightning_cap.calibration.gradients import rows_at_once
 from lightning_cap.fisher.blocks import ROW_CHUNK, fisher_bytes
-from lightning_cap.fisher.memory_plan import Sizes
+from lightning_cap.fisher.memory_plan import MemoryModel
 
 MIB, GIB = 2**20, 2**30
 #: Every phase that is told apart.
@@ -115,11 +115,11 @@ def amounts(p: Problem, ranks: int) -> dict[str, float]:
     device = torch.device("cpu" if p.packed else "cuda")
     storage, backend = ("packed", "numba") if p.packed else ("full", "triton")
     fisher = fisher_bytes(own, B, storage, device)
-    sizes = Sizes(B, blocks, ROW_CHUNK, storage, backend, 4 * d * p.batch, ranks)
+    sizes = MemoryModel(B, blocks, ROW_CHUNK, storage, backend, 4 * d * p.batch, ranks)
     return {
         "rows": rows,
         "fisher": fisher,
-        "planned": sizes.direct(own, device, min(own, sizes.chunk(device, None))),
+        "planned": sizes.bytes_on_device(own, device, min(own, sizes.chunk(device, None))),
         "exchange": 4 * rows * d * others,
         "gather": 4 * d * (1 + 1 / 32) * others,
         "select": 2**21 * others,

@@ -140,7 +140,7 @@ def prune(meter: Meter, settings: Settings) -> tuple[Any, dict[str, Any]]:
         distributed.check_equal_on_all_ranks({"the weights": result.weights, "the masks": result.masks})
     plan, blocks = path.plan, len(path.plan.groups[0])
     facts = {name: dict(getattr(meter, name)) for name in ("wall", "cpu", "sent", "peak")}
-    facts["fisher"] = fisher_bytes(blocks, settings.block_size, pruner.storage, plan.home)
+    facts["fisher"] = fisher_bytes(blocks, settings.block_size, pruner.storage, plan.storage_device)
     facts.update(
         blocks=blocks, planned=plan.peak_bytes, passes=plan.passes, blocks_float64=path.stats["blocks_float64"]
     )

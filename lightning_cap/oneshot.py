@@ -20,7 +20,7 @@ from lightning_cap.pruners import CAP, Pruner, PruneResult
 from lightning_cap.pruners.base import refuse_regrowth, refuse_splitting
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.targets import Targets
-from lightning_cap.trainer.isolation import undisturbed
+from lightning_cap.trainer.isolation import preserve_state
 from lightning_cap.utilities.progress import Progress
 
 
@@ -77,7 +77,7 @@ def prune(
     device = targets.device
     predicted = 0.0
     try:
-        with _bar(progress) as show, undisturbed(model):
+        with _bar(progress) as show, preserve_state(model):
             for goal in goals:
                 given = model, targets, loss_fn, _OnDevice(batches, device)
                 source: GradientSource = ()

@@ -96,12 +96,14 @@ def rows_for(layout: BlockLayout, n: int) -> list[dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize("storage", ["full", "packed"])
-@pytest.mark.parametrize("home", ["cuda", "cpu"])
-def test_fisher_of_gpu_rows(storage: Any, home: str) -> None:
+@pytest.mark.parametrize("place", ["cuda", "cpu"])
+def test_fisher_of_gpu_rows(storage: Any, place: str) -> None:
     layout = BlockLayout({"a": (50, 24), "b": (7, 5)}, 16)
     chunks = rows_for(layout, 37)
     expected = EmpiricalFisher(layout, torch.device("cpu"), storage="full")
-    found = EmpiricalFisher(layout, CUDA, 16, storage, torch.device(home, 0) if home == "cuda" else torch.device("cpu"))
+    found = EmpiricalFisher(
+        layout, CUDA, 16, storage, torch.device(place, 0) if place == "cuda" else torch.device("cpu")
+    )
     for chunk in chunks:
         expected.update(chunk)
         found.update({name: rows.cuda() for name, rows in chunk.items()})
@@ -111,18 +113,20 @@ def test_fisher_of_gpu_rows(storage: Any, home: str) -> None:
     torch.testing.assert_close(blocks.cpu(), expected.finish()[index], rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("home", ["host", "passes"])
-def test_a_fisher_that_does_not_fit_the_gpu(home: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("place", ["host", "passes"])
+def test_a_fisher_that_does_not_fit_the_gpu(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     weights = {"a": torch.randn(500, 64, generator=generator)}
     rows = [{"a": torch.randn(32, 500, 64, generator=generator).cuda()} for _ in range(4)]
     targets = Targets({name: weight.cuda() for name, weight in weights.items()})
     whole = cap(block_size=64).path(targets, rows)
-    if home == "passes":
+    if place == "passes":
         monkeypatch.setattr(planning, "free_memory", lambda device: 10**12 if device.type == "cuda" else 0)
     pruner = cap(block_size=64, max_memory=whole.plan.peak_bytes * 2 // 3)
     part = pruner.path(targets, rows)
-    assert (part.plan.home.type, part.plan.passes > 1) == (("cpu", False) if home == "host" else ("cuda", True))
+    assert (part.plan.storage_device.type, part.plan.passes > 1) == (
+        ("cpu", False) if place == "host" else ("cuda", True)
+    )
     one, other = whole.at(0.75), part.at(0.75)
     assert (one.masks["a"] != other.masks["a"]).float().mean() < 0.01
     assert one.predicted_loss == pytest.approx(other.predicted_loss, rel=1e-3)

@@ -139,7 +139,7 @@ class GradientCollector:
             error = caught
         counts = distributed.gather_counts(count, self._targets.device)
         if min(counts) < 0:
-            with distributed.agreed("Collecting gradients"):
+            with distributed.raise_on_all_ranks("Collecting gradients"):
                 if error is not None:
                     raise error
         return value, counts

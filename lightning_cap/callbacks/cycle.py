@@ -60,7 +60,7 @@ def is_better(value: float | None, best: float | None, mode: Literal["min", "max
 def save_cycle(trainer: pl.Trainer, module: pl.LightningModule, targets: Targets, row: Row) -> None:
     """Write ``row["checkpoint"]`` (the Trainer's) and ``row["weights"]`` (plain safetensors). Call it on every rank."""
     trainer.save_checkpoint(row["checkpoint"], weights_only=False)
-    with distributed.agreed("Saving the pruned weights"):
+    with distributed.raise_on_all_ranks("Saving the pruned weights"):
         if trainer.is_global_zero:
             averages = averaged_models(trainer)
             model = getattr(averages[0], "module", averages[0]) if averages else module

@@ -50,7 +50,7 @@ def log_event(
     }
     for logger in trainer.loggers:
         logger.log_metrics({f"cap/{name}": float(value) for name, value in row.items()}, step=trainer.global_step)
-    with distributed.agreed("Writing events.jsonl"):
+    with distributed.raise_on_all_ranks("Writing events.jsonl"):
         if trainer.is_global_zero and folder is not None:
             append_json_line(folder / "events.jsonl", {**when, **row})
     change = f"; {shown} {before[shown]:.4f} -> {after[shown]:.4f}" if shown in before and shown in after else ""

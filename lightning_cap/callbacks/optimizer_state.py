@@ -13,8 +13,8 @@ from lightning_cap.sparsity.targets import Targets
 
 
 @torch.no_grad()
-def settle(
-    optimizer: Optimizer, targets: Targets, masks: MaskSet, grown: Mapping[str, Tensor], *, anew: bool = False
+def sync_optimizer_state(
+    optimizer: Optimizer, targets: Targets, masks: MaskSet, grown: Mapping[str, Tensor], *, reset_momentum: bool = False
 ) -> None:
     """Bring an optimizer in line with the masks after an event.
 
@@ -28,15 +28,15 @@ def settle(
         targets: The weights.
         masks: In force now.
         grown: What came back, as `MaskSet.replace` tells it.
-        anew: A sparse phase begins (see `sparse_phases`), and the momentum of the dense one is stale: set momentum and first
-            moments of all targets to zero; second moments stay.
+        reset_momentum: A sparse phase begins (see `sparse_phases`), and the momentum of the dense one is stale: set momentum
+            and first moments of all targets to zero; second moments stay.
     """
     masks.apply_to_optimizer(optimizer)
     stayed = {name: mask & ~grown[name] if name in grown else mask for name, mask in masks.items()}
     for entries in _entries(optimizer, targets).values():
         if _is_scale(entries):
             _fill_with_means(entries, stayed, grown)
-        elif anew:
+        elif reset_momentum:
             torch._foreach_zero_(list(entries.values()))
         else:
             for name in entries.keys() & grown.keys():

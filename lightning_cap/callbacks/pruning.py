@@ -13,10 +13,10 @@ from lightning_cap.callbacks.checks import refuse_manual, refuse_sharding, resol
 from lightning_cap.callbacks.cycle import Row, checkpoint_dir, is_better, make_row, monitored, save_cycle
 from lightning_cap.callbacks.event_log import log_event
 from lightning_cap.callbacks.lr_restart import refuse_beyond_max_steps, restart_schedulers
-from lightning_cap.callbacks.optimizer_state import settle
+from lightning_cap.callbacks.optimizer_state import sync_optimizer_state
 from lightning_cap.callbacks.resume import begin_epoch_anew, restore_random_state
 from lightning_cap.callbacks.run import Run, is_dry
-from lightning_cap.callbacks.steps import Way, check_ways, choose_way, pruners_of
+from lightning_cap.callbacks.steps import PruningSteps, plan_steps, pruners_of, validate_steps
 from lightning_cap.callbacks.summary import print_table
 from lightning_cap.callbacks.weight_averaging import mask_averages, restart_averages
 from lightning_cap.errors import ConfigError
@@ -89,7 +89,7 @@ class CAPPruningCallback(pl.Callback):
         self.seed = seed
         self.history: list[Row] = []
         self._done: list[int] = []
-        self._position = 0
+        self._collection_index = 0
         self._cycle: Row = {}
         self._restored: dict[str, Any] = {}
         self._packed: dict[str, Any] | None = None
@@ -107,7 +107,7 @@ class CAPPruningCallback(pl.Callback):
         return {**kept, "_run": None, "_previous": None, "_packed": self._packed_masks()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks (bit-packed), the pruner's state, schedule cursor, cycle, sampler position and every rank's random state.
+        """Masks (bit-packed), the pruner's state, schedule cursor, cycle, collection index and every rank's random state.
 
         Call it on every rank, as Lightning does.
         """
@@ -115,7 +115,7 @@ class CAPPruningCallback(pl.Callback):
             "masks": self._packed_masks(),
             "pruner": self.pruner.state_dict(),
             "done": list(self._done),
-            "position": self._position,
+            "collection_index": self._collection_index,
             "cycle": dict(self._cycle),
             "history": [dict(row) for row in self.history],
             "rng": distributed.gather_objects(rng.capture()),
@@ -129,7 +129,7 @@ class CAPPruningCallback(pl.Callback):
             self._run.masks.load_state_dict(self._packed)
             self._run.masks.apply_to_weights()
         self.pruner.load_state_dict(state_dict.get("pruner", {}))
-        self._done, self._position = list(state_dict["done"]), state_dict["position"]
+        self._done, self._collection_index = list(state_dict["done"]), state_dict["collection_index"]
         self._cycle, self.history = dict(state_dict["cycle"]), [dict(row) for row in state_dict["history"]]
 
     def _packed_masks(self) -> dict[str, Any] | None:
@@ -166,7 +166,7 @@ class CAPPruningCallback(pl.Callback):
         if not self._restored:
             self._done = [epoch for epoch in self._done if epoch < trainer.current_epoch]
             if trainer.current_epoch == 0:
-                self.history, self._cycle, self._position = [], {}, 0
+                self.history, self._cycle, self._collection_index = [], {}, 0
         masks.apply_to_weights()
         folder = checkpoint_dir(trainer, self.dirpath)
         self._run = Run(targets, masks, self._events(trainer), folder, self.pruner, self.schedule)
@@ -181,10 +181,10 @@ class CAPPruningCallback(pl.Callback):
         due = {epoch: goal for epoch, goal in run.events.items() if epoch not in self._done}
         refuse_beyond_max_steps(trainer, list(due))
         goals = [goal for epoch, goal in due.items() if epoch >= trainer.current_epoch]
-        check_ways(self.pruner, self.schedule, run.targets, run.masks, goals, self.num_recomputations)
+        validate_steps(self.pruner, self.schedule, run.targets, run.masks, goals, self.num_recomputations)
         if due:
             for pruner in pruners_of(self.pruner, self.schedule, run.events):
-                self._event(trainer, pl_module, pruner).rehearse(self._position)
+                self._event(trainer, pl_module, pruner).dry_run(self._collection_index)
         if self._restored and getattr(trainer.fit_loop, "restarted_mid_epoch", False):
             restore_random_state(self._restored)
 
@@ -210,11 +210,11 @@ class CAPPruningCallback(pl.Callback):
         if not self.history:
             value = monitored(known, self.monitor)[1]
             self.history.append(make_row(0.0, epoch, value, measured_sparsity(run.targets)))
-        way = choose_way(self.pruner, self.schedule, run.masks, target, epoch, self.num_recomputations)
-        if way is None:
+        steps = plan_steps(self.pruner, self.schedule, run.masks, target, epoch, self.num_recomputations)
+        if steps is None:
             self._done.append(epoch)
             return before
-        report = self._take(trainer, module, way, epoch, begins)
+        report = self._run_event(trainer, module, steps, epoch, begins)
         self._done.append(epoch)
         self._cycle = {"target": target, "best": None if begins else self._cycle["best"], "saved": False}
         if begins:
@@ -225,16 +225,18 @@ class CAPPruningCallback(pl.Callback):
         log_event(trainer, run.masks, report, {"epoch": epoch, "target": target}, before, after, shown, folder)
         return after
 
-    def _take(self, trainer: pl.Trainer, module: pl.LightningModule, way: Way, epoch: int, begins: bool) -> EventReport:
+    def _run_event(
+        self, trainer: pl.Trainer, module: pl.LightningModule, steps: PruningSteps, epoch: int, begins: bool
+    ) -> EventReport:
         """Go to the target of an event; bring weights, optimizers and averages in line with the masks."""
         run = self._active
         with event_progress(trainer, f"Pruning to {run.events[epoch]:.4g}") as progress:
-            way.pruner.begin_event(run.done(epoch))
-            event = self._event(trainer, module, way.pruner, progress)
-            self._position = event.run(way.sparsities, self._position)
+            steps.pruner.begin_event(run.done(epoch))
+            event = self._event(trainer, module, steps.pruner, progress)
+            self._collection_index = event.run(steps.sparsities, self._collection_index)
         run.masks.apply_to_weights()
         for optimizer in trainer.optimizers:
-            settle(optimizer, run.targets, run.masks, event.grown, anew=epoch in run.phases)
+            sync_optimizer_state(optimizer, run.targets, run.masks, event.grown, reset_momentum=epoch in run.phases)
         if begins:
             restart_averages(trainer, module)
         return event.report

@@ -1,4 +1,4 @@
-"""How pruned weights come back: which way an event takes, and what the optimizer knows of a weight that is new."""
+"""The steps of a pruning event: from the sparsity that is reached to its goal, by which pruner."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from lightning_cap.sparsity.targets import Targets
 
 
 @dataclass(frozen=True)
-class Way:
+class PruningSteps:
     """From the sparsity that is reached to an event's target.
 
     Attributes:
@@ -29,10 +29,10 @@ class Way:
     sparsities: tuple[float, ...]
 
 
-def choose_way(
+def plan_steps(
     pruner: Pruner, schedule: SparsitySchedule, masks: MaskSet, target: float, epoch: int, num_recomputations: int
-) -> Way | None:
-    """The way to ``target``; None, with a warning, if it is below what is reached, and neither schedule nor pruner regrows.
+) -> PruningSteps | None:
+    """The steps to ``target``; None, with a warning, if it is below what is reached, and neither schedule nor pruner regrows.
 
     Args:
         pruner: Of the run.
@@ -43,16 +43,16 @@ def choose_way(
         num_recomputations: Steps that a pruner takes to a higher sparsity.
     """
     start, numel = masks.global_sparsity, sum(mask.numel() for mask in masks.values())
-    way = _way(pruner, schedule, start, numel, target, num_recomputations)
-    if way is None:
+    steps = _steps(pruner, schedule, start, numel, target, num_recomputations)
+    if steps is None:
         rank_zero_warn(
             f"schedule: sparsity {target:g} at epoch {epoch}, but the model is already at {start:.4g}. Nothing is changed; "
             "pruned weights grow back only where the schedule declares it, as SparsitySteps(..., allow_decrease=True) does."
         )
-    return way
+    return steps
 
 
-def check_ways(
+def validate_steps(
     pruner: Pruner,
     schedule: SparsitySchedule,
     targets: Targets,
@@ -60,7 +60,7 @@ def check_ways(
     goals: Iterable[float],
     num_recomputations: int,
 ) -> None:
-    """Refuse, before the first step, what an event to come could not do. Arguments as for `choose_way`.
+    """Refuse, before the first step, what an event to come could not do. Arguments as for `plan_steps`.
 
     Args:
         pruner: Of the run.
@@ -76,30 +76,30 @@ def check_ways(
     """
     start, present = masks.global_sparsity, dict(masks)
     for goal in goals:
-        way = _way(pruner, schedule, start, targets.numel, goal, num_recomputations)
-        if way is None:
+        steps = _steps(pruner, schedule, start, targets.numel, goal, num_recomputations)
+        if steps is None:
             continue
-        if not way.sparsities:
+        if not steps.sparsities:
             present = {}
-        way.pruner.check_goals(targets, present, way.sparsities)
+        steps.pruner.check_goals(targets, present, steps.sparsities)
         start = goal
 
 
-def _way(
+def _steps(
     pruner: Pruner, schedule: SparsitySchedule, start: float, numel: int, target: float, num_recomputations: int
-) -> Way | None:
-    """From the sparsity ``start`` of ``numel`` weights to ``target``; None if there is no way."""
+) -> PruningSteps | None:
+    """From the sparsity ``start`` of ``numel`` weights to ``target``; None if there are none."""
     if schedule.regrows and target == 0:
-        return Way(pruner, ())
+        return PruningSteps(pruner, ())
     if pruner.regrows:
-        return Way(pruner, (target,))
+        return PruningSteps(pruner, (target,))
     if pruner.pattern.sparsity is None and budget_of(target, numel) < round(start * numel):
         if schedule.regrows:
             _refuse_patterned_fall(pruner, start, target)
-            return Way(grower(pruner), (target,))
+            return PruningSteps(grower(pruner), (target,))
         return None
     steps = [start + (target - start) * (i + 1) / num_recomputations for i in range(num_recomputations - 1)]
-    return Way(pruner, (*steps, target))
+    return PruningSteps(pruner, (*steps, target))
 
 
 def grower(pruner: Pruner) -> DropAndGrow:

@@ -22,7 +22,7 @@ from lightning_cap.utilities import distributed
 from lightning_cap.utilities.files import save_json
 
 
-class Extras:
+class Artifacts:
     """Which of them are wanted and not there yet, and their making. With the first seed, and pruners as given.
 
     Args:
@@ -48,7 +48,7 @@ class Extras:
     def save_block(self, rows: GradientSource) -> None:
         """Make the average block; every process must call it."""
         blocks = average_blocks(self._targets, rows, self._request.fisher_block)
-        with distributed.agreed("Saving the Fisher block"):
+        with distributed.raise_on_all_ranks("Saving the Fisher block"):
             if self._request.folder is not None and distributed.rank() == 0:
                 path = self._request.folder / "fisher_block.safetensors"
                 save_plain_weights(path, blocks, {"fingerprint": self._block_print, "of": self._block_of})
@@ -69,7 +69,7 @@ class Extras:
             return
         one, two = (self._solution(folder, self._of(name)) for name in surface.pruners)
         found = measure_surface(self._targets, (one, two), loss, surface, progress)
-        with distributed.agreed("Saving the loss surface"):
+        with distributed.raise_on_all_ranks("Saving the loss surface"):
             if distributed.rank() == 0:
                 prints = {"fingerprint": self._surface_print, "of": self._surface_of}
                 save_json(folder / "surface.json", {**found, **prints})
@@ -79,7 +79,7 @@ class Extras:
         """The weights that rank 0 has kept, on every rank."""
         assert self._request.surface is not None
         weights = self._targets.copies()
-        with distributed.agreed("Reading the solutions for the loss surface"):
+        with distributed.raise_on_all_ranks("Reading the solutions for the loss surface"):
             if distributed.rank() == 0:
                 weights = load_file(folder / self.solution_file(variant, self._request.surface.sparsity))
         weights = {name: weights[name].to(weight.device) for name, weight in self._targets.items()}

@@ -10,7 +10,7 @@ import torch
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lightning_cap.comparison.results import Row, load_rows
-from lightning_cap.comparison.runner import Work
+from lightning_cap.comparison.runner import ComparisonRunner
 from lightning_cap.comparison.surface import LossSurface
 from lightning_cap.comparison.variants import Grids, Request, check_sparsities, file_name, make_variants
 from lightning_cap.errors import ConfigError
@@ -141,4 +141,4 @@ class CompareInValidation(pl.Callback):
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Before the Trainer's own pass, which then sees the model as it was."""
         with torch.inference_mode(False):
-            self._rows = Work(trainer, pl_module, self._request).run()
+            self._rows = ComparisonRunner(trainer, pl_module, self._request).run()

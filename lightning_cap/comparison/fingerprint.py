@@ -45,7 +45,7 @@ def identity_of(trainer: pl.Trainer, module: pl.LightningModule, targets: Target
         targets: The weights that are pruned.
         calibrates: Whether calibration data is read; its first batch (seed 0) counts then.
     """
-    with distributed.agreed("Reading what the comparison depends on"):
+    with distributed.raise_on_all_ranks("Reading what the comparison depends on"):
         calibration = _calibration(trainer, module, targets) if calibrates else None  # first: it may set the data up
         tensors = {**module.state_dict(), **dict(module.named_buffers())}
         loaders = CombinedLoader(trainer.val_dataloaders, "sequential").flattened
@@ -53,7 +53,7 @@ def identity_of(trainer: pl.Trainer, module: pl.LightningModule, targets: Target
             "version": __version__,
             "weights": digest({name: value for name, value in tensors.items() if isinstance(value, Tensor)}),
             "targets": list(targets),
-            "module": checksum([{n: _own(m) for n, m in module.named_modules()}, plain(dict(module.hparams))]),
+            "module": checksum([{n: _own(m) for n, m in module.named_modules()}, canonicalize(dict(module.hparams))]),
             "data": _data(getattr(trainer, "datamodule", None)),
             "calibration": calibration,
             "samples": [_length(getattr(loader, "dataset", None)) for loader in loaders],
@@ -68,7 +68,7 @@ def checksum(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:20]
 
 
-def plain(value: Any, depth: int = _DEPTH) -> Any:
+def canonicalize(value: Any, depth: int = _DEPTH) -> Any:
     """A description that JSON can hold, the same in every run of the program, and another one for other settings.
 
     Objects are described by type and ``repr``, and where that has an address in it (or they are dataclasses) by their attributes
@@ -79,11 +79,15 @@ def plain(value: Any, depth: int = _DEPTH) -> Any:
     if isinstance(value, PurePath):
         return str(value)
     if isinstance(value, Mapping):
-        return {"{}": sorted(([str(plain(k)), plain(v, depth)] for k, v in value.items()), key=lambda pair: pair[0])}
+        return {
+            "{}": sorted(
+                ([str(canonicalize(k)), canonicalize(v, depth)] for k, v in value.items()), key=lambda pair: pair[0]
+            )
+        }
     if isinstance(value, Sequence) and not isinstance(value, (bytes, bytearray)):
-        return [plain(entry, depth) for entry in value]
+        return [canonicalize(entry, depth) for entry in value]
     if isinstance(value, (set, frozenset)):
-        return sorted((plain(entry, depth) for entry in value), key=str)
+        return sorted((canonicalize(entry, depth) for entry in value), key=str)
     return _described(value, depth)
 
 
@@ -92,7 +96,7 @@ def _described(value: Any, depth: int) -> Any:
     if isinstance(value, Tensor):
         return [kind, digest({"": value})]
     if isinstance(value, np.ndarray):
-        return [kind, str(value.dtype), checksum(plain(value.tolist()))]
+        return [kind, str(value.dtype), checksum(canonicalize(value.tolist()))]
     if isinstance(value, nn.Module):
         return [kind, digest({name: part for name, part in value.state_dict().items() if isinstance(part, Tensor)})]
     if isinstance(value, (Dataset, DataLoader)):
@@ -100,13 +104,22 @@ def _described(value: Any, depth: int) -> Any:
     if isinstance(value, pl.Trainer) or depth == 0:
         return kind
     if isinstance(value, functools.partial):
-        return [kind, plain(value.func, depth - 1), plain(value.args, depth - 1), plain(value.keywords, depth - 1)]
+        return [
+            kind,
+            canonicalize(value.func, depth - 1),
+            canonicalize(value.args, depth - 1),
+            canonicalize(value.keywords, depth - 1),
+        ]
     if hasattr(value, "__qualname__"):  # a class or a function
         code = getattr(value, "__code__", None)
-        return [_name(value), code.co_code.hex() if code is not None else "", plain(getattr(value, "__defaults__", ()))]
+        return [
+            _name(value),
+            code.co_code.hex() if code is not None else "",
+            canonicalize(getattr(value, "__defaults__", ())),
+        ]
     text = repr(value)
     if hasattr(value, "__dict__") and (ADDRESS.search(text) or is_dataclass(value)):
-        return [kind, plain(vars(value), depth - 1)]
+        return [kind, canonicalize(vars(value), depth - 1)]
     return [kind, ADDRESS.sub("", text)]
 
 
@@ -118,14 +131,17 @@ def _own(module: nn.Module) -> Any:
     """Type and public attributes of one module, without those in it, what the run keeps in it, and the state of a metric."""
     state = module._defaults if isinstance(module, Metric) else {}
     without = _internal(module) | set(state)
-    return [_name(type(module)), plain({k: v for k, v in vars(module).items() if k[0] != "_" and k not in without})]
+    return [
+        _name(type(module)),
+        canonicalize({k: v for k, v in vars(module).items() if k[0] != "_" and k not in without}),
+    ]
 
 
 def _data(datamodule: pl.LightningDataModule | None) -> Any:
     if datamodule is None:
         return None
     own = {k: v for k, v in vars(datamodule).items() if k[0] != "_" and k not in vars(pl.LightningDataModule())}
-    return [_name(type(datamodule)), checksum([plain(own), plain(dict(datamodule.hparams))])]
+    return [_name(type(datamodule)), checksum([canonicalize(own), canonicalize(dict(datamodule.hparams))])]
 
 
 def _internal(module: nn.Module) -> set[str]:
@@ -139,7 +155,10 @@ def _calibration(trainer: pl.Trainer, module: pl.LightningModule, targets: Targe
         source = calibration_source(trainer, module)
         batches = CalibrationBatches(source, 1, 1, 0, 0, rows_at_once(targets))
         first = next(ready_batches(trainer, module, batches, (0, 0, COMPUTE)), None)
-    return [_length(getattr(source, "dataset", source)), checksum([plain(leaf) for leaf in pytree.tree_leaves(first)])]
+    return [
+        _length(getattr(source, "dataset", source)),
+        checksum([canonicalize(leaf) for leaf in pytree.tree_leaves(first)]),
+    ]
 
 
 def _length(data: Any) -> int | None:

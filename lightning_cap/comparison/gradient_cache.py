@@ -175,7 +175,7 @@ class SharedRows:
             error = caught
         if any(distributed.gather_counts(int(error is not None), next(iter(self.devices.values())))):
             self.chunks.close()
-            with distributed.agreed("Reading the gradient rows"):
+            with distributed.raise_on_all_ranks("Reading the gradient rows"):
                 if error is not None:
                     raise DataError(
                         f"gradient rows: they cannot be read again ({type(error).__name__}: {error}). Start the comparison again: "

@@ -37,7 +37,7 @@ class Measure:
         self._metrics: dict[str, dict[str, float]] = {}
         self._losses: dict[tuple[str, int], float | None] = {}
 
-    def know(self, solution: str, metrics: Mapping[str, float]) -> None:
+    def cache(self, solution: str, metrics: Mapping[str, float]) -> None:
         """Take up the metrics of an earlier run."""
         self._metrics[solution] = dict(metrics)
 
@@ -63,7 +63,11 @@ class Measure:
         trainer, module = self._trainer, self._module
         sums = torch.zeros(2, dtype=torch.float64)
         context, loss = precision_context(trainer), calibration_loss(module)
-        with calibrating(trainer, module), torch.no_grad(), distributed.agreed("The loss on calibration samples"):
+        with (
+            calibrating(trainer, module),
+            torch.no_grad(),
+            distributed.raise_on_all_ranks("The loss on calibration samples"),
+        ):
             source = calibration_source(trainer, module)
             batches = CalibrationBatches(source, self._samples, 1, seed, 0, rows_at_once(self._targets))
             for batch in ready_batches(trainer, module, batches, (seed, 0, COMPUTE)):

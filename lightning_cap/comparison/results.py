@@ -55,7 +55,7 @@ class Results:
 
     def save(self) -> None:
         """Write the rows that are wanted; every process must call it."""
-        with distributed.agreed("Saving the results"):
+        with distributed.raise_on_all_ranks("Saving the results"):
             if self._folder is not None and distributed.rank() == 0:
                 save_json(self._folder / "results.json", self.rows())
 

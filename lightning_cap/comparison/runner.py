@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 from torch import Tensor
 
 from lightning_cap.calibration.sources import TimedSource
-from lightning_cap.comparison.artifacts import Extras
+from lightning_cap.comparison.artifacts import Artifacts
 from lightning_cap.comparison.fingerprint import checksum, identity_of
 from lightning_cap.comparison.gradient_cache import SharedRows, find, share
 from lightning_cap.comparison.measure import Measure, loss_name
@@ -35,7 +35,7 @@ _DRAW = 5  # domain of the key for what a pruner draws from the global generator
 _WORK = ".work"  # folder in the folder, gone in the end
 
 
-class Work:
+class ComparisonRunner:
     """All runs of a comparison, in the module of a Trainer that validates.
 
     Args:
@@ -65,9 +65,9 @@ class Work:
         self._prints: dict[tuple[str, float], str] = distributed.gather_objects(prints)[0]
         self._dense_print = checksum(identity)
         self._results = Results(request.folder, [self._dense_print, *self._prints.values()])
-        self._extras = Extras(request, self._targets, self._prints)
+        self._extras = Artifacts(request, self._targets, self._prints)
         for row in self._results.rows():
-            self._measure.know(row["solution"], row["metrics"])
+            self._measure.cache(row["solution"], row["metrics"])
         self._todo: dict[Variant, list[float]] = {}
         self._started = 0
         self._dense_losses: dict[int, float | None] = {}
@@ -76,7 +76,7 @@ class Work:
         """Do what is missing; the rows in the order of the request, the dense model's first."""
         try:
             self._todo = {v: left for v in self._request.variants if (left := self._missing(v))}
-            self._rehearse()
+            self._dry_run()
             self._dense = self._dense_row()
             for seed in {variant.seed for variant in self._todo}:
                 self._dense_losses[seed] = self._measure.calibration_loss(self._dense["solution"], seed)
@@ -92,12 +92,12 @@ class Work:
             shutil.rmtree(self._request.folder / _WORK, ignore_errors=True)
         return self._results.rows()
 
-    def _rehearse(self) -> None:
+    def _dry_run(self) -> None:
         """Compute one batch for each kind of source, and throw it away: what cannot work is to fail before anything runs."""
         kinds = {(v.pruner.num_inputs > 0, v.pruner.samples_per_gradient): v for v in self._todo if _calibrates(v)}
         for variant in kinds.values():
             with naming(variant):
-                self._event(variant).rehearse(0)
+                self._event(variant).dry_run(0)
 
     def _run_seed(self, seed: int) -> None:
         """Pruners without gradients first, then those that read the same rows together."""
@@ -255,7 +255,7 @@ class Work:
         row["masks"] = "" if folder is None else f"masks/{variant.slug}-{stem}.safetensors"
         row["weights"] = self._weights_file(variant, row["target"])
         kept = self._extras.solution_file(variant, row["target"])
-        with distributed.agreed("Saving the masks and weights"):
+        with distributed.raise_on_all_ranks("Saving the masks and weights"):
             if folder is not None and distributed.rank() == 0:
                 save_masks(folder / row["masks"], result.masks)
                 if row["weights"]:

@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_cap.comparison.fingerprint import ADDRESS, checksum, plain
+from lightning_cap.comparison.fingerprint import ADDRESS, canonicalize, checksum
 from lightning_cap.comparison.surface import LossSurface
 from lightning_cap.errors import CAPError, ConfigError
 from lightning_cap.pruners.base import Pruner, refuse_regrowth
@@ -63,7 +63,7 @@ class Variant:
 
     def fingerprint(self, sparsity: float, identity: Mapping[str, Any]) -> str:
         """Of everything that the row at a sparsity depends on, as far as it is known."""
-        settings = self.settings, plain(vars(self.pruner))
+        settings = self.settings, canonicalize(vars(self.pruner))
         return checksum([settings, self.seed, self.num_recomputations, sparsity, dict(identity)])
 
 

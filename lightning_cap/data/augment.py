@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 from torchvision import transforms
 
-from lightning_cap.data.recipes import Recipe
+from lightning_cap.data.recipes import TrainingRecipe
 from lightning_cap.errors import ConfigError
 
 Crop = Literal["rrc", "pad"]
@@ -21,7 +21,7 @@ Transform = Callable[[Any], Tensor]
 
 
 def train_transform(
-    recipe: Recipe,
+    recipe: TrainingRecipe,
     img_size: int,
     mean: Sequence[float],
     std: Sequence[float],
@@ -91,7 +91,7 @@ def _padded_crop(img_size: int, interpolation: str, padding: int, hflip: float) 
 
 
 def eval_transform(
-    recipe: Recipe, img_size: int, mean: Sequence[float], std: Sequence[float], interpolation: Interpolation
+    recipe: TrainingRecipe, img_size: int, mean: Sequence[float], std: Sequence[float], interpolation: Interpolation
 ) -> Transform:
     """Build the evaluation transform (resize, centre crop): PIL image -> tensor of shape (3, img_size, img_size)."""
     transform: Transform = create_transform(

@@ -22,7 +22,7 @@ from lightning_cap.data.reading import (
     reader_classes,
     verify,
 )
-from lightning_cap.data.recipes import Recipe, get_recipe
+from lightning_cap.data.recipes import TrainingRecipe, get_recipe
 from lightning_cap.errors import ConfigError, DataError
 
 
@@ -227,7 +227,7 @@ class ImageNetDataModule(ClassificationDataModule):
             )
 
 
-def _check_recipe(recipe: Recipe) -> None:
+def _check_recipe(recipe: TrainingRecipe) -> None:
     """Refuse values of a recipe that cannot work."""
     for name in ("label_smoothing", "hflip", "erasing_prob"):
         value = getattr(recipe, name)

@@ -11,7 +11,7 @@ from lightning_cap.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Recipe:
+class TrainingRecipe:
     """One column of the paper's Table 5: how images are augmented and the model is regularised.
 
     Attributes:
@@ -46,12 +46,12 @@ class Recipe:
     erasing_count: int
     test_crop_ratio: float
 
-    def override(self, **values: Any) -> Recipe:
+    def override(self, **values: Any) -> TrainingRecipe:
         """Return a copy with the given values; those that are None keep the recipe's own."""
         return dataclasses.replace(self, **{name: value for name, value in values.items() if value is not None})
 
 
-DEIT = Recipe(
+DEIT = TrainingRecipe(
     name="deit",
     weight_decay=0.05,
     label_smoothing=0.1,
@@ -68,7 +68,7 @@ DEIT = Recipe(
     test_crop_ratio=0.9,
 )
 
-LIGHT1 = Recipe(
+LIGHT1 = TrainingRecipe(
     name="light1",
     weight_decay=0.03,
     label_smoothing=0.1,
@@ -86,7 +86,7 @@ LIGHT1 = Recipe(
 )
 
 
-def get_recipe(name: str) -> Recipe:
+def get_recipe(name: str) -> TrainingRecipe:
     """Return the paper's recipe of that name (`deit` or `light1`, Table 5).
 
     Raises:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_cap.errors import GradientError
-from lightning_cap.fisher.row_buffers import DirectRows, Fill, Rows, StagedRows
+from lightning_cap.fisher.row_buffers import DirectRowBuffer, Fill, RowBuffer, StagedRowBuffer
 from lightning_cap.kernels.cpu.threads import over_blocks
 from lightning_cap.sparsity.block_layout import BlockLayout, Selection
 from lightning_cap.utilities import distributed
@@ -67,9 +67,9 @@ class EmpiricalFisher:
     Args:
         layout: Block view of the targets.
         device: Where the rows are and the finished blocks are wanted.
-        row_chunk: Rows in one update, a fixed setting (results depend on it by rounding).
+        row_chunk: RowBuffer in one update, a fixed setting (results depend on it by rounding).
         storage: Full blocks or lower triangles.
-        home: Where the sums are kept. Default: ``device``. The CPU for a GPU's rows: they are copied to pinned memory and
+        storage_device: Where the sums are kept. Default: ``device``. The CPU for a GPU's rows: they are copied to pinned memory and
             added up there while the next ones are computed.
         shares: ``(K_r,)`` rising indices of the blocks that each rank ``r`` holds. Rows are sent to the ranks that hold their
             blocks, and added up there in global order: that of the calls of `update`, and of the ranks in each. Then every rank
@@ -77,7 +77,7 @@ class EmpiricalFisher:
         allow_tf32: Let a GPU round the rows to TF32 in products (ten bits of mantissa).
 
     Attributes:
-        count: Rows taken in so far, ``N``, of all ranks.
+        count: RowBuffer taken in so far, ``N``, of all ranks.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class EmpiricalFisher:
         device: torch.device,
         row_chunk: int = ROW_CHUNK,
         storage: Storage = "auto",
-        home: torch.device | None = None,
+        storage_device: torch.device | None = None,
         shares: Sequence[Tensor] | None = None,
         allow_tf32: bool = False,
     ) -> None:
@@ -94,16 +94,18 @@ class EmpiricalFisher:
         self._layout, self._device = layout, device
         self._shares = [Selection(layout, share) for share in shares] if shares else [Selection(layout)]
         self._selection = self._shares[distributed.rank() if len(self._shares) > 1 else 0]
-        home = home or device
-        if home != device:
+        storage_device = storage_device or device
+        if storage_device != device:
             storage = "packed"  # added up by a thread of its own, which must not touch torch's settings
-        self._sums = self._make_sums(storage, home, allow_tf32)
+        self._sums = self._make_sums(storage, storage_device, allow_tf32)
         shape = (row_chunk, len(self._selection), layout.block_size)
-        self._rows: Rows = DirectRows(shape, home) if home == device else StagedRows(shape, device)
+        self._rows: RowBuffer = (
+            DirectRowBuffer(shape, storage_device) if storage_device == device else StagedRowBuffer(shape, device)
+        )
 
-    def _make_sums(self, storage: Storage, home: torch.device, allow_tf32: bool) -> BlockSums:
-        make = _PackedSums if resolve_storage(storage, home) == "packed" else _FullSums
-        return make(len(self._selection), self._layout.block_size, home, allow_tf32)
+    def _make_sums(self, storage: Storage, storage_device: torch.device, allow_tf32: bool) -> BlockSums:
+        make = _PackedSums if resolve_storage(storage, storage_device) == "packed" else _FullSums
+        return make(len(self._selection), self._layout.block_size, storage_device, allow_tf32)
 
     @torch.no_grad()
     def update(self, chunk: Mapping[str, Tensor]) -> None:
@@ -122,10 +124,10 @@ class EmpiricalFisher:
         n = next(iter(chunk.values())).shape[0]
         if len(self._shares) > 1:
             for rows in self._exchange(chunk, n):
-                self._rows.take_in(len(rows), _copier(rows), self._sums.add)
+                self._rows.append(len(rows), _copier(rows), self._sums.add)
                 self.count += len(rows)
         else:
-            self._rows.take_in(n, lambda out, first: self._fill(out, chunk, first), self._sums.add)
+            self._rows.append(n, lambda out, first: self._fill(out, chunk, first), self._sums.add)
             self.count += n
 
     def _exchange(self, chunk: Mapping[str, Tensor], n: int) -> list[Tensor]:
@@ -149,9 +151,9 @@ class EmpiricalFisher:
         Raises:
             GradientError: No gradient row was taken in, or one was not finite or too large to be squared in float32.
         """
-        self._rows.end(self._sums.add)
+        self._rows.flush(self._sums.add)
         del self._rows
-        with distributed.agreed("Adding up the Fisher") if len(self._shares) > 1 else nullcontext():
+        with distributed.raise_on_all_ranks("Adding up the Fisher") if len(self._shares) > 1 else nullcontext():
             self._check()
         return FisherBlocks(self._sums, 1 / self.count, self._device)
 
@@ -175,22 +177,22 @@ def _copier(rows: Tensor) -> Fill:
     return fill
 
 
-def resolve_storage(storage: Storage, home: torch.device) -> Literal["full", "packed"]:
+def resolve_storage(storage: Storage, storage_device: torch.device) -> Literal["full", "packed"]:
     """What ``"auto"`` means on a device."""
     if storage == "auto":
-        return "packed" if home.type == "cpu" else "full"
+        return "packed" if storage_device.type == "cpu" else "full"
     return storage
 
 
-def fisher_bytes(num_blocks: int, block_size: int, storage: Storage, home: torch.device) -> int:
+def fisher_bytes(num_blocks: int, block_size: int, storage: Storage, storage_device: torch.device) -> int:
     """Memory of the sums: ``d·B·4`` bytes, or a little more than half of it if packed."""
-    packed = resolve_storage(storage, home) == "packed"
+    packed = resolve_storage(storage, storage_device) == "packed"
     return 4 * num_blocks * (block_size * (block_size + 1) // 2 if packed else block_size**2)
 
 
-def update_bytes(num_blocks: int, block_size: int, storage: Storage, home: torch.device) -> int:
+def update_bytes(num_blocks: int, block_size: int, storage: Storage, storage_device: torch.device) -> int:
     """Temporary memory of an update beyond the row buffer."""
-    if home.type == "cpu" or resolve_storage(storage, home) == "full":
+    if storage_device.type == "cpu" or resolve_storage(storage, storage_device) == "full":
         return 0
     return 2 * 4 * min(num_blocks, max(1, _TEMPORARY_FLOATS // block_size**2)) * block_size**2
 

@@ -21,8 +21,8 @@ def at_a_time(num_rows: int, block_size: int) -> int:
 class GradientRows(EmpiricalFisher):
     """Keeps the gradient rows of each block, ``4·N·d`` bytes, shared out over processes as the Fisher is."""
 
-    def _make_sums(self, storage: Storage, home: torch.device, allow_tf32: bool) -> BlockSums:
-        return _Rows(len(self._selection), self._layout.block_size, home)
+    def _make_sums(self, storage: Storage, storage_device: torch.device, allow_tf32: bool) -> BlockSums:
+        return _Rows(len(self._selection), self._layout.block_size, storage_device)
 
     def finish(self) -> RowBlocks:
         """The rows. See `EmpiricalFisher.finish`."""
@@ -89,10 +89,10 @@ class Inverse(ABC):
         damp: ``(k,)`` float64.
 
     Attributes:
-        safe: ``(k,)`` bool, whether the inverse of the block can be trusted.
+        well_conditioned: ``(k,)`` bool, whether the inverse of the block can be trusted.
     """
 
-    safe: Tensor
+    well_conditioned: Tensor
 
     def __init__(self, rows: Tensor, damp: Tensor) -> None:
         self._damp = damp.view(-1, 1)
@@ -123,7 +123,7 @@ class DynamicInverse(Inverse):
         gram.diagonal(dim1=-2, dim2=-1).add_(self._damp * rows.shape[1])
         self._factor, info = torch.linalg.cholesky_ex(gram)
         pivots = self._factor.diagonal(dim1=-2, dim2=-1).square()
-        self.safe = (info == 0) & (pivots.amax(-1) < FLOAT64_CONDITION * pivots.amin(-1))
+        self.well_conditioned = (info == 0) & (pivots.amax(-1) < FLOAT64_CONDITION * pivots.amin(-1))
 
     def _diagonal(self) -> Tensor:
         """``(k, B)``."""
@@ -156,7 +156,7 @@ class StaticInverse(Inverse):
                 vector -= torch.bmm(past.mT, inner).squeeze(-1)
             self._scales[:, i] = rows.shape[1] + (gradient * vector).sum(-1)
             rows[:, i] = vector
-        self.safe = ((self._scales > 0) & (self._scales < FLOAT64_CONDITION * rows.shape[1])).all(-1)
+        self.well_conditioned = ((self._scales > 0) & (self._scales < FLOAT64_CONDITION * rows.shape[1])).all(-1)
 
     def _diagonal(self) -> Tensor:
         """``(k, B)``."""

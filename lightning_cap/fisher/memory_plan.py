@@ -24,7 +24,7 @@ _SOLVED = 30  # and the result, or the keys that the scores are sorted by
 
 
 @dataclass(frozen=True)
-class EventPlan:
+class MemoryPlan:
     """What an event will take.
 
     Attributes:
@@ -32,7 +32,7 @@ class EventPlan:
         peak_bytes: Peak extra memory there, the gradient rows of the source included.
         limit: Bytes that it may take there; None if that is not known.
         argument: What to name when it does not fit.
-        home: Where the Fisher is kept; the CPU for one that is too large for ``device``.
+        storage_device: Where the Fisher is kept; the CPU for one that is too large for ``device``.
         host_bytes: Peak extra main memory, where ``home`` is the CPU and ``device`` is not.
         shares: For each pass over the gradients and each rank the ``(K_r,)`` indices of the blocks that it holds. There is one pass
             unless memory is short. The blocks of a rank, all passes together, are consecutive.
@@ -43,7 +43,7 @@ class EventPlan:
     peak_bytes: int = 0
     limit: int | None = None
     argument: str = "block_size"
-    home: torch.device = CPU
+    storage_device: torch.device = CPU
     host_bytes: int = 0
     shares: tuple[tuple[Tensor, ...], ...] = field(default=(), compare=False)
     chunk: int = 1
@@ -72,14 +72,18 @@ class EventPlan:
             )
 
     def __str__(self) -> str:
-        where = f"on {self.device}" if self.home == self.device else f"on {self.home}, solved on {self.device}"
+        where = (
+            f"on {self.device}"
+            if self.storage_device == self.device
+            else f"on {self.storage_device}, solved on {self.device}"
+        )
         passes = f", in {self.passes} passes" if self.passes > 1 else ""
         host = f", {_gib(self.host_bytes)} of main memory" if self.host_bytes else ""
         return f"Fisher {where}{passes}, {_gib(self.peak_bytes)}{host}"
 
 
 @dataclass(frozen=True)
-class Sizes:
+class MemoryModel:
     """What the memory of an event depends on.
 
     Attributes:
@@ -106,9 +110,9 @@ class Sizes:
         """The rows; with several processes also those that are sent and those that are received."""
         return self.rows_bytes * (1 if self.ranks == 1 else 3)
 
-    def _kept(self, blocks: int, storage: Storage, home: torch.device) -> int:
+    def _kept(self, blocks: int, storage: Storage, storage_device: torch.device) -> int:
         """Of the Fisher."""
-        return fisher_bytes(blocks, self.block_size, storage, home)
+        return fisher_bytes(blocks, self.block_size, storage, storage_device)
 
     def _buffer(self, blocks: int) -> int:
         return 4 * self.row_chunk * blocks * self.block_size
@@ -120,14 +124,14 @@ class Sizes:
             chunk //= 2
         return chunk
 
-    def _work(self, home: torch.device, chunk: int) -> int:
-        return work_bytes(self.backend, self.block_size, chunk, packed=self._packed(home))
+    def _work(self, storage_device: torch.device, chunk: int) -> int:
+        return work_bytes(self.backend, self.block_size, chunk, packed=self._packed(storage_device))
 
     def _packed(self, device: torch.device) -> bool:
         """Whether the compiled CPU code finds triangles where it works."""
         return self.backend == "numba" and device.type == "cpu" and resolve_storage(self.storage, device) == "packed"
 
-    def direct(self, blocks: int, device: torch.device, chunk: int) -> int:
+    def bytes_on_device(self, blocks: int, device: torch.device, chunk: int) -> int:
         """Peak memory with the Fisher of ``blocks`` blocks where it is solved."""
         entries = self.num_blocks * self.block_size
         held = (_LATER_PASS if blocks * self.ranks < self.busy_blocks else _FIRST_PASS) * entries
@@ -144,15 +148,15 @@ class Sizes:
         return on_device, kept + 2 * self._buffer(blocks) + 4 * chunk * self.block_size**2
 
     def most_blocks(self, device: torch.device, limit: int, chunk: int) -> int:
-        """The largest number of blocks that `direct` fits into ``limit``."""
+        """The largest number of blocks that `bytes_on_device` fits into ``limit``."""
         low, high = 0, self.num_blocks
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.direct(middle, device, chunk) <= limit else (low, middle - 1)
+            low, high = (middle, high) if self.bytes_on_device(middle, device, chunk) <= limit else (low, middle - 1)
         return low
 
 
-def plan_event(sizes: Sizes, blocks: Tensor, device: torch.device, max_memory: int | None = None) -> EventPlan:
+def plan_event(sizes: MemoryModel, blocks: Tensor, device: torch.device, max_memory: int | None = None) -> MemoryPlan:
     """Choose the placement: all on the device; the Fisher on the host; or passes over groups of blocks.
 
     Every process must call it; all come to the same plan, that of the one with the least memory.
@@ -173,19 +177,21 @@ def plan_event(sizes: Sizes, blocks: Tensor, device: torch.device, max_memory: i
     sizes = replace(sizes, busy_blocks=len(blocks))
     count = len(by_rank[0])
     chunk = min(sizes.chunk(device, limit), max(1, count))
-    peak = sizes.direct(count, device, chunk)
+    peak = sizes.bytes_on_device(count, device, chunk)
     if count == 0:
-        return EventPlan(device, 0, limit, argument, device, 0, (by_rank,), chunk)
+        return MemoryPlan(device, 0, limit, argument, device, 0, (by_rank,), chunk)
     if limit is None or peak <= limit:
-        return EventPlan(device, peak, limit, argument, device, 0, (by_rank,), chunk)
+        return MemoryPlan(device, peak, limit, argument, device, 0, (by_rank,), chunk)
     if device.type != "cpu":
         on_device, on_host = sizes.offloaded(count, device, chunk)
         if on_device <= limit and (host is None or on_host <= host):
-            return EventPlan(device, on_device, limit, argument, CPU, on_host, (by_rank,), chunk)
+            return MemoryPlan(device, on_device, limit, argument, CPU, on_host, (by_rank,), chunk)
     most = max(1, sizes.most_blocks(device, limit, chunk))
     pieces = [own.tensor_split(-(-count // most)) for own in by_rank]
     shares = tuple(zip(*pieces, strict=True))
-    return EventPlan(device, sizes.direct(len(shares[0][0]), device, chunk), limit, argument, device, 0, shares, chunk)
+    return MemoryPlan(
+        device, sizes.bytes_on_device(len(shares[0][0]), device, chunk), limit, argument, device, 0, shares, chunk
+    )
 
 
 def _may_use(device: torch.device) -> int | None:

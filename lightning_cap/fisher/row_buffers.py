@@ -15,13 +15,13 @@ Fill = Callable[[Tensor, int], None]
 Add = Callable[[Tensor], None]
 
 
-class Rows(ABC):
+class RowBuffer(ABC):
     """Collects rows and hands them on by ``row_chunk`` at a time, whatever the sizes in which they arrive."""
 
     def __init__(self, shape: tuple[int, int, int]) -> None:
         self._chunk, self._filled = shape[0], 0
 
-    def take_in(self, n: int, fill: Fill, add: Add) -> None:
+    def append(self, n: int, fill: Fill, add: Add) -> None:
         """Take in ``n`` rows; ``add`` is called for every full chunk."""
         taken = 0
         while taken < n:
@@ -30,21 +30,21 @@ class Rows(ABC):
             taken += count
             self._filled += count
             if self._filled == self._chunk:
-                self._flush(add)
+                self._hand_on(add)
 
-    def end(self, add: Add) -> None:
+    def flush(self, add: Add) -> None:
         """Hand on what is left, and wait until all is added."""
         if self._filled:
-            self._flush(add)
+            self._hand_on(add)
 
     @abstractmethod
     def _write(self, start: int, count: int, fill: Fill, first: int) -> None: ...
 
     @abstractmethod
-    def _flush(self, add: Add) -> None: ...
+    def _hand_on(self, add: Add) -> None: ...
 
 
-class DirectRows(Rows):
+class DirectRowBuffer(RowBuffer):
     """Rows that are where the sums are.
 
     Args:
@@ -59,12 +59,12 @@ class DirectRows(Rows):
     def _write(self, start: int, count: int, fill: Fill, first: int) -> None:
         fill(self._buffer[start : start + count], first)
 
-    def _flush(self, add: Add) -> None:
+    def _hand_on(self, add: Add) -> None:
         add(self._buffer[: self._filled])
         self._filled = 0
 
 
-class StagedRows(Rows):
+class StagedRowBuffer(RowBuffer):
     """Rows of a GPU for sums in main memory: copied to pinned memory on a stream of their own, and added up by a thread
     while the next backward pass runs. Two buffers take turns.
 
@@ -100,7 +100,7 @@ class StagedRows(Rows):
             packed.record_stream(self._stream)
             self._copies.append(self._stream.record_event())
 
-    def _flush(self, add: Add) -> None:
+    def _hand_on(self, add: Add) -> None:
         rows, copies = self._buffers[self._now][: self._filled], self._copies
 
         def work() -> None:
@@ -116,9 +116,9 @@ class StagedRows(Rows):
         if job is not None:
             job.result()
 
-    def end(self, add: Add) -> None:
+    def flush(self, add: Add) -> None:
         """Hand on what is left, and wait until all is added."""
-        super().end(add)
+        super().flush(add)
         self._wait(self._now)
         self._wait(1 - self._now)
         self._worker.shutdown()

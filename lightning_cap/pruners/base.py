@@ -15,7 +15,7 @@ from typing_extensions import Self
 
 from lightning_cap.calibration.sources import GradientSource
 from lightning_cap.errors import ConfigError, PatternError, UnsupportedError
-from lightning_cap.fisher.memory_plan import EventPlan
+from lightning_cap.fisher.memory_plan import MemoryPlan
 from lightning_cap.sparsity.allocation import Allocation, budget_of
 from lightning_cap.sparsity.block_layout import BlockLayout
 from lightning_cap.sparsity.patterns import Pattern, Unstructured
@@ -106,7 +106,7 @@ class PruningPath(ABC):
         if not allocation.min_density:
             return None
         existing = self._existing()
-        most = allocation.most_zeros(self._layout.shapes, existing)
+        most = allocation.max_zeros(self._layout.shapes, existing)
         return {name: most[name] - existing[name] for name in most}
 
     def _budget(self, sparsity: float) -> int | None:
@@ -236,7 +236,7 @@ class Pruner(ABC):
             done: Events of the run that are done, over all of them: 0 at the first one, below 1.
         """
 
-    def plan(self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, rows_bytes: int = 0) -> EventPlan:
+    def plan(self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, rows_bytes: int = 0) -> MemoryPlan:
         """What `path` will take, and how it will go about it. Every process must call it.
 
         Args:
@@ -244,7 +244,7 @@ class Pruner(ABC):
             masks: As for `path`.
             rows_bytes: Memory of the gradient rows that the source holds at once.
         """
-        return EventPlan(targets.device, rows_bytes)
+        return MemoryPlan(targets.device, rows_bytes)
 
     def state_dict(self) -> dict[str, Any]:
         """Settings that a resumed run must go on with, as plain values; kept in checkpoints."""

@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_cap.calibration.sources import GradientSource, check_repeatable, reading, rows_bytes
 from lightning_cap.errors import ConfigError, GradientError
 from lightning_cap.fisher.blocks import ROW_CHUNK, EmpiricalFisher, Storage
-from lightning_cap.fisher.memory_plan import EventPlan, Sizes, plan_event
+from lightning_cap.fisher.memory_plan import MemoryModel, MemoryPlan, plan_event
 from lightning_cap.pruners.base import Pruner, PruneResult, PruningPath, in_blocks, pack_alive, pack_weights
 from lightning_cap.solver import Elimination, reconstruct
 from lightning_cap.solver.backend import Backend, choose_backend
@@ -22,7 +22,7 @@ from lightning_cap.sparsity.allocation import Allocation, Global
 from lightning_cap.sparsity.block_layout import BlockLayout
 from lightning_cap.sparsity.patterns import Pattern, as_pattern
 from lightning_cap.sparsity.targets import Targets
-from lightning_cap.utilities.distributed import agreed, gather_rows, gather_tensors, world_size
+from lightning_cap.utilities.distributed import gather_rows, gather_tensors, raise_on_all_ranks, world_size
 from lightning_cap.utilities.memory import parse_bytes
 from lightning_cap.utilities.progress import Progress
 
@@ -87,7 +87,7 @@ class Blockwise(Pruner):
         """Refuse a sparsity that the pattern cannot give."""
         self.pattern.check_sparsity(sparsity)
 
-    def plan(self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, rows_bytes: int = 0) -> EventPlan:
+    def plan(self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, rows_bytes: int = 0) -> MemoryPlan:
         """Where the Fisher goes and in how many passes. See `Pruner.plan`."""
         layout = self._layout(targets)
         alive = pack_alive(targets, layout, masks)
@@ -111,18 +111,18 @@ class Blockwise(Pruner):
     ) -> BlockwisePath:
         """Accumulate the Fisher and order every block to its end."""
         path = BlockwisePath(self, targets, self._layout(targets), masks, gradients, progress)
-        redamped = path.stats["blocks_redamped"]
-        if redamped:
+        raised = path.stats["blocks_damping_increased"]
+        if raised:
             warnings.warn(
-                f"damp={self.damp:g}: {redamped:g} of {path.stats['blocks']:g} Fisher blocks factored only with a larger one "
-                f"(up to {path.stats['largest_damp']:g}). Raise damp if there are many.",
+                f"damp={self.damp:g}: {raised:g} of {path.stats['blocks']:g} Fisher blocks factored only with a larger one (up to "
+                f"{path.stats['largest_damp']:g}). Raise damp if there are many.",
                 stacklevel=2,
             )
         return path
 
-    def _plan(self, layout: BlockLayout, alive: Tensor, rows_bytes: int) -> EventPlan:
+    def _plan(self, layout: BlockLayout, alive: Tensor, rows_bytes: int) -> MemoryPlan:
         backend = choose_backend(self.backend, alive.device, self.pattern)
-        sizes = Sizes(
+        sizes = MemoryModel(
             layout.block_size, layout.num_blocks, self.row_chunk, self.storage, backend, rows_bytes, world_size()
         )
         busy = alive.any(-1).nonzero().squeeze(1).cpu()
@@ -148,17 +148,23 @@ class Blockwise(Pruner):
         alive: Tensor,
         lost: Tensor,
         damp: Tensor,
-        precise: Tensor,
+        use_float64: Tensor,
         chunk: int,
     ) -> Tensor:
         """The weights ``(k, B)`` without the ``lost`` ones; by default the joint optimum of equation 5."""
-        return reconstruct(fisher, weights, alive, lost, damp, precise, self.backend, chunk)
+        return reconstruct(fisher, weights, alive, lost, damp, use_float64, self.backend, chunk)
 
-    def _read(self, layout: BlockLayout, plan: EventPlan, number: int, gradients: GradientSource) -> Any:
+    def _read(self, layout: BlockLayout, plan: MemoryPlan, number: int, gradients: GradientSource) -> Any:
         """Read the gradients for this rank's blocks of one pass."""
-        with agreed("Making room for the Fisher"):
+        with raise_on_all_ranks("Making room for the Fisher"):
             fisher = EmpiricalFisher(
-                layout, plan.device, self.row_chunk, self.storage, plan.home, plan.shares[number], self.allow_tf32
+                layout,
+                plan.device,
+                self.row_chunk,
+                self.storage,
+                plan.storage_device,
+                plan.shares[number],
+                self.allow_tf32,
             )
         with reading(gradients) as chunks:
             for chunk in chunks:
@@ -189,7 +195,7 @@ class BlockwisePath(PruningPath):
         super().__init__(targets, layout, masks)
         self._pruner, self._gradients, self._progress = pruner, gradients, progress
         self._targets = targets
-        with agreed("Reading the weights"):
+        with raise_on_all_ranks("Reading the weights"):
             self._weights = pack_weights(targets, layout, self._alive)
         self.plan = pruner._plan(layout, self._alive, rows_bytes(gradients))
         check_repeatable(gradients, self.plan.passes)
@@ -202,7 +208,7 @@ class BlockwisePath(PruningPath):
         for number, blocks in enumerate(self.plan.groups if sum(self._sizes) else ()):
             fisher = self._fisher(number)
             here = blocks.to(self._alive.device)
-            with agreed("Solving the blocks"):
+            with raise_on_all_ranks("Solving the blocks"):
                 parts.append(
                     pruner._order(fisher, self._weights[here].float(), self._alive[here], self.plan.chunk, progress)
                 )
@@ -219,7 +225,7 @@ class BlockwisePath(PruningPath):
         """Read the gradients for the blocks of one pass."""
         blocks = self._pruner._read(self._layout, self.plan, number, self._gradients)
         if self.plan.passes > 1:
-            with agreed("Reading the gradients again"):
+            with raise_on_all_ranks("Reading the gradients again"):
                 self._check_same(number, blocks)
         return blocks
 
@@ -236,12 +242,16 @@ class BlockwisePath(PruningPath):
 
     def _gather_stats(self) -> dict[str, float]:
         own = self.elimination
-        numbers = [float(own.precise.sum()), float(own.num_redamped), max([own.requested_damp, *own.damp.tolist()])]
+        numbers = [
+            float(own.use_float64.sum()),
+            float(own.num_damping_increased),
+            max([own.requested_damp, *own.damp.tolist()]),
+        ]
         all_ranks = torch.stack(gather_tensors(torch.tensor(numbers, dtype=torch.float64, device=own.damp.device)))
         return {
             "blocks": float(self._layout.num_blocks),
             "blocks_float64": float(all_ranks[:, 0].sum()),
-            "blocks_redamped": float(all_ranks[:, 1].sum()),
+            "blocks_damping_increased": float(all_ranks[:, 1].sum()),
             "largest_damp": float(all_ranks[:, 2].max()),
             "passes": float(self.plan.passes),
         }
@@ -269,15 +279,15 @@ class BlockwisePath(PruningPath):
     def _reconstruct(self, own: Tensor, lost: Tensor) -> Tensor:
         """The weights of this rank's blocks without the ``lost`` ones, ``(K_r, B)``."""
         if self.plan.passes > 1:
-            with agreed("Reading the weights"):
+            with raise_on_all_ranks("Reading the weights"):
                 self._check_unchanged()
         parts, first = [self._weights[:0]], 0
         for number, group in enumerate(self.plan.groups if sum(self._sizes) else ()):
             fisher = self._kept if self._kept is not None else self._fisher(number)
             part = slice(first, first + len(group))
-            damp, precise = self.elimination.damp[part], self.elimination.precise[part]
-            given = self._weights[own[part]], self._alive[own[part]], lost[part], damp, precise
-            with agreed("Reconstructing the weights"):
+            damp, use_float64 = self.elimination.damp[part], self.elimination.use_float64[part]
+            given = self._weights[own[part]], self._alive[own[part]], lost[part], damp, use_float64
+            with raise_on_all_ranks("Reconstructing the weights"):
                 parts.append(self._pruner._rebuild(fisher, *given, self.plan.chunk))
             first = part.stop
             del fisher

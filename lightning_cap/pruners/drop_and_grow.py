@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_cap.calibration.sources import GradientSource
 from lightning_cap.errors import ConfigError, GradientError
-from lightning_cap.fisher.memory_plan import EventPlan
+from lightning_cap.fisher.memory_plan import MemoryPlan
 from lightning_cap.pruners.base import Pruner, PruneResult, PruningPath, check_room, pack_weights
 from lightning_cap.pruners.scored import Sums, check_counts
 from lightning_cap.solver.ranking import select, smallest
@@ -84,9 +84,9 @@ class DropAndGrow(Pruner):
         """Zeros that are there do not bind. See `Pruner.check_goals`."""
         check_room(self.allocation, targets, dict.fromkeys(targets, 0), sparsities)
 
-    def plan(self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, rows_bytes: int = 0) -> EventPlan:
+    def plan(self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, rows_bytes: int = 0) -> MemoryPlan:
         """See `Pruner.plan`."""
-        return EventPlan(targets.device, rows_bytes + _BYTES * targets.numel)
+        return MemoryPlan(targets.device, rows_bytes + _BYTES * targets.numel)
 
     def path(
         self,
@@ -145,7 +145,7 @@ class DropAndGrowPath(PruningPath):
         masked = len(together) - int(alive.sum())
         exchanged = int(self._fraction * (len(together) - zeros)) if masked else 0
         existing = self._existing()
-        most = self._allocation.most_zeros(self._layout.shapes, existing)
+        most = self._allocation.max_zeros(self._layout.shapes, existing)
         room = {name: most[name] - existing[name] for name in names}
         dropped = min(max(0, zeros + exchanged - masked), sum(room.values()))
         magnitude = self._weights[together].abs().masked_fill_(~alive, torch.inf)

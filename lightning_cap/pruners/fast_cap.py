@@ -11,9 +11,9 @@ from torch import Tensor
 
 from lightning_cap.calibration.sources import GradientSource, reading
 from lightning_cap.errors import ConfigError, GradientError
-from lightning_cap.fisher.memory_plan import EventPlan
+from lightning_cap.fisher.memory_plan import MemoryPlan
 from lightning_cap.pruners.base import Pruner, in_blocks
-from lightning_cap.pruners.scored import ScoredPath, check_counts, single_choice
+from lightning_cap.pruners.scored import ScoredPath, check_counts, require_weightwise_pattern
 from lightning_cap.solver.backend import more_damp
 from lightning_cap.solver.groups import diagonal_groups, group_losses
 from lightning_cap.solver.linalg import spd_inverse
@@ -67,7 +67,7 @@ class FastCAP(Pruner):
         pattern: Pattern | int | str | None = None,
     ) -> None:
         self.allocation = allocation or Global()
-        self.pattern = in_blocks(single_choice(pattern, "FastCAP"), "FastCAP")
+        self.pattern = in_blocks(require_weightwise_pattern(pattern, "FastCAP"), "FastCAP")
         check_counts(num_gradients, samples_per_gradient)
         if not 0 < damp < float("inf"):
             raise ConfigError(f"damp={damp}: the Fisher needs a positive damp to be invertible. Try 1e-8 ... 1e-4.")
@@ -85,12 +85,12 @@ class FastCAP(Pruner):
         """Refuse a sparsity that the pattern cannot give."""
         self.pattern.check_sparsity(sparsity)
 
-    def plan(self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, rows_bytes: int = 0) -> EventPlan:
+    def plan(self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, rows_bytes: int = 0) -> MemoryPlan:
         """Blocks and factors in float64 for each place in the rows of each layer, and ``O(d)``. See `Pruner.plan`."""
         layout = self._layout(targets)
         places = sum(_places(layout, name) for name in layout.shapes)
         entries = layout.num_blocks * layout.block_size
-        return EventPlan(targets.device, 3 * rows_bytes + 24 * (places + 2) * layout.block_size**2 + 30 * entries)
+        return MemoryPlan(targets.device, 3 * rows_bytes + 24 * (places + 2) * layout.block_size**2 + 30 * entries)
 
     def path(
         self,
@@ -103,10 +103,10 @@ class FastCAP(Pruner):
         """Accumulate and factor the shared blocks."""
         layout = self._layout(targets)
         path = FastCAPPath(self, targets, layout, masks, shared_blocks(layout, gradients, targets.device))
-        redamped = path.stats["blocks_redamped"]
-        if redamped:
+        damping_increased = path.stats["blocks_damping_increased"]
+        if damping_increased:
             warnings.warn(
-                f"damp={self.damp:g}: {redamped:g} shared Fisher blocks factored only with a larger one (up to "
+                f"damp={self.damp:g}: {damping_increased:g} shared Fisher blocks factored only with a larger one (up to "
                 f"{path.stats['largest_damp']:g}). Raise damp if there are many.",
                 stacklevel=2,
             )
@@ -147,11 +147,14 @@ class FastCAPPath(ScoredPath):
         self._factors: dict[str, Tensor] = {}  # (P, B, B) upper, UᵀU = F̄⁻¹
         self._scales: dict[str, Tensor] = {}  # (O, P)
         saliency = torch.zeros(self.weights.shape, dtype=torch.float64, device=self.weights.device)
-        redamped, largest = 0, pruner.damp
+        damping_increased, largest = 0, pruner.damp
         for name, span in layout.spans.items():
             fisher = fishers[name]
             inverse, damps = _inverse(fisher.mean, pruner.damp)
-            redamped, largest = redamped + int((damps > pruner.damp).sum()), max(largest, float(damps.max()))
+            damping_increased, largest = (
+                damping_increased + int((damps > pruner.damp).sum()),
+                max(largest, float(damps.max())),
+            )
             self._factors[name] = torch.linalg.cholesky(inverse).mT.contiguous()
             traces = fisher.traces + damps * layout.block_size
             self._scales[name] = traces / traces.mean(0)
@@ -163,7 +166,7 @@ class FastCAPPath(ScoredPath):
             saliency[span] = (cost * self._scales[name].unsqueeze(-1)).reshape(saliency[span].shape)
         self.stats = {
             "blocks": float(layout.num_blocks),
-            "blocks_redamped": float(redamped),
+            "blocks_damping_increased": float(damping_increased),
             "largest_damp": largest,
         }
         self.score(saliency)
@@ -210,7 +213,7 @@ class FastCAPPath(ScoredPath):
             return pruned
         squares = scores.float().square().nan_to_num(posinf=torch.finfo(torch.float32).max).contiguous()
         if self._pattern.sparsity is not None:
-            return self._pattern.least(squares, alive.contiguous())
+            return self._pattern.lowest_scores(squares, alive.contiguous())
         return smallest(squares.masked_fill(~alive, torch.inf), int(pruned.sum()))
 
 
@@ -273,10 +276,10 @@ def _inverse(fisher: Tensor, damp: float) -> tuple[Tensor, Tensor]:
     damps = torch.full((len(fisher),), damp, dtype=torch.float64, device=fisher.device)
     eye = torch.eye(fisher.shape[-1], dtype=fisher.dtype, device=fisher.device)
     while True:
-        inverse, safe = spd_inverse(fisher + damps.view(-1, 1, 1) * eye)
-        if bool(safe.all()):
+        inverse, well_conditioned = spd_inverse(fisher + damps.view(-1, 1, 1) * eye)
+        if bool(well_conditioned.all()):
             return (inverse + inverse.mT) / 2, damps
-        damps = torch.where(safe, damps, more_damp(damps))
+        damps = torch.where(well_conditioned, damps, more_damp(damps))
 
 
 def _group_saliency(inverse: Tensor, weights: Tensor, size: int) -> Tensor:

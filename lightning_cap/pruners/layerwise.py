@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_cap.calibration.layer_inputs import LayerGrams
 from lightning_cap.calibration.sources import GradientSource, reading
 from lightning_cap.errors import ConfigError, GradientError
-from lightning_cap.fisher.memory_plan import EventPlan
+from lightning_cap.fisher.memory_plan import MemoryPlan
 from lightning_cap.pruners.blockwise import Blockwise
 from lightning_cap.solver import Elimination, eliminate
 from lightning_cap.solver.backend import Backend, choose_backend, work_bytes
@@ -62,7 +62,7 @@ class LayerwiseOBS(Blockwise):
     def _layout(self, targets: Targets) -> BlockLayout:
         return targets.row_blocks(self.block_size, self.pattern.group_size)
 
-    def _plan(self, layout: BlockLayout, alive: Tensor, rows_bytes: int) -> EventPlan:
+    def _plan(self, layout: BlockLayout, alive: Tensor, rows_bytes: int) -> MemoryPlan:
         busy = alive.any(-1).nonzero().squeeze(1).cpu()
         shares = tuple(busy.tensor_split(world_size()))
         B, entries = layout.block_size, layout.num_blocks * layout.block_size
@@ -72,9 +72,9 @@ class LayerwiseOBS(Blockwise):
         hessians = 8 * sum(n**2 for n in inputs) + 4 * 8 * max(inputs, default=0) ** 2
         solve = work_bytes(backend, B, chunk, packed=False) + 8 * chunk * B**2
         peak = 30 * entries + 4 * B * sum(n + B for n in inputs) + max(rows_bytes + hessians, solve)
-        return EventPlan(alive.device, peak, None, "block_size", alive.device, 0, (shares,), chunk)
+        return MemoryPlan(alive.device, peak, None, "block_size", alive.device, 0, (shares,), chunk)
 
-    def _read(self, layout: BlockLayout, plan: EventPlan, number: int, gradients: GradientSource) -> SharedBlocks:
+    def _read(self, layout: BlockLayout, plan: MemoryPlan, number: int, gradients: GradientSource) -> SharedBlocks:
         grams = _sum_up(layout, plan.device, gradients)
         own = plan.groups[number]
         return SharedBlocks(layout, grams, own, plan.device)
@@ -147,7 +147,7 @@ def _sum_up(layout: BlockLayout, device: torch.device, source: GradientSource) -
     """``2 X Xᵀ / n`` of every target, ``(G, I, I)`` float64, over all processes."""
     sums: dict[str, Tensor] = {}
     count = 0
-    with distributed.agreed("Collecting layer inputs"), reading(source) as chunks:
+    with distributed.raise_on_all_ranks("Collecting layer inputs"), reading(source) as chunks:
         for chunk in chunks:
             if not isinstance(chunk, LayerGrams):
                 raise GradientError(

@@ -12,14 +12,14 @@ from lightning_cap.calibration.sources import GradientSource, reading
 from lightning_cap.errors import ConfigError, PatternError
 from lightning_cap.fisher.blocks import ROW_CHUNK, Storage
 from lightning_cap.fisher.matrix_free import DynamicInverse, GradientRows, Inverse, RowBlocks, StaticInverse, at_a_time
-from lightning_cap.fisher.memory_plan import EventPlan, Sizes, plan_event
+from lightning_cap.fisher.memory_plan import MemoryModel, MemoryPlan, plan_event
 from lightning_cap.pruners.blockwise import Blockwise
 from lightning_cap.solver import Elimination
 from lightning_cap.solver.backend import more_damp
 from lightning_cap.sparsity.allocation import Allocation
 from lightning_cap.sparsity.block_layout import BlockLayout
 from lightning_cap.sparsity.patterns import Pattern
-from lightning_cap.utilities.distributed import agreed, world_size
+from lightning_cap.utilities.distributed import raise_on_all_ranks, world_size
 from lightning_cap.utilities.memory import in_chunks, parse_bytes
 from lightning_cap.utilities.progress import Progress
 
@@ -81,9 +81,9 @@ class MFAC(Blockwise):
                 "FastCAP with it."
             )
 
-    def _plan(self, layout: BlockLayout, alive: Tensor, rows_bytes: int) -> EventPlan:
+    def _plan(self, layout: BlockLayout, alive: Tensor, rows_bytes: int) -> MemoryPlan:
         static = self.mode == "static"
-        sizes = _RowSizes(
+        sizes = _RowMemoryModel(
             layout.block_size,
             layout.num_blocks,
             self.row_chunk,
@@ -99,9 +99,9 @@ class MFAC(Blockwise):
         plan.check()
         return plan
 
-    def _read(self, layout: BlockLayout, plan: EventPlan, number: int, gradients: GradientSource) -> RowBlocks:
-        with agreed("Making room for the gradients"):
-            rows = GradientRows(layout, plan.device, self.row_chunk, "full", plan.home, plan.shares[number])
+    def _read(self, layout: BlockLayout, plan: MemoryPlan, number: int, gradients: GradientSource) -> RowBlocks:
+        with raise_on_all_ranks("Making room for the gradients"):
+            rows = GradientRows(layout, plan.device, self.row_chunk, "full", plan.storage_device, plan.shares[number])
         with reading(gradients) as chunks:
             for chunk in chunks:
                 rows.update(chunk)
@@ -112,7 +112,7 @@ class MFAC(Blockwise):
     ) -> Elimination:
         K, B = weights.shape
         out = Elimination.untouched(K, B, self.damp, weights.device)
-        busy = self.pattern.candidates(alive).any(-1).nonzero().squeeze(1)
+        busy = self.pattern.removable(alive).any(-1).nonzero().squeeze(1)
         done = 0
 
         def work(blocks: Tensor) -> None:
@@ -130,17 +130,17 @@ class MFAC(Blockwise):
         while True:
             inverse = self._inverse(fisher, blocks, alive, damp)
             diagonal = inverse.diagonal()
-            good = inverse.safe & torch.isfinite(diagonal).all(-1)
+            good = inverse.well_conditioned & torch.isfinite(diagonal).all(-1)
             if bool(good.all()):
                 break
             damp = torch.where(good, damp, more_damp(damp))
         scores = (weights.square() / diagonal / 2).clamp_max(_MOST)
-        goes = alive if self.pattern.sparsity is None else self.pattern.least(scores, alive)
+        goes = alive if self.pattern.sparsity is None else self.pattern.lowest_scores(scores, alive)
         losses, order = scores.masked_fill(~goes, torch.inf).sort(dim=-1, stable=True)
         places = torch.arange(weights.shape[1], device=order.device).expand_as(order)
         rank = torch.empty_like(order).scatter_(1, order, places).masked_fill_(~goes, weights.shape[1])
         out.rank[blocks], out.losses[blocks] = rank.to(out.rank.dtype), losses.float()
-        out.steps[blocks], out.damp[blocks], out.precise[blocks] = goes.sum(-1), damp, True
+        out.steps[blocks], out.damp[blocks], out.use_float64[blocks] = goes.sum(-1), damp, True
         if self.mode == "static":
             fisher.inverses.append((blocks, inverse))
 
@@ -151,7 +151,7 @@ class MFAC(Blockwise):
         alive: Tensor,
         lost: Tensor,
         damp: Tensor,
-        precise: Tensor,
+        use_float64: Tensor,
         chunk: int,
     ) -> Tensor:
         kept = alive & ~lost
@@ -181,13 +181,13 @@ class MFAC(Blockwise):
 
 
 @dataclass(frozen=True)
-class _RowSizes(Sizes):
+class _RowMemoryModel(MemoryModel):
     """Memory of gradient rows in place of Fisher blocks."""
 
     rows: int = 0
     static: bool = False
 
-    def _kept(self, blocks: int, storage: Storage, home: torch.device) -> int:
+    def _kept(self, blocks: int, storage: Storage, storage_device: torch.device) -> int:
         return (12 if self.static else 4) * self.rows * blocks * self.block_size
 
     def chunk(self, device: torch.device, limit: int | None) -> int:
@@ -197,5 +197,5 @@ class _RowSizes(Sizes):
             chunk //= 2
         return chunk
 
-    def _work(self, home: torch.device, chunk: int) -> int:
+    def _work(self, storage_device: torch.device, chunk: int) -> int:
         return 4 * 8 * chunk * self.rows * (self.block_size + self.rows)

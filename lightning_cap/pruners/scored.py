@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_cap.calibration.sources import GradientSource, reading
 from lightning_cap.errors import ConfigError, GradientError, PatternError
-from lightning_cap.fisher.memory_plan import EventPlan
+from lightning_cap.fisher.memory_plan import MemoryPlan
 from lightning_cap.pruners.base import Pruner, PruneResult, PruningPath, pack_weights
 from lightning_cap.solver.ranking import select, smallest
 from lightning_cap.sparsity.allocation import Allocation, Global
@@ -37,7 +37,7 @@ class Scored(Pruner):
 
     def __init__(self, allocation: Allocation | None = None, pattern: Pattern | int | str | None = None) -> None:
         self.allocation = allocation or Global()
-        self.pattern = single_choice(pattern, type(self).__name__)
+        self.pattern = require_weightwise_pattern(pattern, type(self).__name__)
 
     def check(self, targets: Targets) -> None:
         """Refuse targets that the pattern does not divide, or that the allocation does not know."""
@@ -47,9 +47,9 @@ class Scored(Pruner):
         """Refuse a sparsity that the pattern cannot give."""
         self.pattern.check_sparsity(sparsity)
 
-    def plan(self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, rows_bytes: int = 0) -> EventPlan:
+    def plan(self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, rows_bytes: int = 0) -> MemoryPlan:
         """``O(d)``: the saliencies, in float64 while they are summed. See `Pruner.plan`."""
-        return EventPlan(targets.device, 3 * rows_bytes + 32 * targets.numel)
+        return MemoryPlan(targets.device, 3 * rows_bytes + 32 * targets.numel)
 
     def path(
         self,
@@ -145,7 +145,7 @@ class ScoredPath(PruningPath):
     def _pruned(self, sparsity: float) -> Tensor:
         self._pattern.check_sparsity(sparsity)
         if self._pattern.sparsity is not None:
-            return self._pattern.least(self._saliency, self._alive)
+            return self._pattern.lowest_scores(self._saliency, self._alive)
         zeros = self._budget(sparsity)
         if zeros is None:
             return torch.zeros_like(self._alive)
@@ -240,7 +240,7 @@ class Sums:
                 )
 
 
-def single_choice(pattern: Pattern | int | str | None, method: str) -> Pattern:
+def require_weightwise_pattern(pattern: Pattern | int | str | None, method: str) -> Pattern:
     """A pattern for which one saliency a weight is enough.
 
     Raises:

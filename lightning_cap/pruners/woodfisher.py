@@ -10,9 +10,9 @@ from torch import Tensor
 from lightning_cap.errors import ConfigError
 from lightning_cap.fisher.blocks import ROW_CHUNK, FisherBlocks, Storage
 from lightning_cap.pruners.blockwise import Blockwise
-from lightning_cap.solver import Elimination, eliminate, reconstruct, update_alone
+from lightning_cap.solver import Elimination, eliminate, reconstruct, update_independently
 from lightning_cap.solver.backend import factor_first
-from lightning_cap.solver.one_step import order_at_once
+from lightning_cap.solver.one_step import rank_by_saliency
 from lightning_cap.sparsity.allocation import Allocation
 from lightning_cap.sparsity.patterns import Pattern
 from lightning_cap.utilities.progress import Progress
@@ -81,7 +81,7 @@ class WoodFisher(Blockwise):
     ) -> Elimination:
         pattern = self.pattern
         order = functools.partial(
-            factor_first, lambda inverse, floor, w, left: order_at_once(inverse, floor, w, left, pattern)
+            factor_first, lambda inverse, floor, w, left: rank_by_saliency(inverse, floor, w, left, pattern)
         )
         return eliminate(fisher, weights, alive, self.damp, pattern, progress, chunk=chunk, solve=order)
 
@@ -92,12 +92,12 @@ class WoodFisher(Blockwise):
         alive: Tensor,
         lost: Tensor,
         damp: Tensor,
-        precise: Tensor,
+        use_float64: Tensor,
         chunk: int,
     ) -> Tensor:
         if self.update == "joint":
-            return reconstruct(fisher, weights, alive, lost, damp, precise, "auto", chunk)
+            return reconstruct(fisher, weights, alive, lost, damp, use_float64, "auto", chunk)
         if self.update == "none":
             return weights.masked_fill(~alive | lost, 0.0)
         size = self.pattern.group_size if self.pattern.whole_groups else 1
-        return update_alone(fisher, weights, alive, lost, damp, precise, size, chunk)
+        return update_independently(fisher, weights, alive, lost, damp, use_float64, size, chunk)

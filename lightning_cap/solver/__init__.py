@@ -1,7 +1,7 @@
 """OBS elimination and reconstruction of blocks; one file a backend, one `eliminate` in front."""
 
 from lightning_cap.solver.eliminate import Elimination, eliminate
-from lightning_cap.solver.independent_updates import update_alone
+from lightning_cap.solver.independent_updates import update_independently
 from lightning_cap.solver.reconstruct import reconstruct
 
-__all__ = ["Elimination", "eliminate", "reconstruct", "update_alone"]
+__all__ = ["Elimination", "eliminate", "reconstruct", "update_independently"]

@@ -22,10 +22,10 @@ if TYPE_CHECKING:  # the solver asks a pattern for candidates and their rule, an
 #: Code of the solver; ``"auto"`` takes numba on the CPU, triton on CUDA where it is installed, else torch.
 Backend = Literal["auto", "torch", "numba", "triton"]
 
-#: ``solve(fisher, blocks, weights, alive, damp, dtype)`` -> ``(rank, losses, safe)``: factors and eliminates ``fisher[blocks]``
-#: in ``dtype``; ``weights``, ``alive`` ``(k, B)`` and ``damp`` ``(k,)`` are those of these blocks.
+#: ``solve(fisher, blocks, weights, alive, damp, dtype)`` -> ``(rank, losses, well_conditioned)``: factors and eliminates
+#: ``fisher[blocks]`` in ``dtype``; ``weights``, ``alive`` ``(k, B)`` and ``damp`` ``(k,)`` are those of these blocks.
 #: ``rank`` is ``(k, B)`` int, ``B`` for weights that never go; ``losses`` ``(k, B)``, infinite past a block's last step;
-#: ``safe`` ``(k,)``, False for blocks that cannot be trusted in that dtype, whose other outputs mean nothing.
+#: ``well_conditioned`` ``(k,)``, False for blocks that cannot be trusted in that dtype, whose other outputs mean nothing.
 Solve = Callable[["Blocks", Tensor, Tensor, Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor, Tensor]]
 
 #: ``eliminate(inverse, floor, weights, alive)`` -> ``(rank, losses)``, from the inverses of blocks that can be trusted.
@@ -138,15 +138,17 @@ def factor_first(
     k, B = weights.shape
     matrix = restrict(fisher[blocks].to(dtype), alive, damp)
     floor = matrix.diagonal(dim1=-2, dim2=-1).reciprocal()
-    inverse, safe = spd_inverse(matrix)
+    inverse, well_conditioned = spd_inverse(matrix)
     del matrix
     rank = torch.full((k, B), B, device=weights.device)
     losses = torch.full((k, B), torch.inf, dtype=dtype, device=weights.device)
-    if bool(safe.any()):
+    if bool(well_conditioned.any()):
         weights = weights.to(dtype)
-        if bool(safe.all()):
+        if bool(well_conditioned.all()):
             found = eliminate(inverse, floor, weights, alive)
-            return found[0].to(rank.dtype), found[1], safe
-        found = eliminate(inverse[safe], floor[safe], weights[safe], alive[safe])
-        rank[safe], losses[safe] = found[0].to(rank.dtype), found[1]
-    return rank, losses, safe
+            return found[0].to(rank.dtype), found[1], well_conditioned
+        found = eliminate(
+            inverse[well_conditioned], floor[well_conditioned], weights[well_conditioned], alive[well_conditioned]
+        )
+        rank[well_conditioned], losses[well_conditioned] = found[0].to(rank.dtype), found[1]
+    return rank, losses, well_conditioned

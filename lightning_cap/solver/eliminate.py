@@ -30,7 +30,7 @@ class Elimination:
         losses: ``(K, B)`` float32 marginal losses by step, infinite past a block's last step.
         steps: ``(K,)`` int64, how many weights of each block go.
         damp: ``(K,)`` float64, the damp each block was factored with.
-        precise: ``(K,)`` bool, True where float64 was needed.
+        use_float64: ``(K,)`` bool, True where float64 was needed.
         requested_damp: The damp that was asked for.
     """
 
@@ -38,7 +38,7 @@ class Elimination:
     losses: Tensor
     steps: Tensor
     damp: Tensor
-    precise: Tensor
+    use_float64: Tensor
     requested_damp: float
 
     @classmethod
@@ -50,12 +50,12 @@ class Elimination:
             losses=torch.full((K, B), torch.inf, device=device),
             steps=torch.zeros(K, dtype=torch.int64, device=device),
             damp=torch.full((K,), damp, dtype=torch.float64, device=device),
-            precise=torch.zeros(K, dtype=torch.bool, device=device),
+            use_float64=torch.zeros(K, dtype=torch.bool, device=device),
             requested_damp=damp,
         )
 
     @property
-    def num_redamped(self) -> int:
+    def num_damping_increased(self) -> int:
         """Blocks that factored only with a raised damp."""
         return int((self.damp > self.requested_damp).sum())
 
@@ -64,7 +64,7 @@ class Elimination:
         """One outcome from those of consecutive groups of blocks."""
         if len(parts) == 1:
             return parts[0]
-        fields = ("rank", "losses", "steps", "damp", "precise")
+        fields = ("rank", "losses", "steps", "damp", "use_float64")
         joined = {name: torch.cat([getattr(part, name) for part in parts]) for name in fields}
         return cls(**joined, requested_damp=parts[0].requested_damp)
 
@@ -82,7 +82,7 @@ def eliminate(
 ) -> Elimination:
     """OBS elimination of every block (algorithm 1, lines 3-14, without its stored traces).
 
-    Precision is decided a block at a time from a condition estimate: float32 where it is safe, float64 elsewhere. A
+    Precision is decided a block at a time from a condition estimate: float32 where that is safe, float64 elsewhere. A
     block that fails in float64 too gets ten times its damp until it factors.
 
     Args:
@@ -102,7 +102,7 @@ def eliminate(
     K, B = weights.shape
     code = solve or choose_solve(backend, weights.device, pattern)
     out = Elimination.untouched(K, B, damp, weights.device)
-    busy = pattern.candidates(alive).any(-1).nonzero().squeeze(1)
+    busy = pattern.removable(alive).any(-1).nonzero().squeeze(1)
     done = 0
 
     def work(blocks: Tensor) -> None:
@@ -120,21 +120,21 @@ def eliminate(
 def _eliminate_chunk(
     solve: Solve, fisher: Blocks, blocks: Tensor, weights: Tensor, alive: Tensor, out: Elimination
 ) -> None:
-    """Eliminate some blocks in float32, those for which that is not safe in float64, into ``out``."""
+    """Eliminate some blocks in float32, those for which that is not enough in float64, into ``out``."""
     damp = torch.full_like(out.damp[blocks], out.requested_damp)
     dtype = torch.float32
     while len(blocks):
-        rank, losses, safe = solve(fisher, blocks, weights, alive, damp, dtype)
-        taken = blocks[safe]
-        out.rank[taken] = rank[safe].to(out.rank.dtype)
-        out.losses[taken] = torch.where(losses.isinf(), torch.inf, losses.clamp(max=_MOST))[safe].float()
-        out.steps[taken] = torch.isfinite(losses[safe]).sum(-1)
-        out.damp[taken] = damp[safe]
-        out.precise[taken] = dtype == torch.float64
-        if bool(safe.all()):
+        rank, losses, well_conditioned = solve(fisher, blocks, weights, alive, damp, dtype)
+        taken = blocks[well_conditioned]
+        out.rank[taken] = rank[well_conditioned].to(out.rank.dtype)
+        out.losses[taken] = torch.where(losses.isinf(), torch.inf, losses.clamp(max=_MOST))[well_conditioned].float()
+        out.steps[taken] = torch.isfinite(losses[well_conditioned]).sum(-1)
+        out.damp[taken] = damp[well_conditioned]
+        out.use_float64[taken] = dtype == torch.float64
+        if bool(well_conditioned.all()):
             return
-        unsafe = ~safe
-        blocks, weights, alive, damp = (t[unsafe] for t in (blocks, weights, alive, damp))
+        ill_conditioned = ~well_conditioned
+        blocks, weights, alive, damp = (t[ill_conditioned] for t in (blocks, weights, alive, damp))
         if dtype == torch.float64:
             damp = more_damp(damp)
         dtype = torch.float64

@@ -12,13 +12,13 @@ from lightning_cap.utilities.memory import in_chunks
 from lightning_cap.utilities.precision import full_float32
 
 
-def update_alone(
+def update_independently(
     fisher: Blocks,
     weights: Tensor,
     alive: Tensor,
     pruned: Tensor,
     damp: Tensor,
-    precise: Tensor,
+    use_float64: Tensor,
     group: int = 1,
     chunk: int | None = None,
 ) -> Tensor:
@@ -32,7 +32,7 @@ def update_alone(
         alive: ``(K, B)`` bool, eligible before pruning.
         pruned: ``(K, B)`` bool, a subset of ``alive``.
         damp: ``(K,)`` float64.
-        precise: ``(K,)`` bool, work on this block in float64.
+        use_float64: ``(K,)`` bool, work on this block in float64.
         group: Weights in a group; divides ``B``.
         chunk: Blocks at a time; halved when memory runs out.
 
@@ -43,7 +43,7 @@ def update_alone(
     result = torch.where(kept, weights, 0.0)
 
     def work(blocks: Tensor) -> None:
-        dtype = torch.float64 if bool(precise[blocks[0]]) else torch.float32
+        dtype = torch.float64 if bool(use_float64[blocks[0]]) else torch.float32
         inverse, _ = spd_inverse(restrict(fisher[blocks].to(dtype), alive[blocks], damp[blocks]))
         lost = torch.where(pruned[blocks], weights[blocks], 0.0).to(dtype)
         if group == 1:
@@ -56,7 +56,7 @@ def update_alone(
 
     with full_float32():
         touched = pruned.any(-1) & kept.any(-1)
-        for choice in (touched & ~precise, touched & precise):
+        for choice in (touched & ~use_float64, touched & use_float64):
             size = chunk or chunk_blocks(weights.shape[1], weights.device)
             in_chunks(choice.nonzero().squeeze(1), size, work)
     return result

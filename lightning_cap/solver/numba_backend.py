@@ -20,13 +20,13 @@ def solve_numba(
     k, B = weights.shape
     rank = torch.full((k, B), B, dtype=torch.int32)
     losses = torch.full((k, B), torch.inf)
-    safe = torch.zeros(k, dtype=torch.bool)
+    well_conditioned = torch.zeros(k, dtype=torch.bool)
     kind = torch.empty(1, dtype=dtype).numpy()
     condition = linalg.FLOAT32_CONDITION if dtype == torch.float32 else linalg.FLOAT64_CONDITION
     given = (*_triangles(fisher, blocks), *(t.contiguous().numpy() for t in (weights.to(dtype), alive, damp)))
-    taken = tuple(t.numpy() for t in (rank, losses, safe))
+    taken = tuple(t.numpy() for t in (rank, losses, well_conditioned))
     over_blocks(lambda first, last: solve_blocks(*given, group, keep, condition, kind, *taken, first, last), k)
-    return rank, losses, safe
+    return rank, losses, well_conditioned
 
 
 def reconstruct_numba(

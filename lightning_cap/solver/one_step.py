@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from lightning_cap.sparsity.patterns import Pattern
 
 
-def order_at_once(
+def rank_by_saliency(
     inverse: Tensor, floor: Tensor, weights: Tensor, alive: Tensor, pattern: Pattern
 ) -> tuple[Tensor, Tensor]:
     """Order by ``w_p² / (2 H_pp)`` (equation 2), for whole groups by ``½ w_gᵀ (H_gg)⁻¹ w_g`` a weight (equation 5).
@@ -39,7 +39,7 @@ def order_at_once(
     else:
         scores = weights.square() / torch.maximum(inverse.diagonal(dim1=-2, dim2=-1), floor) / 2
     scores = scores.nan_to_num(nan=largest, posinf=largest)
-    goes = alive if pattern.sparsity is None else pattern.least(scores, alive)
+    goes = alive if pattern.sparsity is None else pattern.lowest_scores(scores, alive)
     losses, order = scores.masked_fill(~goes, torch.inf).sort(dim=-1, stable=True)
     places = torch.arange(B, device=order.device).expand(k, B)
     rank = torch.empty_like(order).scatter_(1, order, places)

@@ -18,7 +18,7 @@ def reconstruct(
     alive: Tensor,
     pruned: Tensor,
     damp: Tensor,
-    precise: Tensor,
+    use_float64: Tensor,
     backend: Backend = "auto",
     chunk: int | None = None,
 ) -> Tensor:
@@ -33,7 +33,7 @@ def reconstruct(
         alive: ``(K, B)`` bool, eligible before pruning.
         pruned: ``(K, B)`` bool, a subset of ``alive``.
         damp: ``(K,)`` float64.
-        precise: ``(K,)`` bool, solve this block in float64.
+        use_float64: ``(K,)`` bool, solve this block in float64.
         backend: As in `eliminate`; there is no triton code for this, torch takes its place.
         chunk: Blocks at a time; halved when memory runs out.
 
@@ -49,7 +49,7 @@ def reconstruct(
     compiled = choose_backend(backend, weights.device) == "numba"
 
     def work(blocks: Tensor) -> None:
-        dtype = torch.float64 if bool(precise[blocks[0]]) else torch.float32
+        dtype = torch.float64 if bool(use_float64[blocks[0]]) else torch.float32
         extra = damp[blocks]
         solve = reconstruct_numba if compiled else _reconstruct_torch
         while len(blocks):
@@ -61,7 +61,7 @@ def reconstruct(
             blocks, extra, dtype = blocks[~solved], extra[~solved], torch.float64
 
     with full_float32():
-        for choice in (touched & ~precise, touched & precise):
+        for choice in (touched & ~use_float64, touched & use_float64):
             blocks = choice.nonzero().squeeze(1)
             in_chunks(blocks[counts[blocks].argsort(stable=True)], size, work)
     return result

@@ -38,7 +38,7 @@ def eliminate_left_looking(
     rank = torch.full((k, B), B, dtype=torch.int64, device=weights.device)
     losses = torch.full_like(weights, torch.inf)
     for step in range(B):
-        candidates = pattern.candidates(alive)
+        candidates = pattern.removable(alive)
         active = candidates.any(-1)
         if not bool(active.any()):
             break

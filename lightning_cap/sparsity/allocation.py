@@ -42,7 +42,7 @@ class Allocation(ABC):
 
         Returns:
             Every target in exactly one entry; the zeros add up to ``zeros``. Floors hold in entries of one target; where
-            several compete, `most_zeros` says how far each may go.
+            several compete, `max_zeros` says how far each may go.
 
         Raises:
             ConfigError: The zeros cannot be placed.
@@ -55,7 +55,7 @@ class Allocation(ABC):
             ConfigError: It names targets that are not there.
         """
 
-    def most_zeros(self, shapes: Shapes, existing: Mapping[str, int]) -> dict[str, int]:
+    def max_zeros(self, shapes: Shapes, existing: Mapping[str, int]) -> dict[str, int]:
         """How many zeros each target may have, by its floor."""
         sizes = {name: math.prod(shape) for name, shape in shapes.items()}
         floor = Fraction(str(self.min_density))  # as it was written: 0.05 of 1,000 weights is 50, not a rounding above
@@ -78,7 +78,7 @@ class Global(Allocation):
 
     def budgets(self, shapes: Shapes, existing: Mapping[str, int], zeros: int) -> Budgets:
         """One budget for all."""
-        _check_room(sum(self.most_zeros(shapes, existing).values()), zeros, self)
+        _check_room(sum(self.max_zeros(shapes, existing).values()), zeros, self)
         return [(list(shapes), zeros)]
 
 
@@ -97,10 +97,10 @@ class Uniform(Allocation):
 
     def budgets(self, shapes: Shapes, existing: Mapping[str, int], zeros: int) -> Budgets:
         """One budget a target."""
-        most = self.most_zeros(shapes, existing)
+        most = self.max_zeros(shapes, existing)
         _check_room(sum(most.values()), zeros, self)
         sizes = {name: Fraction(math.prod(shape)) for name, shape in shapes.items()}
-        return [([name], share) for name, share in share_out(sizes, existing, most, zeros).items()]
+        return [([name], share) for name, share in apportion(sizes, existing, most, zeros).items()]
 
 
 @dataclass(frozen=True)
@@ -121,13 +121,13 @@ class ERK(Allocation):
 
     def budgets(self, shapes: Shapes, existing: Mapping[str, int], zeros: int) -> Budgets:
         """One budget a target."""
-        most = self.most_zeros(shapes, existing)
+        most = self.max_zeros(shapes, existing)
         _check_room(sum(most.values()), zeros, self)
         sizes = {name: math.prod(shape) for name, shape in shapes.items()}
         wanted = {name: Fraction(sum(shape)) for name, shape in shapes.items()}  # kept weights: density times size
         lower = {name: sizes[name] - most[name] for name in sizes}
         upper = {name: sizes[name] - existing[name] for name in sizes}
-        kept = share_out(wanted, lower, upper, sum(sizes.values()) - zeros)
+        kept = apportion(wanted, lower, upper, sum(sizes.values()) - zeros)
         return [([name], sizes[name] - kept[name]) for name in sizes]
 
 
@@ -174,9 +174,9 @@ class PerTarget(Allocation):
         rest = zeros - sum(named.values())
         if not others and abs(rest) <= 0.005 * sum(sizes.values()):
             wanted = {n: Fraction(max(1, count)) for n, count in named.items()}
-            return [([n], share) for n, share in share_out(wanted, existing, sizes, zeros).items()]
+            return [([n], share) for n, share in apportion(wanted, existing, sizes, zeros).items()]
         low = sum(existing[n] for n in others)
-        high = sum(self.most_zeros(others, existing).values())
+        high = sum(self.max_zeros(others, existing).values())
         if not low <= rest <= high:
             numel, fixed = sum(sizes.values()), sum(named.values())
             raise ConfigError(
@@ -186,9 +186,9 @@ class PerTarget(Allocation):
             )
         return [([n], count) for n, count in named.items()] + ([(list(others), rest)] if others else [])
 
-    def most_zeros(self, shapes: Shapes, existing: Mapping[str, int]) -> dict[str, int]:
+    def max_zeros(self, shapes: Shapes, existing: Mapping[str, int]) -> dict[str, int]:
         """By the floor; named targets have their own sparsity instead."""
-        most = super().most_zeros(shapes, existing)
+        most = super().max_zeros(shapes, existing)
         return {n: size if self._given(n) is None else math.prod(shapes[n]) for n, size in most.items()}
 
     def _given(self, name: str) -> float | None:
@@ -217,7 +217,7 @@ def _check_room(most: int, zeros: int, allocation: Allocation) -> None:
         )
 
 
-def share_out(
+def apportion(
     wanted: Mapping[str, Fraction], lower: Mapping[str, int], upper: Mapping[str, int], total: int
 ) -> dict[str, int]:
     """Whole numbers proportional to ``wanted`` within bounds that add up to ``total``; none falls when ``total`` rises.

@@ -81,7 +81,7 @@ class MaskSet(Mapping[str, Tensor]):
         self._masks_changed()
         return {name: back for name, back in grown.items() if bool(back.any())}
 
-    def lift(self) -> dict[str, Tensor]:
+    def unmask_all(self) -> dict[str, Tensor]:
         """Keep every weight again. Returns what came back, as `replace`."""
         return self.replace({name: torch.ones_like(mask) for name, mask in self._masks.items()})
 

@@ -26,7 +26,7 @@ class Pattern(ABC):
         """The rule of the compiled solvers: a weight may go while more than this many of its group are alive.
 
         None (the default of a new pattern) if that is not the whole rule; its blocks are then solved by the torch
-        backend, which asks `candidates`.
+        backend, which asks `removable`.
         """
         return None
 
@@ -46,7 +46,7 @@ class Pattern(ABC):
         """The one sparsity that the pattern gives, or None if any can be had."""
 
     @abstractmethod
-    def candidates(self, alive: Tensor) -> Tensor:
+    def removable(self, alive: Tensor) -> Tensor:
         """The weights that may be removed next.
 
         Args:
@@ -56,7 +56,7 @@ class Pattern(ABC):
             ``(k, B)`` bool, a subset of ``alive``.
         """
 
-    def least(self, scores: Tensor, alive: Tensor) -> Tensor:
+    def lowest_scores(self, scores: Tensor, alive: Tensor) -> Tensor:
         """The weights of least score that go when every group is pruned as far as the pattern has it, one by one.
 
         Args:
@@ -69,13 +69,13 @@ class Pattern(ABC):
         size = self.group_size
         values, left = scores.reshape(-1, size), alive.reshape(-1, size).clone()
         for _ in range(size):
-            candidates = self.candidates(left)
+            candidates = self.removable(left)
             least = values.masked_fill(~candidates, torch.inf).argmin(-1, keepdim=True)
             left.scatter_(1, least, left.gather(1, least) & ~candidates.gather(1, least))
         return alive & ~left.view(alive.shape)
 
     @abstractmethod
-    def holds(self, kept: Tensor) -> bool:
+    def is_satisfied(self, kept: Tensor) -> bool:
         """Whether a finished mask ``kept`` ``(K, B)`` (False on padding) obeys the pattern."""
 
     def units(self, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -90,10 +90,10 @@ class Pattern(ABC):
         """
         return rows.reshape(-1, self.group_size if self.whole_groups else 1)
 
-    def broken(self, kept: Tensor, shape: tuple[int, ...]) -> int:
+    def count_violations(self, kept: Tensor, shape: tuple[int, ...]) -> int:
         """How many units of a target's finished mask ``(k, B)`` (False on padding) break the pattern."""
         groups = kept.reshape(-1, self.group_size)
-        return sum(not self.holds(group.unsqueeze(0)) for group in groups) if not self.holds(kept) else 0
+        return sum(not self.is_satisfied(group.unsqueeze(0)) for group in groups) if not self.is_satisfied(kept) else 0
 
     def check_sparsity(self, sparsity: float) -> None:
         """Refuse a sparsity that the pattern cannot give.
@@ -128,11 +128,11 @@ class Unstructured(Pattern):
         """None: any sparsity can be had."""
         return
 
-    def candidates(self, alive: Tensor) -> Tensor:
+    def removable(self, alive: Tensor) -> Tensor:
         """All that are alive."""
         return alive
 
-    def holds(self, kept: Tensor) -> bool:
+    def is_satisfied(self, kept: Tensor) -> bool:
         """Always."""
         return True
 
@@ -184,16 +184,16 @@ class NofM(Pattern):
         """``1 - n/m``."""
         return 1 - self.n / self.m
 
-    def candidates(self, alive: Tensor) -> Tensor:
+    def removable(self, alive: Tensor) -> Tensor:
         """The alive weights of groups that have more than ``n`` of them."""
         groups = alive.reshape(*alive.shape[:-1], -1, self.m)
         return (groups & (groups.sum(-1, keepdim=True) > self.n)).view_as(alive)
 
-    def holds(self, kept: Tensor) -> bool:
+    def is_satisfied(self, kept: Tensor) -> bool:
         """Whether no group keeps more than ``n``."""
-        return self.broken(kept, ()) == 0
+        return self.count_violations(kept, ()) == 0
 
-    def broken(self, kept: Tensor, shape: tuple[int, ...]) -> int:
+    def count_violations(self, kept: Tensor, shape: tuple[int, ...]) -> int:
         """Groups that keep more than ``n``."""
         return int((kept.reshape(-1, self.m).sum(-1) > self.n).sum())
 
@@ -211,15 +211,15 @@ class _Together(Pattern):
         """None: any sparsity of whole units can be had."""
         return
 
-    def candidates(self, alive: Tensor) -> Tensor:
+    def removable(self, alive: Tensor) -> Tensor:
         """All that are alive; solvers remove a unit at a time."""
         return alive
 
-    def holds(self, kept: Tensor) -> bool:
+    def is_satisfied(self, kept: Tensor) -> bool:
         """Whether every unit is kept or gone as a whole."""
-        return self.broken(kept, tuple(kept.shape)) == 0
+        return self.count_violations(kept, tuple(kept.shape)) == 0
 
-    def broken(self, kept: Tensor, shape: tuple[int, ...]) -> int:
+    def count_violations(self, kept: Tensor, shape: tuple[int, ...]) -> int:
         """Units that are kept in part."""
         units = self.units(kept.reshape(-1)[: torch.Size(shape).numel()], shape)
         return int((units.any(-1) & ~units.all(-1)).sum())
@@ -288,7 +288,7 @@ def check_pattern(targets: Targets, pattern: Pattern, masks: Mapping[str, Tensor
     layout = targets.blocks(pattern.group_size, pattern.group_size)
     kept = masks or {name: weight != 0 for name, weight in targets.weights().items()}
     packed = layout.pack({name: kept[name] for name in targets}, torch.bool, targets.device)
-    counts = {n: pattern.broken(packed[span], layout.shapes[n]) for n, span in layout.spans.items()}
+    counts = {n: pattern.count_violations(packed[span], layout.shapes[n]) for n, span in layout.spans.items()}
     bad = {name: count for name, count in counts.items() if count}
     if bad:
         shown = ", ".join(f"{name!r} ({count})" for name, count in list(bad.items())[:4])

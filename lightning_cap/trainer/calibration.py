@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_cap.errors import ConfigError
-from lightning_cap.trainer.isolation import in_stage, preserve_attributes, quiet, undisturbed
+from lightning_cap.trainer.isolation import in_stage, preserve_attributes, preserve_state, suppress_logging
 from lightning_cap.utilities import distributed, rng
 
 
@@ -62,14 +62,14 @@ def _loss_scale(trainer: pl.Trainer) -> float:
 @contextmanager
 def calibrating(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
     """Around the reading of calibration batches and losses on them: no trace in the run, the training's augmentation."""
-    with undisturbed(module), quiet(module), in_stage(trainer, RunningStage.TRAINING):
+    with preserve_state(module), suppress_logging(module), in_stage(trainer, RunningStage.TRAINING):
         yield
 
 
 def calibration_loss(module: pl.LightningModule) -> Callable[[nn.Module, Any], Tensor]:
     """``loss(model, batch)``: the module's ``calibration_step(batch, batch_idx)``, else its ``training_step``.
 
-    To be called inside `quiet`.
+    To be called inside `suppress_logging`.
     """
 
     def loss(_: nn.Module, batch: Any) -> Any:

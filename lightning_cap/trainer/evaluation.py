@@ -15,7 +15,7 @@ from torchmetrics import Metric
 
 from lightning_cap.calibration.batches import batch_size
 from lightning_cap.trainer.calibration import step_arguments, to_device
-from lightning_cap.trainer.isolation import in_stage, replace_logging, replace_metrics, undisturbed
+from lightning_cap.trainer.isolation import in_stage, preserve_state, replace_logging, replace_metrics
 from lightning_cap.utilities import distributed
 
 
@@ -38,7 +38,7 @@ def evaluate(trainer: pl.Trainer, module: pl.LightningModule, batches: int | Non
     flat = CombinedLoader(loaders, "sequential").flattened
     record = _Record()
     with (
-        undisturbed(module),
+        preserve_state(module),
         torch.no_grad(),
         in_stage(trainer, RunningStage.VALIDATING),
         replace_metrics(module, copy.deepcopy),

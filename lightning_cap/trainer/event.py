@@ -17,7 +17,7 @@ from lightning_cap.calibration.batches import CalibrationBatches
 from lightning_cap.calibration.gradients import GradientCollector, rows_at_once
 from lightning_cap.calibration.layer_inputs import InputCollector
 from lightning_cap.calibration.sources import GradientSource, TimedSource, rows_bytes
-from lightning_cap.fisher.memory_plan import EventPlan
+from lightning_cap.fisher.memory_plan import MemoryPlan
 from lightning_cap.pruners.base import Pruner, PruneResult, PruningPath
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.targets import Targets
@@ -96,15 +96,15 @@ class PruningEvent:
         self.report = EventReport(unit="inputs" if pruner.num_inputs else "gradients")
         self.grown: dict[str, Tensor] = {}
 
-    def run(self, sparsities: Sequence[float], position: int) -> int:
+    def run(self, sparsities: Sequence[float], collection_index: int) -> int:
         """Prune to each sparsity in turn, with fresh gradients each time, and apply the result.
 
         Args:
             sparsities: One for each recomputation, rising unless the pruner regrows. None at all lifts every mask.
-            position: Sampler position: how many collections the run has made before.
+            collection_index: collection index: how many collections the run has made before.
 
         Returns:
-            The sampler position afterwards.
+            The collection index afterwards.
 
         Raises:
             CAPError: Whatever went wrong; the model and the masks are then as before.
@@ -113,37 +113,39 @@ class PruningEvent:
         masks = dict(self._masks)
         try:
             for sparsity in sparsities:
-                result = self._prune(sparsity, position, masks)
+                result = self._prune(sparsity, collection_index, masks)
                 masks = dict(result.masks)
                 self.report.predicted_loss += result.predicted_loss
                 self.report.stats = result.stats
-                position += 1
+                collection_index += 1
             self._put(masks, lifted=not sparsities)
         except BaseException:
             self._targets.restore(before)
             raise
         self.report.sparsity = self._masks.global_sparsity
         self.report.grown = sum(int(back.sum()) for back in self.grown.values())
-        return position
+        return collection_index
 
     def _put(self, masks: Mapping[str, Tensor], lifted: bool) -> None:
         if lifted:
-            self.grown = self._masks.lift()
+            self.grown = self._masks.unmask_all()
         elif self._pruner.regrows:
             self.grown = self._masks.replace(masks)
         else:
             self._masks.update(masks)
 
-    def path(self, position: int, masks: Mapping[str, Tensor], rows: GradientSource | None = None) -> PruningPath:
+    def path(
+        self, collection_index: int, masks: Mapping[str, Tensor], rows: GradientSource | None = None
+    ) -> PruningPath:
         """Collect gradients and solve; the caller closes the path. Nothing in the module changes.
 
         Args:
-            position: Sampler position.
+            collection_index: collection index.
             masks: Weights that are pruned already.
             rows: Read these instead of collecting, such as rows that several pruners share.
         """
         started = time.perf_counter()
-        source = self.collector(position) if rows is None else rows
+        source = self.collector(collection_index) if rows is None else rows
         self.report.peak_bytes = self._plan(source, masks).peak_bytes
         self.report.seconds["plan"] += time.perf_counter() - started
         context = self._calibrating if rows is None else nullcontext
@@ -166,23 +168,27 @@ class PruningEvent:
         self.report.seconds["collect"] += collecting
         self.report.seconds[phase] += time.perf_counter() - started - collecting
 
-    def rehearse(self, position: int) -> None:
+    def dry_run(self, collection_index: int) -> None:
         """Plan, and compute one gradient that is thrown away: what cannot work is to fail before training begins."""
-        collector = self.collector(position)
+        collector = self.collector(collection_index)
         rank_zero_info(f"Pruning events: {self._plan(collector, self._masks)}")
         if collector is None:
             return
-        with self._calibrating(), distributed.agreed("The first gradient"):
-            batches = self._batches(position)
-            first = next(ready_batches(self._trainer, self._module, batches, (self._seed, position, COMPUTE)), None)
+        with self._calibrating(), distributed.raise_on_all_ranks("The first gradient"):
+            batches = self._batches(collection_index)
+            first = next(
+                ready_batches(self._trainer, self._module, batches, (self._seed, collection_index, COMPUTE)), None
+            )
             if first is not None:
                 collector.probe(first)
 
-    def collector(self, position: int) -> GradientCollector | InputCollector | None:
-        """The source of what the pruner wants, at a sampler position: gradient rows, layer inputs or nothing."""
+    def collector(self, collection_index: int) -> GradientCollector | InputCollector | None:
+        """The source of what the pruner wants, at a collection index: gradient rows, layer inputs or nothing."""
         pruner = self._pruner
         batches = _Repeat(
-            lambda: ready_batches(self._trainer, self._module, self._batches(position), (self._seed, position, COMPUTE))
+            lambda: ready_batches(
+                self._trainer, self._module, self._batches(collection_index), (self._seed, collection_index, COMPUTE)
+            )
         )
         given = self._module, self._targets, calibration_loss(self._module), batches
         context = precision_context(self._trainer)
@@ -199,25 +205,25 @@ class PruningEvent:
             progress=self._progress,
         )
 
-    def _batches(self, position: int) -> CalibrationBatches:
+    def _batches(self, collection_index: int) -> CalibrationBatches:
         pruner = self._pruner
         return CalibrationBatches(
             calibration_source(self._trainer, self._module),
             pruner.num_inputs or pruner.num_gradients * pruner.samples_per_gradient,
             1 if pruner.num_inputs else pruner.samples_per_gradient,
             self._seed,
-            position,
+            collection_index,
             2**16 if pruner.num_inputs else rows_at_once(self._targets),
         )
 
     def _calibrating(self) -> AbstractContextManager[None]:
         return calibrating(self._trainer, self._module)
 
-    def _plan(self, source: GradientSource | None, masks: Mapping[str, Tensor]) -> EventPlan:
+    def _plan(self, source: GradientSource | None, masks: Mapping[str, Tensor]) -> MemoryPlan:
         return self._pruner.plan(self._targets, masks, rows_bytes=rows_bytes(source))
 
-    def _prune(self, sparsity: float, position: int, masks: Mapping[str, Tensor]) -> PruneResult:
-        with self.path(position, masks) as path, self._timed("apply"), torch.inference_mode(False):
+    def _prune(self, sparsity: float, collection_index: int, masks: Mapping[str, Tensor]) -> PruneResult:
+        with self.path(collection_index, masks) as path, self._timed("apply"), torch.inference_mode(False):
             result = path.at(sparsity)
         started = time.perf_counter()
         result.apply(self._targets)

@@ -20,7 +20,7 @@ _LOGGING = ("log", "log_dict", "print")
 
 
 @contextmanager
-def undisturbed(module: nn.Module) -> Iterator[None]:
+def preserve_state(module: nn.Module) -> Iterator[None]:
     """Eval mode and eager execution inside; afterwards flags, buffers, plain attributes and random state are as before."""
     modes = {layer: layer.training for layer in module.modules()}
     buffers = {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
@@ -38,7 +38,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def quiet(module: nn.Module) -> Iterator[None]:
+def suppress_logging(module: nn.Module) -> Iterator[None]:
     """Logging is suppressed and metrics stand still inside: ``self.log(on_step=True)`` raises in most hooks."""
     with replace_logging(module, _ignore), replace_metrics(module, _stand):
         yield

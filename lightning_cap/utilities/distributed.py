@@ -135,7 +135,7 @@ def broadcast(tensor: Tensor) -> None:
 
 
 @contextmanager
-def agreed(what: str) -> Iterator[None]:
+def raise_on_all_ranks(what: str) -> Iterator[None]:
     """Run the body on every rank; if it raises on one, every rank raises, so that none is left waiting.
 
     The body must not communicate. A rank that did not fail itself raises `CAPError` with the others' messages.

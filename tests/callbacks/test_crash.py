@@ -330,4 +330,4 @@ def test_an_event_that_fails_while_it_is_applied(tmp_path: Path, monkeypatch: py
     assert isinstance(error, torch.OutOfMemoryError)
     same({"weights": module.state_dict(), "masks": dict(cb.masks)}, remember.state)
     assert cb.state_dict()["done"] == [0]
-    assert cb.state_dict()["position"] == 1
+    assert cb.state_dict()["collection_index"] == 1

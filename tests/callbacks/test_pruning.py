@@ -92,8 +92,10 @@ def test_a_run_with_a_no_op_event_sees_the_same_batches(tmp_path: Path, monkeypa
         return module
 
     pruned = run()
-    monkeypatch.setattr(callback_module.PruningEvent, "run", lambda self, sparsities, position: position)
-    monkeypatch.setattr(callback_module.PruningEvent, "rehearse", lambda self, position: None)
+    monkeypatch.setattr(
+        callback_module.PruningEvent, "run", lambda self, sparsities, collection_index: collection_index
+    )
+    monkeypatch.setattr(callback_module.PruningEvent, "dry_run", lambda self, collection_index: None)
     monkeypatch.setattr(callback_module, "evaluate", lambda trainer, module: {})
     plain = run()
     assert zeros(pruned).float().mean() == 0.75
@@ -281,7 +283,7 @@ def test_second_fit_goes_on(tmp_path: Path) -> None:
         other, **loaders()
     )  # another model: nothing carries over
     assert zeros(other).float().mean() == 0.75
-    assert cb._position == 2
+    assert cb._collection_index == 2
 
 
 def test_deepcopy_and_pickle_carry_the_state_but_not_the_model(tmp_path: Path) -> None:
@@ -325,8 +327,8 @@ def test_recomputations_use_fresh_gradients(tmp_path: Path) -> None:
         module = Toy()
         trainer(tmp_path, cb, max_epochs=2).fit(module, **loaders())
         results.append(module.net[4].weight.detach().clone())
-    assert once._position == 1
-    assert thrice._position == 3
+    assert once._collection_index == 1
+    assert thrice._collection_index == 3
     assert [float((w == 0).float().mean()) for w in results] == [0.75, 0.75]
     assert not torch.equal(*[w == 0 for w in results])
 

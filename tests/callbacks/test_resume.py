@@ -163,7 +163,7 @@ def test_checkpoint_loads_with_weights_only(tmp_path: Path) -> None:
     assert bits["bits"].dtype == torch.uint8
     assert bits["bits"].numel() == 16 * 16 // 8
     assert entry["done"] == [1, 4]
-    assert entry["position"] == 2
+    assert entry["collection_index"] == 2
     assert len(entry["rng"]) == 1
 
 

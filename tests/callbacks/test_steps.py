@@ -18,7 +18,7 @@ from torch.multiprocessing import ProcessExitedException
 from torch.utils.data import DataLoader
 
 import lightning_cap.callbacks.pruning as callback_module
-from lightning_cap.callbacks.optimizer_state import settle
+from lightning_cap.callbacks.optimizer_state import sync_optimizer_state
 from lightning_cap.callbacks.run import cycle_starts
 from lightning_cap.errors import ConfigError, PatternError, UnsupportedError
 from lightning_cap.pruners import DropAndGrow, Magnitude, Pruner
@@ -209,10 +209,10 @@ def test_first_step_of_a_weight_that_came_back_late_in_training_is_small(make: A
     for _ in range(3000):
         step()
     optimizer_before = copy.deepcopy(optimizer.state_dict())
-    grown = masks.lift()
+    grown = masks.unmask_all()
     naive = step()[grown["a"]].max()
     optimizer.load_state_dict(optimizer_before)
-    settle(optimizer, targets, masks, grown)
+    sync_optimizer_state(optimizer, targets, masks, grown)
     new = step()[grown["a"]].max()
     assert new < limit
     assert naive > 2 * limit, "what it would be with second moments at zero"
@@ -234,7 +234,7 @@ def test_state_of_every_kind() -> None:
     masks.update({"some": torch.tensor([[True, True, False], [True, False, False]]), "all": torch.zeros(2, 3).bool()})
     masks.apply_to_optimizer(optimizer)
     after = {"some": torch.tensor([[True, True, True], [True, False, False]]), "all": torch.eye(2, 3).bool()}
-    settle(optimizer, targets, masks, masks.replace(after))
+    sync_optimizer_state(optimizer, targets, masks, masks.replace(after))
     some, every, none = (optimizer.state[weight] for weight in weights.values())
     assert some["signed"].tolist() == [[-1, -1, 0], [-1, 0, 0]]
     assert some["square"].tolist() == [[0, 1, pytest.approx(4 / 3)], [3, 0, 0]]
@@ -244,7 +244,7 @@ def test_state_of_every_kind() -> None:
     assert none["square"].tolist() == [[20, 21, 22], [23, 24, 25]]
     assert [state["step"].item() for state in (some, every, none)] == [7, 7, 7]
     assert [state["row"].tolist() for state in (some, every, none)] == [[1, 1]] * 3
-    settle(optimizer, targets, masks, {}, anew=True)
+    sync_optimizer_state(optimizer, targets, masks, {}, reset_momentum=True)
     assert not any(state["signed"].any() for state in (some, every, none))
     assert none["square"].tolist() == [[20, 21, 22], [23, 24, 25]]
 

@@ -17,8 +17,7 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from lightning_cap import prune
-from lightning_cap.comparison import LossSurface, compare
-from lightning_cap.comparison import runner as work
+from lightning_cap.comparison import LossSurface, compare, runner
 from lightning_cap.comparison.results import digest, intersection_over_union, load_masks, save_masks
 from lightning_cap.comparison.variants import make_variants
 from lightning_cap.errors import ConfigError, GradientError, PatternError, TargetError
@@ -76,9 +75,11 @@ def paths(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Grows by the label at every solution."""
     labels: list[str] = []
     for name in ("_from_one_path", "_in_steps"):
-        real = getattr(work.Work, name)
+        real = getattr(runner.ComparisonRunner, name)
         monkeypatch.setattr(
-            work.Work, name, lambda self, v, *a, real=real: labels.append(f"{v.label}/{v.seed}") or real(self, v, *a)
+            runner.ComparisonRunner,
+            name,
+            lambda self, v, *a, real=real: labels.append(f"{v.label}/{v.seed}") or real(self, v, *a),
         )
     return labels
 
@@ -157,7 +158,7 @@ def test_the_rows_do_not_depend_on_where_gradients_are_kept(tmp_path: Path, monk
 
 def test_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = comparable(run(tmp_path / "whole", max_rows_memory=1))
-    evaluate, left = work.Measure.metrics, [5]
+    evaluate, left = runner.Measure.metrics, [5]
 
     def failing(self: Any, solution: str) -> Any:
         left[0] -= 1
@@ -166,7 +167,7 @@ def test_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyP
         return evaluate(self, solution)
 
     with monkeypatch.context() as patch:
-        patch.setattr(work.Measure, "metrics", failing)
+        patch.setattr(runner.Measure, "metrics", failing)
         with pytest.raises(RuntimeError, match="killed"):
             run(tmp_path / "part", max_rows_memory=1)
     assert len(json.loads((tmp_path / "part/results.json").read_text())) == 5

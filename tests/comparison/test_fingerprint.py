@@ -16,9 +16,8 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_cap.comparison import compare
-from lightning_cap.comparison import fingerprint as identity
-from lightning_cap.comparison.fingerprint import plain
+from lightning_cap.comparison import compare, fingerprint
+from lightning_cap.comparison.fingerprint import canonicalize
 from lightning_cap.comparison.variants import make_variants
 from lightning_cap.pruners import Magnitude, Pruner
 from tests.comparison.test_compare import paths
@@ -112,7 +111,7 @@ def test_so_does_what_the_datamodule_is_set_to(
 def test_so_does_another_version(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run(tmp_path, pruners=Magnitude())
     solved = paths(monkeypatch)
-    monkeypatch.setattr(identity, "__version__", "0.0.0")
+    monkeypatch.setattr(fingerprint, "__version__", "0.0.0")
     run(tmp_path, pruners=Magnitude())
     assert solved == ["Magnitude/0"]
 
@@ -150,9 +149,9 @@ class Config:
 
 
 def test_plain_descriptions() -> None:
-    assert plain({"a": [1, (2.0, None)], "b": Path("c")}) == {"{}": [["a", [1, [2.0, None]]], ["b", "c"]]}
-    assert plain({3, 1, 2}) == [1, 2, 3]
-    assert plain({1: "x"}) != plain({2: "x"})
+    assert canonicalize({"a": [1, (2.0, None)], "b": Path("c")}) == {"{}": [["a", [1, [2.0, None]]], ["b", "c"]]}
+    assert canonicalize({3, 1, 2}) == [1, 2, 3]
+    assert canonicalize({1: "x"}) != canonicalize({2: "x"})
     pairs: list[tuple[Any, Any]] = [
         (Config([1]), Config([2])),
         (Config(held=Power(1.0)), Config(held=Power(2.0))),
@@ -166,18 +165,18 @@ def test_plain_descriptions() -> None:
         (int, float),
     ]
     for one, other in pairs:
-        assert plain(one) == plain(one)
-        assert plain(one) != plain(other)
+        assert canonicalize(one) == canonicalize(one)
+        assert canonicalize(one) != canonicalize(other)
     loop = Power(1.0)
     loop.loop = loop  # type: ignore[attr-defined]
-    assert "0x" not in str(plain([loop, object(), trainer(".")]))
+    assert "0x" not in str(canonicalize([loop, object(), trainer(".")]))
 
 
 def test_descriptions_do_not_change_from_process_to_process() -> None:
     code = (
         "from functools import partial; from pathlib import Path; import torch\n"
-        "from lightning_cap.comparison.fingerprint import checksum, plain\n"
-        "print(checksum(plain([{'b', 'a', 'c'}, {Path('x'): {1, 'y'}}, partial(torch.relu, 1), object(), torch.ones(3)])))"
+        "from lightning_cap.comparison.fingerprint import checksum, canonicalize\n"
+        "print(checksum(canonicalize([{'b', 'a', 'c'}, {Path('x'): {1, 'y'}}, partial(torch.relu, 1), object(), torch.ones(3)])))"
     )
     environments = [{"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)} for seed in ("1", "2")]
     found = [
@@ -200,7 +199,7 @@ def _rank_identity() -> Any:
     class Look(pl.Callback):
         def on_validation_start(self, trainer: Any, pl_module: Any) -> None:
             with torch.inference_mode(False):
-                seen.append(identity.identity_of(trainer, pl_module, Targets.from_model(pl_module), True))
+                seen.append(fingerprint.identity_of(trainer, pl_module, Targets.from_model(pl_module), True))
 
     pl.seed_everything(0, verbose=False)
     trainer(".", Look()).validate(Apart(), verbose=False)

@@ -7,7 +7,7 @@ import torch
 
 from lightning_cap.errors import GradientError
 from lightning_cap.fisher.blocks import EmpiricalFisher, fisher_bytes
-from lightning_cap.fisher.row_buffers import StagedRows
+from lightning_cap.fisher.row_buffers import StagedRowBuffer
 from lightning_cap.sparsity.block_layout import BlockLayout
 
 SHAPES = {"a": (3, 4), "conv": (2, 4, 2, 2), "one": (1, 4)}
@@ -75,8 +75,10 @@ def test_rows_copied_to_main_memory_by_turns_give_the_same_sums(monkeypatch: pyt
     layout = BlockLayout(SHAPES, 8)
     rows = _rows(70)
     direct = _fisher([rows], layout, row_chunk=8)
-    staged = EmpiricalFisher(layout, torch.device("meta"), row_chunk=8, home=CPU)  # whatever is not where the sums are
-    assert isinstance(staged._rows, StagedRows)
+    staged = EmpiricalFisher(
+        layout, torch.device("meta"), row_chunk=8, storage_device=CPU
+    )  # whatever is not where the sums are
+    assert isinstance(staged._rows, StagedRowBuffer)
     for chunk in _chunks(rows, [3, 30, 37]):
         staged.update(chunk)
     blocks = staged.finish()
@@ -85,14 +87,14 @@ def test_rows_copied_to_main_memory_by_turns_give_the_same_sums(monkeypatch: pyt
 
 
 def test_an_error_in_the_adding_thread_reaches_the_caller() -> None:
-    rows = StagedRows((2, 1, 4), CPU)
+    rows = StagedRowBuffer((2, 1, 4), CPU)
 
     def broken(_: torch.Tensor) -> None:
         raise RuntimeError("no more")
 
-    rows.take_in(2, lambda out, first: out.fill_(1.0), broken)
+    rows.append(2, lambda out, first: out.fill_(1.0), broken)
     with pytest.raises(RuntimeError, match="no more"):
-        rows.end(broken)
+        rows.flush(broken)
 
 
 def test_packed_blocks_take_half() -> None:

@@ -5,7 +5,7 @@ import torch
 
 from lightning_cap.errors import ConfigError
 from lightning_cap.fisher import memory_plan as planning
-from lightning_cap.fisher.memory_plan import EventPlan, Sizes, plan_event
+from lightning_cap.fisher.memory_plan import MemoryModel, MemoryPlan, plan_event
 from lightning_cap.pruners import CAP, Magnitude
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities.memory import free_memory, parse_bytes
@@ -20,13 +20,13 @@ def _free(monkeypatch: pytest.MonkeyPatch, **free: int) -> None:
 
 
 def test_an_event_that_cannot_fit_is_refused_with_numbers_and_remedy() -> None:
-    plan = EventPlan(CPU, 3 * 2**30, 2 * 2**30, "max_memory")
+    plan = MemoryPlan(CPU, 3 * 2**30, 2 * 2**30, "max_memory")
     with pytest.raises(
         ConfigError, match=r"max_memory: .* needs 3\.00 GiB on cpu, where 2\.00 GiB may be used.*smaller"
     ):
         plan.check()
-    EventPlan(CPU, 2**30, 2**30).check()
-    EventPlan(CPU, 2**60, None).check()
+    MemoryPlan(CPU, 2**30, 2**30).check()
+    MemoryPlan(CPU, 2**60, None).check()
 
 
 def test_free_memory_of_the_cpu() -> None:
@@ -58,39 +58,39 @@ def test_what_is_no_amount_of_memory_is_refused(text: str | int) -> None:
 
 
 def test_a_gpu_keeps_the_fisher_itself_if_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = Sizes(64, 1000, 32, "auto")  # 16.4 MB of blocks, 8.2 MB of rows; solving takes 7.5 GB at full chunks
+    sizes = MemoryModel(64, 1000, 32, "auto")  # 16.4 MB of blocks, 8.2 MB of rows; solving takes 7.5 GB at full chunks
     blocks = torch.arange(1000)
     _free(monkeypatch, cuda=100_000 * MB, cpu=10_000 * MB)
     plan = plan_event(sizes, blocks, CUDA)
-    assert (plan.home, plan.passes, plan.host_bytes) == (CUDA, 1, 0)
+    assert (plan.storage_device, plan.passes, plan.host_bytes) == (CUDA, 1, 0)
     assert plan.limit == 80_000 * MB
 
 
 def test_a_large_fisher_goes_to_the_host_and_then_into_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = Sizes(192, 10**6, 32, "auto", rows_bytes=800 * MB)  # 147 GB
+    sizes = MemoryModel(192, 10**6, 32, "auto", rows_bytes=800 * MB)  # 147 GB
     blocks = torch.arange(10**6)
     _free(monkeypatch, cuda=100_000 * MB, cpu=250_000 * MB)
     plan = plan_event(sizes, blocks, CUDA)
-    assert (plan.home, plan.passes) == (CPU, 1)
+    assert (plan.storage_device, plan.passes) == (CPU, 1)
     assert plan.peak_bytes < 25_000 * MB
     assert 74_000 * MB < plan.host_bytes < 200_000 * MB, "packed, and two row buffers"
     _free(monkeypatch, cuda=100_000 * MB, cpu=100_000 * MB)
     plan = plan_event(sizes, blocks, CUDA)
-    assert (plan.home, plan.passes) == (CUDA, 3)
+    assert (plan.storage_device, plan.passes) == (CUDA, 3)
     assert plan.peak_bytes <= 80_000 * MB
     assert torch.equal(torch.cat(plan.groups), blocks)
 
 
 def test_passes_on_the_cpu_keep_the_limit() -> None:
-    sizes = Sizes(64, 5000, 32, "full", rows_bytes=10 * MB, busy_blocks=2500)
+    sizes = MemoryModel(64, 5000, 32, "full", rows_bytes=10 * MB, busy_blocks=2500)
     blocks = torch.arange(0, 5000, 2)
     whole = plan_event(sizes, blocks, CPU, 10**12)
     assert whole.passes == 1
     half = plan_event(sizes, blocks, CPU, 60 * MB)
     most = sizes.most_blocks(CPU, 60 * MB, half.chunk)
-    assert sizes.direct(most, CPU, half.chunk) <= 60 * MB < sizes.direct(most + 1, CPU, half.chunk)
+    assert sizes.bytes_on_device(most, CPU, half.chunk) <= 60 * MB < sizes.bytes_on_device(most + 1, CPU, half.chunk)
     assert 1 < half.passes == -(-2500 // most)
-    assert half.peak_bytes == sizes.direct(len(half.groups[0]), CPU, half.chunk)
+    assert half.peak_bytes == sizes.bytes_on_device(len(half.groups[0]), CPU, half.chunk)
     assert torch.equal(torch.cat(half.groups), blocks)
     assert half.chunk < whole.chunk, "no more than a quarter for the solver"
     none = plan_event(sizes, blocks, CPU, 1000)
@@ -111,7 +111,7 @@ def test_masked_blocks_are_not_planned_for() -> None:
 def test_a_block_too_large_for_this_machine_is_refused() -> None:
     if free_memory(CPU) is None:
         pytest.skip("the system does not tell its free memory")
-    sizes = Sizes(2**18, 64, 32, "packed")
+    sizes = MemoryModel(2**18, 64, 32, "packed")
     with pytest.raises(ConfigError, match="smaller block_size"):
         plan_event(sizes, torch.arange(64), CPU).check()
 
@@ -121,7 +121,7 @@ def test_the_plan_says_what_it_is() -> None:
     plan = CAP(block_size=16).plan(targets, rows_bytes=1000)
     assert plan.peak_bytes >= 8 * 16 * 17 * 2 + 1000
     assert str(plan).startswith("Fisher on cpu, ")
-    assert str(EventPlan(CUDA, 2**30, home=CPU, host_bytes=2**31)).endswith(
+    assert str(MemoryPlan(CUDA, 2**30, storage_device=CPU, host_bytes=2**31)).endswith(
         "on cpu, solved on cuda:0, 1.00 GiB, 2.00 GiB of main memory"
     )
     assert Magnitude().plan(targets).peak_bytes == 32 * targets.numel

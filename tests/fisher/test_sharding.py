@@ -17,7 +17,7 @@ from lightning_cap.calibration.gradients import GradientCollector, rows_at_once
 from lightning_cap.errors import CAPError
 from lightning_cap.fisher import memory_plan as planning
 from lightning_cap.fisher.blocks import EmpiricalFisher
-from lightning_cap.fisher.memory_plan import EventPlan
+from lightning_cap.fisher.memory_plan import MemoryPlan
 from lightning_cap.pruners import CAP, Magnitude
 from lightning_cap.solver.ranking import smallest
 from lightning_cap.sparsity.allocation import Global, Uniform
@@ -248,7 +248,7 @@ def test_memory_of_the_rank_that_has_least_decides(tmp_path: Path) -> None:
 def plan_here() -> tuple[int, int]:
     planning.free_memory = lambda device: 25 * 10**5 if distributed.rank() else 10**12
     targets = Targets({"a": torch.ones(300, 64)})
-    plan: EventPlan = CAP(64, storage="full", backend="torch").plan(targets)
+    plan: MemoryPlan = CAP(64, storage="full", backend="torch").plan(targets)
     return plan.passes, plan.peak_bytes
 
 

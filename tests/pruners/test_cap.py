@@ -131,8 +131,8 @@ def test_blocks_that_need_more_damp_are_reported() -> None:
     ):
         path = CAP(8, damp=1e-2).path(targets, [rows])
     result = path.at(0.5)
-    assert 1 <= result.stats["blocks_redamped"] <= 4
-    assert result.stats["blocks_float64"] >= result.stats["blocks_redamped"]
+    assert 1 <= result.stats["blocks_damping_increased"] <= 4
+    assert result.stats["blocks_float64"] >= result.stats["blocks_damping_increased"]
     assert result.stats["blocks"] == 5
     assert all(w.isfinite().all() for w in result.weights.values())
 

@@ -92,7 +92,7 @@ def test_rows_go_by_their_mean(method: str, targets: Targets, rows: Rows) -> Non
     taken = order[np.cumsum(sizes[order]) <= round(0.55 * 144)]
     kept = [bool(row.any()) for n in SHAPES for row in result.masks[n].flatten(1)]
     np.testing.assert_array_equal(np.flatnonzero(~np.array(kept)), np.sort(taken))
-    assert all(OutputRows().holds(mask) for mask in result.masks.values())
+    assert all(OutputRows().is_satisfied(mask) for mask in result.masks.values())
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -95,7 +95,7 @@ def _zeros(masks: Mapping[str, Tensor]) -> dict[str, int]:
 def _check_counts(result: PruneResult, pattern: Pattern, allocation: Allocation, before: Any, sparsity: float) -> None:
     zeros, existing = _zeros(result.masks), _zeros(before)
     total = sum(math.prod(s) for s in SHAPES.values())
-    most = allocation.most_zeros(SHAPES, existing)
+    most = allocation.max_zeros(SHAPES, existing)
     units = {name: _unit(pattern, name) for name in SHAPES}
     assert all(zeros[name] <= most[name] for name in SHAPES), "floors are kept"
     assert all((zeros[name] - existing[name]) % units[name] == 0 for name in SHAPES)

@@ -44,7 +44,7 @@ def test_inverses_against_dense_ones(mode: str, N: int, B: int, damp: float, mas
     vectors = torch.randn(3, B, generator=generator, dtype=torch.float64)
     damps = damp * torch.tensor([1.0, 3.0, 10.0], dtype=torch.float64)
     inverse = INVERSES[mode](rows.clone(), damps)
-    assert inverse.safe.all()
+    assert inverse.well_conditioned.all()
     for k in range(3):
         expected = np.linalg.inv(damped_fisher(rows[k].numpy(), float(damps[k])))
         scale = np.abs(expected).max() * 1e-8

@@ -76,19 +76,19 @@ SIZES = [1, 7, 16, 48, 64, pytest.param(192, marks=pytest.mark.slow)]
 
 @pytest.mark.parametrize("B", SIZES)
 @pytest.mark.parametrize(
-    ("kind", "damp", "precise"),
+    ("kind", "damp", "use_float64"),
     [("random", 1e-1, False), ("duplicated", 1e-4, True), ("few", 1e-5, True), ("scaled", 1e-4, True)],
 )
-def test_matches_the_oracle(B: int, kind: str, damp: float, precise: bool) -> None:
+def test_matches_the_oracle(B: int, kind: str, damp: float, use_float64: bool) -> None:
     K = 1 if B == 192 else 3
     fisher, weights, alive = problem(kind, K, B)
     before = fisher.clone(), weights.clone(), alive.clone()
     out = eliminate(fisher, weights, alive, damp, Unstructured())
-    assert out.num_redamped == 0
+    assert out.num_damping_increased == 0
     if B > 7:
-        assert bool(out.precise.all()) is bool(out.precise.any()) is precise
+        assert bool(out.use_float64.all()) is bool(out.use_float64.any()) is use_float64
     assert torch.equal(out.steps, alive.sum(-1))
-    assert_is_obs(out, fisher, weights, alive, tol=1e-5 if precise and B > 7 else 1e-3)
+    assert_is_obs(out, fisher, weights, alive, tol=1e-5 if use_float64 and B > 7 else 1e-3)
     assert all(torch.equal(a, b) for a, b in zip(before, (fisher, weights, alive), strict=True))
 
 
@@ -126,7 +126,7 @@ def test_padding_and_dead_blocks() -> None:
     assert (out.rank[~alive] == 16).all()
     assert_is_obs(out, fisher, weights, alive, tol=1e-3)
     half = out.rank < out.steps.unsqueeze(-1) // 2
-    result = reconstruct(fisher, weights, alive, half, out.damp, out.precise)
+    result = reconstruct(fisher, weights, alive, half, out.damp, out.use_float64)
     assert not result[~alive].any()
     for k in range(4):
         A = alive[k].nonzero().squeeze(1)
@@ -142,7 +142,7 @@ def test_zero_fisher_orders_by_magnitude() -> None:
         assert order_of(out, k) == expected
         torch.testing.assert_close(out.losses[k, : len(expected)], 0.5e-8 * weights[k][expected] ** 2)
     pruned = out.rank < 5
-    result = reconstruct(torch.zeros(2, 16, 16), weights, alive, pruned, out.damp, out.precise)
+    result = reconstruct(torch.zeros(2, 16, 16), weights, alive, pruned, out.damp, out.use_float64)
     assert torch.equal(result, torch.where(alive & ~pruned, weights, 0.0))
 
 
@@ -180,14 +180,14 @@ def test_small_damp_needs_float64_where_float32_succeeds_and_is_wrong(monkeypatc
         return float(((out.losses.double() - losses).abs() / losses).max())
 
     out = eliminate(fisher, weights, alive, 1e-8, Unstructured())
-    assert out.precise.all()
-    assert out.num_redamped == 0
+    assert out.use_float64.all()
+    assert out.num_damping_increased == 0
     assert [order_of(out, k) for k in range(4)] == [reference.order for reference in references]
     assert largest_error(out) < 1e-5
 
     monkeypatch.setattr(linalg, "FLOAT32_CONDITION", float("inf"))
     forced = eliminate(fisher, weights, alive, 1e-8, Unstructured())
-    assert not forced.precise.any(), "float32 factors these blocks without complaint"
+    assert not forced.use_float64.any(), "float32 factors these blocks without complaint"
     assert largest_error(forced) > 1e-2
 
 
@@ -195,7 +195,7 @@ def test_precision_is_chosen_block_by_block() -> None:
     good, weights, alive = problem("random", 3, 32)
     fisher = torch.stack([good[0], _nearly_singular(1, 32)[0], good[2]])
     out = eliminate(fisher, weights, alive, 1e-3, Unstructured())
-    assert out.precise.tolist() == [False, True, False]
+    assert out.use_float64.tolist() == [False, True, False]
     alone = eliminate(good[2:], weights[2:], alive[2:], 1e-3, Unstructured())
     assert torch.equal(out.rank[2], alone.rank[0])
 
@@ -207,14 +207,14 @@ def test_indefinite_blocks_get_more_damp_and_are_counted() -> None:
     fisher = torch.stack([good[0], rows.T @ rows, good[2]])
     assert torch.linalg.eigvalsh(fisher[1].double())[0] < -1
     out = eliminate(fisher, weights, alive, 1e-2, Unstructured())
-    assert out.num_redamped == 1
+    assert out.num_damping_increased == 1
     assert (out.damp == 1e-2).tolist() == [True, False, True]
     raised = np.log10(float(out.damp[1]) / 1e-2)
     assert abs(raised - round(raised)) < 1e-9
     assert 1 < float(out.damp[1]) < 1e9
-    assert out.precise.tolist() == [False, True, False]
+    assert out.use_float64.tolist() == [False, True, False]
     assert_is_obs(out, fisher, weights, alive, tol=1e-3)
-    result = reconstruct(fisher, weights, alive, out.rank < 8, out.damp, out.precise)
+    result = reconstruct(fisher, weights, alive, out.rank < 8, out.damp, out.use_float64)
     assert result.isfinite().all()
     assert not result[(out.rank < 8) | ~alive].any()
 
@@ -228,7 +228,7 @@ def test_never_nan(damp: float, scale: float) -> None:
     assert (out.losses >= 0).all()
     for count in (1, 8, 15):
         pruned = (out.rank < count) & alive
-        assert reconstruct(scale * fisher, weights, alive, pruned, out.damp, out.precise).isfinite().all()
+        assert reconstruct(scale * fisher, weights, alive, pruned, out.damp, out.use_float64).isfinite().all()
 
 
 # Reconstruction
@@ -245,7 +245,7 @@ def test_every_prefix_is_the_textbook_state_and_the_best_there_is(kind: str, B: 
     ]
     for count in range(0, B + 1, max(1, B // 8)):
         pruned = alive & (out.rank < count)
-        result = reconstruct(fisher, weights, alive, pruned, out.damp, out.precise)
+        result = reconstruct(fisher, weights, alive, pruned, out.damp, out.use_float64)
         for k in range(2):
             sequential = references[k].weights[min(count, len(orders[k]))]
             scale = np.abs(sequential).max() + 1.0
@@ -264,11 +264,11 @@ def test_untouched_blocks_are_returned_bit_for_bit(kind: str, dtype: torch.dtype
     out = eliminate(fisher, weights.float(), alive, 1e-3, Unstructured())
     pruned = alive & (out.rank < 6)
     pruned[1] = False
-    result = reconstruct(fisher, weights, alive, pruned, out.damp, out.precise)
+    result = reconstruct(fisher, weights, alive, pruned, out.damp, out.use_float64)
     assert result.dtype == dtype
     assert torch.equal(result[1], torch.where(alive[1], weights[1], 0.0))
     assert not torch.equal(result[0], torch.where(alive[0] & ~pruned[0], weights[0], 0.0))
-    everything = reconstruct(fisher, weights, alive, alive, out.damp, out.precise)
+    everything = reconstruct(fisher, weights, alive, alive, out.damp, out.use_float64)
     assert not everything.any()
 
 
@@ -294,14 +294,14 @@ def test_chunks_and_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     pieces = eliminate(fisher, weights, alive, 0.1, Unstructured(), lambda *args: seen.append(args))
     assert seen == [("solve", 2, 6), ("solve", 4, 6), ("solve", 6, 6)]
     assert torch.equal(pieces.rank, whole.rank)
-    result = reconstruct(fisher, weights, alive, alive & (pieces.rank < 8), pieces.damp, pieces.precise)
+    result = reconstruct(fisher, weights, alive, alive & (pieces.rank < 8), pieces.damp, pieces.use_float64)
     assert torch.equal((result != 0).sum(-1), (alive.sum(-1) - 8).clamp_min(0))
 
 
 def test_under_autocast_nothing_changes() -> None:
     fisher, weights, alive = problem("random", 2, 16)
     expected = eliminate(fisher, weights, alive, 0.1, Unstructured())
-    args = fisher, weights, alive, alive & (expected.rank < 8), expected.damp, expected.precise
+    args = fisher, weights, alive, alive & (expected.rank < 8), expected.damp, expected.use_float64
     best = reconstruct(*args)
     with torch.autocast("cpu", torch.bfloat16):
         out = eliminate(fisher, weights, alive, 0.1, Unstructured())
@@ -319,12 +319,12 @@ def test_backends_agree(kind: str, pattern: Pattern) -> None:
     fisher, weights, alive = problem(kind, 5, 48)
     compiled, plain = (eliminate_with(fisher, weights, alive, 1e-2, pattern, backend=b) for b in ("numba", "torch"))
     assert torch.equal(compiled.steps, plain.steps)
-    assert torch.equal(compiled.precise, plain.precise)
+    assert torch.equal(compiled.use_float64, plain.use_float64)
     assert (compiled.rank == plain.rank).float().mean() > 0.95  # ties by rounding may swap two
     total = [torch.where(torch.isfinite(e.losses), e.losses, 0.0).sum() for e in (compiled, plain)]
     torch.testing.assert_close(*total, rtol=1e-3, atol=0)
     pruned = alive & (compiled.rank < 24)
-    given = fisher, weights, alive, pruned, compiled.damp, compiled.precise
+    given = fisher, weights, alive, pruned, compiled.damp, compiled.use_float64
     torch.testing.assert_close(
         reconstruct_with(*given, backend="numba"), reconstruct_with(*given, backend="torch"), rtol=1e-3, atol=1e-4
     )
@@ -348,11 +348,11 @@ class EvenFirst(Pattern):
     def sparsity(self) -> None:
         return None
 
-    def candidates(self, alive: Tensor) -> Tensor:
+    def removable(self, alive: Tensor) -> Tensor:
         even = alive & (torch.arange(alive.shape[-1]) % 2 == 0)
         return torch.where(even.any(-1, keepdim=True), even, alive)
 
-    def holds(self, kept: Tensor) -> bool:
+    def is_satisfied(self, kept: Tensor) -> bool:
         return True
 
 
@@ -387,7 +387,7 @@ def test_outcomes_of_groups_are_joined() -> None:
     whole = eliminate(fisher, weights, alive, 0.1, Unstructured())
     groups = [slice(0, 2), slice(2, 2), slice(2, 6)]
     parts = [eliminate(fisher[g], weights[g], alive[g], 0.1, Unstructured()) for g in groups]
-    for name in ("rank", "losses", "steps", "damp", "precise"):
+    for name in ("rank", "losses", "steps", "damp", "use_float64"):
         assert torch.equal(getattr(Elimination.joined(parts), name), getattr(whole, name))
 
 
@@ -414,8 +414,8 @@ def test_out_of_memory_halves_the_chunk(caplog: pytest.LogCaptureFixture) -> Non
     assert [n for n in scarce.asked if n <= 3] == scarce.asked[-sum(n <= 3 for n in scarce.asked) :]
     assert "Out of memory in the solver; going on with chunks of" in caplog.text
     pruned = alive & (out.rank < 8)
-    expected = reconstruct(fisher, weights, alive, pruned, out.damp, out.precise)
-    torch.testing.assert_close(reconstruct(Scarce(), weights, alive, pruned, out.damp, out.precise), expected)
+    expected = reconstruct(fisher, weights, alive, pruned, out.damp, out.use_float64)
+    torch.testing.assert_close(reconstruct(Scarce(), weights, alive, pruned, out.damp, out.use_float64), expected)
 
     class Full(Scarce):
         def __getitem__(self, index: Tensor) -> Tensor:
@@ -442,8 +442,8 @@ fisher, alive, weights = rows.mT @ rows / 400, torch.ones(64, 192, dtype=torch.b
 for damp in (1.0, 1e-6):
     for backend in ("numba", "torch"):
         out = eliminate(fisher, weights, alive, damp, Unstructured(), backend=backend)
-        reconstruct(fisher, weights, alive, out.rank < 96, out.damp, out.precise, backend=backend)
-print("finished", bool(out.precise.any()))
+        reconstruct(fisher, weights, alive, out.rank < 96, out.damp, out.use_float64, backend=backend)
+print("finished", bool(out.use_float64.any()))
 """
 
 

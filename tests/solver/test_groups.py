@@ -91,7 +91,7 @@ def test_the_path_cuts_at_whole_groups(
         result = path.at(sparsity)
         zeros = sum(int((~m).sum()) for m in result.masks.values())
         assert zeros == math.floor(sparsity * targets.numel + 0.5) // 4 * 4, "the most whole groups that fit"
-        assert all(BlockOf(4).holds(mask) for mask in result.masks.values())
+        assert all(BlockOf(4).is_satisfied(mask) for mask in result.masks.values())
         assert all(not (mask & ~before[name]).any() for name, mask in result.masks.items())
         before = dict(result.masks)
         for name, mask in result.masks.items():

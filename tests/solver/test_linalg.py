@@ -38,8 +38,8 @@ def test_restrict_keeps_the_alive_part_and_nothing_else() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_inverse_and_solve(B: int, dtype: torch.dtype) -> None:
     matrix = _spd(3, B, dtype)
-    inverse, safe = spd_inverse(matrix)
-    assert safe.all()
+    inverse, well_conditioned = spd_inverse(matrix)
+    assert well_conditioned.all()
     tolerance = 1e-4 if dtype == torch.float32 else 1e-12
     torch.testing.assert_close(inverse @ matrix, torch.eye(B, dtype=dtype).expand(3, B, B), atol=tolerance, rtol=0)
     rhs = torch.randn(3, B, dtype=dtype)
@@ -50,13 +50,15 @@ def test_each_block_is_judged_by_itself() -> None:
     good, bad = _spd(1, 8)[0], _spd(1, 8, condition=1e6)[0]
     indefinite, broken = good - 2 * torch.eye(8), torch.full((8, 8), float("nan"))
     batch = torch.stack([indefinite, good, bad, broken, good])
-    inverse, safe = spd_inverse(batch)
-    assert safe.tolist() == [False, True, False, False, True]
+    inverse, well_conditioned = spd_inverse(batch)
+    assert well_conditioned.tolist() == [False, True, False, False, True]
     assert torch.equal(inverse[1], spd_inverse(good[None])[0][0])
-    _, safe = spd_inverse(batch.double())
-    assert safe.tolist() == [False, True, True, False, True]
-    _, safe = spd_inverse(torch.diag(torch.tensor([1.0, 0.5 / FLOAT64_CONDITION], dtype=torch.float64))[None])
-    assert not safe.any()
+    _, well_conditioned = spd_inverse(batch.double())
+    assert well_conditioned.tolist() == [False, True, True, False, True]
+    _, well_conditioned = spd_inverse(
+        torch.diag(torch.tensor([1.0, 0.5 / FLOAT64_CONDITION], dtype=torch.float64))[None]
+    )
+    assert not well_conditioned.any()
 
 
 @contextmanager
@@ -129,8 +131,8 @@ for damp in (1.0, 1e-8):
     fisher[:, :, 0] *= damp ** 0.5; fisher[:, 0] *= damp ** 0.5
     w, alive = torch.randn(24, 192), torch.ones(24, 192, dtype=torch.bool)
     out = eliminate(fisher, w, alive, damp, Unstructured())
-    r = reconstruct(fisher, w, alive, out.rank < 96, out.damp, out.precise)
-    assert r.isfinite().all() and bool(out.precise.all()) is (damp < 1)
+    r = reconstruct(fisher, w, alive, out.rank < 96, out.damp, out.use_float64)
+    assert r.isfinite().all() and bool(out.use_float64.all()) is (damp < 1)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=240, env=_two_threads())
 

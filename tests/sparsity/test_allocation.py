@@ -17,7 +17,7 @@ from sklearn.isotonic import isotonic_regression
 from lightning_cap.errors import ConfigError
 from lightning_cap.pruners import Magnitude, Pruner
 from lightning_cap.solver.ranking import _pool_in_rounds, block_scores, pool_adjacent_violators, smallest
-from lightning_cap.sparsity.allocation import ERK, Allocation, Global, PerTarget, Uniform, budget_of, share_out
+from lightning_cap.sparsity.allocation import ERK, Allocation, Global, PerTarget, Uniform, apportion, budget_of
 from lightning_cap.sparsity.targets import Targets
 
 LOSS = st.one_of(
@@ -215,7 +215,7 @@ def _allocation(kind: str, floor: float) -> Allocation:
 
 
 def _feasible(allocation: Allocation, shapes: Any, existing: dict[str, int], zeros: int) -> bool:
-    most = allocation.most_zeros(shapes, existing)
+    most = allocation.max_zeros(shapes, existing)
     if not isinstance(allocation, PerTarget):
         return zeros <= sum(most.values())
     size = math.prod(shapes["t0"])
@@ -244,7 +244,7 @@ def test_sequential_floors_and_exact_totals(layers: Any, kind: str, floor: float
         budgets = allocation.budgets(shapes, existing, zeros)
         assert sorted(name for names, _ in budgets for name in names) == sorted(shapes)
         assert sum(count for _, count in budgets) == zeros
-        most = allocation.most_zeros(shapes, existing)
+        most = allocation.max_zeros(shapes, existing)
         reached = dict(existing)
         for names, count in budgets:
             left = count - sum(existing[n] for n in names)
@@ -266,7 +266,7 @@ def test_a_larger_total_never_means_fewer_zeros_for_a_target(
 ) -> None:
     shapes, existing = layers
     allocation = _allocation(kind, floor)
-    low, high = sum(existing.values()), sum(allocation.most_zeros(shapes, existing).values())
+    low, high = sum(existing.values()), sum(allocation.max_zeros(shapes, existing).values())
     less, more = (low + round(share * (high - low)) for share in sorted((one, two)))
     fewer, others = ({n: c for [n], c in allocation.budgets(shapes, existing, total)} for total in (less, more))
     assert all(fewer[n] <= others[n] for n in shapes)
@@ -281,7 +281,7 @@ def test_share_out_is_the_best_proportional_one(data: st.DataObject) -> None:
     lower = {n: data.draw(st.integers(0, 10)) for n in names}
     upper = {n: lower[n] + data.draw(st.integers(0, 20)) for n in names}
     total = data.draw(st.integers(sum(lower.values()), sum(upper.values())))
-    out = share_out(wanted, lower, upper, total)
+    out = apportion(wanted, lower, upper, total)
     assert list(out) == names
     assert sum(out.values()) == total
     assert all(lower[n] <= out[n] <= upper[n] for n in names)
@@ -312,8 +312,8 @@ def test_erk_by_hand() -> None:
 
 def test_a_floor_is_what_was_written() -> None:
     for floor, kept in ((0.05, 50), (0.1, 100), (0.3, 300), (1 / 3, 334), (0.0501, 51), (1e-5, 1)):
-        assert Global(floor).most_zeros({"a": (10, 100)}, {"a": 0}) == {"a": 1000 - kept}
-    assert Global(0.5).most_zeros({"a": (10, 100)}, {"a": 700}) == {"a": 700}
+        assert Global(floor).max_zeros({"a": (10, 100)}, {"a": 0}) == {"a": 1000 - kept}
+    assert Global(0.5).max_zeros({"a": (10, 100)}, {"a": 700}) == {"a": 700}
 
 
 def test_globs_and_names_of_a_map() -> None:

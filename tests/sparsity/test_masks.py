@@ -98,11 +98,11 @@ def test_replacing_tells_what_came_back(targets: Targets) -> None:
     turned["6.weight"].fill_(True)
     assert not masks["6.weight"].all(), "masks are copies"
     before = dict(masks)
-    grown = masks.lift()
+    grown = masks.unmask_all()
     assert all(torch.equal(grown[name], ~before[name]) for name in NAMES)
     assert masks.global_sparsity == 0
     assert calls(masks.apply_to_weights) == {}, "nothing is left to do in a step"
-    assert masks.lift() == {}
+    assert masks.unmask_all() == {}
 
 
 def test_zeros_of_the_model_become_masks(targets: Targets) -> None:

@@ -109,16 +109,16 @@ def test_removing_candidates_to_the_end_makes_the_pattern_hold(nm: tuple[int, in
     bits = data.draw(st.lists(st.booleans(), min_size=6 * m, max_size=6 * m))
     alive = torch.tensor(bits).view(2, 3 * m)
     before = alive.view(-1, m).sum(-1)
-    assert pattern.holds(alive) is bool((before <= n).all())
-    while (candidates := pattern.candidates(alive)).any():
+    assert pattern.is_satisfied(alive) is bool((before <= n).all())
+    while (candidates := pattern.removable(alive)).any():
         assert not (candidates & ~alive).any()
-        assert not pattern.holds(alive)
+        assert not pattern.is_satisfied(alive)
         first = candidates.flatten().nonzero()[0]
         alive = alive.flatten().scatter(0, first, False).view_as(alive)
-    assert pattern.holds(alive)
+    assert pattern.is_satisfied(alive)
     assert torch.equal(alive.view(-1, m).sum(-1), before.clamp_max(n))
-    assert Unstructured().holds(alive)
-    assert torch.equal(Unstructured().candidates(alive), alive)
+    assert Unstructured().is_satisfied(alive)
+    assert torch.equal(Unstructured().removable(alive), alive)
 
 
 # Groups, rows, and the checker of a whole model
@@ -137,24 +137,24 @@ def test_what_groups_and_rows_say_of_themselves() -> None:
         assert pattern.sparsity is None
         assert pattern.kept_in_group is None, "the compiled solvers remove single weights"
         alive = torch.rand(3, 8) > 0.5
-        assert torch.equal(pattern.candidates(alive), alive)
+        assert torch.equal(pattern.removable(alive), alive)
         with pytest.raises(PatternError, match=r"sparsity=1\.0: give a fraction"):
             pattern.check_sparsity(1.0)
 
 
 def test_holds_and_broken_by_hand() -> None:
     kept = torch.tensor([[1, 1, 1, 1, 0, 0, 0, 0], [1, 1, 0, 0, 1, 1, 1, 0]]).bool()
-    assert BlockOf(4).broken(kept, (2, 8)) == 2
-    assert BlockOf(2).broken(kept, (2, 8)) == 1
-    assert not BlockOf(2).holds(kept)
-    assert BlockOf(4).holds(kept[:1])
-    assert NofM(2, 4).broken(kept, (2, 8)) == 2
-    assert OutputRows().broken(kept, (2, 8)) == 2
-    assert OutputRows().holds(kept[:, :2])
+    assert BlockOf(4).count_violations(kept, (2, 8)) == 2
+    assert BlockOf(2).count_violations(kept, (2, 8)) == 1
+    assert not BlockOf(2).is_satisfied(kept)
+    assert BlockOf(4).is_satisfied(kept[:1])
+    assert NofM(2, 4).count_violations(kept, (2, 8)) == 2
+    assert OutputRows().count_violations(kept, (2, 8)) == 2
+    assert OutputRows().is_satisfied(kept[:, :2])
     assert OutputRows().units(kept, (4, 4)).shape == (4, 4)
     assert BlockOf(4).units(kept, (2, 8)).tolist() == kept.view(4, 4).tolist()
     assert NofM(2, 4).units(kept, (2, 8)).shape == (16, 1)
-    assert Unstructured().broken(kept, (2, 8)) == 0
+    assert Unstructured().count_violations(kept, (2, 8)) == 0
 
 
 @given(st.integers(2, 6), st.data())
@@ -163,7 +163,7 @@ def test_least_takes_the_smallest_of_every_group(m: int, data: st.DataObject) ->
     n = data.draw(st.integers(1, m - 1))
     alive = torch.tensor(data.draw(st.lists(st.booleans(), min_size=4 * m, max_size=4 * m))).view(2, 2 * m)
     scores = torch.tensor(data.draw(st.permutations(range(-2 * m, 2 * m))), dtype=torch.float32).view(2, 2 * m)
-    goes = NofM(n, m).least(scores, alive)
+    goes = NofM(n, m).lowest_scores(scores, alive)
     assert not (goes & ~alive).any()
     for s, a, g in zip(scores.view(-1, m), alive.view(-1, m), goes.view(-1, m), strict=True):
         count = max(0, int(a.sum()) - n)
@@ -243,11 +243,11 @@ class Pairs(Pattern):
     def sparsity(self) -> float | None:
         return None
 
-    def candidates(self, alive: torch.Tensor) -> torch.Tensor:
+    def removable(self, alive: torch.Tensor) -> torch.Tensor:
         pairs = alive.view(*alive.shape[:-1], -1, 2)
         return (pairs & pairs.all(-1, keepdim=True)).view_as(alive)
 
-    def holds(self, kept: torch.Tensor) -> bool:
+    def is_satisfied(self, kept: torch.Tensor) -> bool:
         return bool(kept.reshape(-1, 2).any(-1).all())
 
 

@@ -95,7 +95,7 @@ def check_checkpoint(path: Path, schedule: dict[int, float] = SCHEDULE) -> None:
     size = sum(where.numel() for where in pruned.values())
     done = entry["done"]
     assert done == list(schedule)[: len(done)], path
-    assert entry["position"] == len(done), path
+    assert entry["collection_index"] == len(done), path
     zeros = int(schedule[done[-1]] * size + 0.5) if done else 0
     assert sum(int(where.sum()) for where in pruned.values()) == zeros, path
 

@@ -188,7 +188,7 @@ def warm() -> None:
     rows = torch.randn(2, 32, 16, generator=generator)
     fisher, weights, alive = rows.mT @ rows / 32, torch.randn(2, 16, generator=generator), torch.ones(2, 16).bool()
     out = eliminate(fisher, weights, alive, 1e-4, Unstructured())
-    reconstruct(fisher, weights, alive, out.rank < 4, out.damp, out.precise)
+    reconstruct(fisher, weights, alive, out.rank < 4, out.damp, out.use_float64)
 
 
 def main() -> None:

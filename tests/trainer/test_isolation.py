@@ -15,7 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from lightning_cap.trainer.calibration import calibration_loss
 from lightning_cap.trainer.evaluation import evaluate
-from lightning_cap.trainer.isolation import quiet, undisturbed
+from lightning_cap.trainer.isolation import preserve_state, suppress_logging
 from tests.support.toy import Toy, ToyData, loaders, trainer
 
 
@@ -31,7 +31,7 @@ def test_undisturbed_restores_flags_buffers_and_generators() -> None:
     state = (torch.get_rng_state(), random.getstate(), np.random.get_state()[1].copy())
 
     def disturb() -> None:
-        with undisturbed(module):
+        with preserve_state(module):
             assert not any(m.training for m in module.modules())
             module.train()
             module(torch.randn(8, 12))  # BatchNorm counts it
@@ -61,7 +61,7 @@ def test_calibration_loss_takes_training_step_without_logs_and_metrics() -> None
             return {"loss": value, "other": 1}
 
     module = Dict()
-    with undisturbed(module), quiet(module):
+    with preserve_state(module), suppress_logging(module):
         data = batch()
         value = calibration_loss(module)(module, data)
         assert value.requires_grad
@@ -81,7 +81,7 @@ def test_calibration_step_wins_and_steps_may_take_fewer_arguments() -> None:
             return torch.tensor(3.0)
 
     for module, value in ((Own(), 7.0), (Short(), 3.0)):
-        with quiet(module):
+        with suppress_logging(module):
             assert calibration_loss(module)(module, batch()) == value
 
 

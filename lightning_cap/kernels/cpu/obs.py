@@ -206,7 +206,7 @@ def _load(triangle: Any, B: int, scale: float, index: Any, n: int, damp: float, 
 @kernel
 def solve_blocks(
     packed: Any, places: Any, scale: float, W: Any, alive: Any, damp: Any, group: int, keep: int, condition: float,
-    kind: Any, rank: Any, losses: Any, safe: Any, first: int, last: int,
+    kind: Any, rank: Any, losses: Any, well_conditioned: Any, first: int, last: int,
 ) -> None:  # fmt: skip
     """Factor and eliminate blocks ``first .. last`` in the dtype of ``kind``.
 
@@ -222,7 +222,7 @@ def solve_blocks(
         kind: Any array of the dtype to work in.
         rank: ``(k, B)``, out: step of each weight, untouched where it never goes.
         losses: ``(k, B)``, out: marginal losses by step, untouched past the last.
-        safe: ``(k,)`` bool, out: False where the block cannot be trusted in this dtype, and nothing was written.
+        well_conditioned: ``(k,)`` bool, out: False where the block cannot be trusted in this dtype, and nothing was written.
     """
     B = W.shape[1]
     A, N, panel, work = matrix(B, B, kind), matrix(B, B, kind), matrix(4, B, kind), matrix(6, B, kind)
@@ -240,7 +240,7 @@ def solve_blocks(
                 counts[i // group] += 1
                 n += 1
         if n == 0:
-            safe[b] = True
+            well_conditioned[b] = True
             continue
         norm = _load(packed[places[b]], B, scale, index, n, damp[b], A, sums)
         for i in range(n):
@@ -248,11 +248,11 @@ def solve_blocks(
             floor[i] = kind.dtype.type(1) / A[n - 1 - i, n - 1 - i]
             order[i] = -1
         if not _cholesky(A, n, panel, condition):
-            safe[b] = False
+            well_conditioned[b] = False
             continue
         inverse_norm = _invert(A, N, n, panel, c, sums)
-        safe[b] = np.isfinite(inverse_norm) and norm * inverse_norm < condition
-        if not safe[b]:
+        well_conditioned[b] = np.isfinite(inverse_norm) and norm * inverse_norm < condition
+        if not well_conditioned[b]:
             continue
         steps = _eliminate(A, N, n, w, floor, where, groups, counts, keep, panel, c1, work, order, out)
         for i in range(n):
