@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from lightning_cap.pruners import (
     CAP,
@@ -45,34 +46,38 @@ class Method:
     def seeded(self) -> bool:
         """Whether its result depends on the seed of the samples."""
         pruner = self.make(Scale(4, 2, 1), 1.0)
-        return bool(pruner.num_gradients or pruner.num_inputs or isinstance(pruner, Random))
+        return pruner.statistic is not None or isinstance(pruner, Random)
 
 
-def _counts(scale: Scale) -> tuple[int, int]:
-    return scale.num_gradients, scale.samples_per_gradient
+def _reading(scale: Scale) -> dict[str, int]:
+    return {"num_gradients": scale.num_gradients, "samples_per_gradient": scale.samples_per_gradient}
+
+
+def _in_blocks(scale: Scale, damp: float) -> dict[str, Any]:
+    return {"block_size": scale.block_size, "damp": damp, **_reading(scale)}
+
+
+def _by_layer(scale: Scale, damp: float) -> dict[str, Any]:
+    return {"num_inputs": scale.num_gradients * scale.samples_per_gradient, "damp": damp}
 
 
 METHODS = {
     "random": Method(lambda s, _: Random()),
-    "magnitude, uniform": Method(lambda s, _: Magnitude(Uniform())),
+    "magnitude, uniform": Method(lambda s, _: Magnitude(allocation=Uniform())),
     "magnitude": Method(lambda s, _: Magnitude()),
-    "gradient times weight": Method(lambda s, _: GradientTimesWeight(*_counts(s))),
-    "Taylor, signed": Method(lambda s, _: Taylor(*_counts(s))),
-    "OBD (WF-1)": Method(lambda s, damp: DiagonalFisher(*_counts(s), damp), FISHER),
-    "layer-wise OBS, uniform": Method(
-        lambda s, damp: LayerwiseOBS(192, s.num_gradients * s.samples_per_gradient, damp), RELATIVE
+    "gradient times weight": Method(lambda s, _: GradientTimesWeight(**_reading(s))),
+    "Taylor, signed": Method(lambda s, _: Taylor(**_reading(s))),
+    "OBD (WF-1)": Method(lambda s, damp: DiagonalFisher(damp=damp, **_reading(s)), FISHER),
+    "layer-wise OBS, uniform": Method(lambda s, damp: LayerwiseOBS(**_by_layer(s, damp)), RELATIVE),
+    "layer-wise OBS, global": Method(lambda s, damp: LayerwiseOBS(**_by_layer(s, damp), allocation=Global()), RELATIVE),
+    "M-FAC": Method(
+        lambda s, damp: MFAC(damp=damp, **{**_reading(s), "num_gradients": min(MFAC_ROWS, s.num_gradients)}), FISHER
     ),
-    "layer-wise OBS, global": Method(
-        lambda s, damp: LayerwiseOBS(192, s.num_gradients * s.samples_per_gradient, damp, Global()), RELATIVE
-    ),
-    "M-FAC": Method(lambda s, damp: MFAC(2048, min(MFAC_ROWS, s.num_gradients), s.samples_per_gradient, damp), FISHER),
-    "WoodFisher, simple update": Method(
-        lambda s, damp: WoodFisher(s.block_size, *_counts(s), damp, update="simple"), FISHER
-    ),
-    "WoodFisher": Method(lambda s, damp: WoodFisher(s.block_size, *_counts(s), damp), FISHER),
-    "FastCAP": Method(lambda s, damp: FastCAP(1024, *_counts(s), damp), FISHER),
-    "CAP cumulative": Method(lambda s, damp: CAP(s.block_size, *_counts(s), damp, "cumulative"), FISHER),
-    "CAP marginal": Method(lambda s, damp: CAP(s.block_size, *_counts(s), damp, "marginal"), FISHER),
+    "WoodFisher, simple update": Method(lambda s, damp: WoodFisher(**_in_blocks(s, damp), update="simple"), FISHER),
+    "WoodFisher": Method(lambda s, damp: WoodFisher(**_in_blocks(s, damp)), FISHER),
+    "FastCAP": Method(lambda s, damp: FastCAP(**{**_in_blocks(s, damp), "block_size": 1024}), FISHER),
+    "CAP cumulative": Method(lambda s, damp: CAP(**_in_blocks(s, damp), ranking="cumulative"), FISHER),
+    "CAP marginal": Method(lambda s, damp: CAP(**_in_blocks(s, damp), ranking="marginal"), FISHER),
 }
 #: Without ``--methods``.
 PAPER = ("magnitude", "CAP cumulative", "CAP marginal")

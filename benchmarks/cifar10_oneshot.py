@@ -156,7 +156,7 @@ class Benchmark:
         pruner = method.make(Scale(s.block_size, s.num_gradients, s.samples_per_gradient), damp)
         if isinstance(pruner, Random):
             pruner.seed = seed
-        source = sources["inputs" if pruner.num_inputs else "rows"] if pruner.num_inputs or pruner.num_gradients else ()
+        source = () if pruner.statistic is None else sources[pruner.statistic.unit]
         if isinstance(pruner, MFAC):
             source = first_rows(source, pruner.num_gradients)
         with self.clock.phase(f"statistics and order, {name}"), warnings.catch_warnings():
@@ -179,7 +179,7 @@ class Benchmark:
         found: dict[str, Any] = {}
         with self.clock.phase("gradients"):
             if any(method.make(Scale(4, 2, 1), 1.0).num_gradients for method in chosen.values()):
-                found["rows"] = list(GradientCollector(self.model, targets, loss, batches, count, samples))
+                found["gradients"] = list(GradientCollector(self.model, targets, loss, batches, count, samples))
         with self.clock.phase("layer inputs"):
             if any(method.make(Scale(4, 2, 1), 1.0).num_inputs for method in chosen.values()):
                 found["inputs"] = list(InputCollector(self.model, targets, loss, batches, count * samples))

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from lightning_cap.calibration.gradients import GradientCollector
 from lightning_cap.calibration.sources import rows_bytes
 from lightning_cap.fisher.blocks import EmpiricalFisher, fisher_bytes
-from lightning_cap.pruners import CAP, blockwise, cap
+from lightning_cap.pruners import CAP, blockwise, blockwise_path, cap
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities import distributed
 
@@ -52,9 +52,9 @@ HOOKS: tuple[tuple[Any, str, str], ...] = (
     (EmpiricalFisher, "finish", "accumulate"),
     (cap, "eliminate", "solve"),
     (cap, "block_scores", "select"),
-    (blockwise, "select", "select"),
+    (blockwise_path, "select", "select"),
     (blockwise, "reconstruct", "reconstruct"),
-    (blockwise, "gather_rows", "gather"),
+    (blockwise_path, "gather_rows", "gather"),
 )
 NEW = ("exchange", "gather", "agree")  # with several ranks only
 CHECKED = (
@@ -132,7 +132,7 @@ def prune(meter: Meter, settings: Settings) -> tuple[Any, dict[str, Any]]:
     batches = own_batches(settings)
     collector = GradientCollector(model, targets, loss, batches, settings.gradients)
     collector.probe(batches[0])
-    pruner = CAP(settings.block_size, settings.gradients, damp=settings.damp)
+    pruner = CAP(block_size=settings.block_size, num_gradients=settings.gradients, damp=settings.damp)
     meter.start()
     with meter.phase("rest"):
         with pruner.path(targets, Source(collector, meter)) as path:

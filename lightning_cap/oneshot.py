@@ -12,15 +12,15 @@ from rich.progress import Progress as RichProgress
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_cap.calibration.gradients import GradientCollector
-from lightning_cap.calibration.layer_inputs import InputCollector
-from lightning_cap.calibration.sources import GradientSource
+from lightning_cap.calibration.sources import GradientSource, repeatable
 from lightning_cap.errors import ConfigError
 from lightning_cap.pruners import CAP, Pruner, PruneResult
 from lightning_cap.pruners.base import refuse_regrowth, refuse_splitting
+from lightning_cap.sparsity.cost import steps_to
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.trainer.isolation import preserve_state
+from lightning_cap.utilities.arguments import require_counts
 from lightning_cap.utilities.progress import Progress
 
 
@@ -56,36 +56,30 @@ def prune(
         CAPError: Whatever is wrong, with the model unchanged.
     """
     pruner = pruner or CAP()
-    if num_recomputations < 1:
-        raise ConfigError(f"num_recomputations={num_recomputations}: give a whole number of at least 1.")
+    require_counts(num_recomputations=num_recomputations)
     refuse_regrowth(pruner)
     refuse_splitting(pruner, num_recomputations)
     pruner.check_sparsity(sparsity)
     targets = Targets.from_model(model, include, exclude)
     pruner.check(targets)
-    if num_recomputations > 1 and isinstance(batches, Iterator):
+    if num_recomputations > 1 and not repeatable(batches):
         raise ConfigError(
             f"num_recomputations={num_recomputations}: batches is an iterator, which can be read only once. Give a DataLoader "
             "or a list."
         )
     masks = MaskSet(targets)
     masks.mask_zeros()
-    start, before = masks.global_sparsity, targets.copies()
-    goals = [start + (sparsity - start) * step / num_recomputations for step in range(1, num_recomputations)]
-    goals.append(sparsity)
+    before = targets.copies()
+    goals = steps_to(sparsity, masks.global_sparsity, num_recomputations)
     pruner.check_goals(targets, masks, goals)
-    device = targets.device
+    on_device = _OnDevice(batches, targets.device)
     predicted = 0.0
     try:
         with _bar(progress) as show, preserve_state(model):
             for goal in goals:
-                given = model, targets, loss_fn, _OnDevice(batches, device)
                 source: GradientSource = ()
-                if pruner.num_inputs:
-                    source = InputCollector(*given, pruner.num_inputs, progress=show)
-                elif pruner.num_gradients:
-                    counts = pruner.num_gradients, pruner.samples_per_gradient
-                    source = GradientCollector(*given, *counts, progress=show)
+                if pruner.statistic is not None:
+                    source = pruner.statistic.collector(model, targets, loss_fn, on_device, progress=show)
                 with pruner.path(targets, source, masks, progress=show) as path:
                     result = path.at(goal)
                 result.apply(targets)
@@ -106,7 +100,7 @@ class _OnDevice:
     @property
     def repeatable(self) -> bool:
         """Whether the batches can be read again."""
-        return not isinstance(self._batches, Iterator)
+        return repeatable(self._batches)
 
     def __iter__(self) -> Iterator[Any]:
         for batch in self._batches:

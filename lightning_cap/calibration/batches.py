@@ -19,7 +19,6 @@ from lightning_cap.errors import DataError, GradientError
 from lightning_cap.utilities import distributed, rng
 
 _BATCH_SIZE = 32  # where a loader does not tell its own
-_DRAW, _SAMPLE, _COLLATE, _STREAM = range(4)  # domains of the keys
 
 
 class CalibrationBatches:
@@ -113,7 +112,7 @@ class CalibrationBatches:
             if len(indices) >= count:
                 return indices[:count]
             with rng.preserved():
-                rng.seed_by(*self._key, _DRAW, number)
+                rng.seed_by(*self._key, rng.Domain.DRAW, number)
                 drawn = _special_order(loader) or torch.randperm(size).tolist()
             indices += drawn
         raise AssertionError("unreachable")
@@ -125,7 +124,7 @@ class CalibrationBatches:
         for number in range(-(-self._num_samples // self.batch_size)):
             batch = []
             for i in range(self.batch_size):
-                rng.seed_by(*self._key, _STREAM, number * self.batch_size + i)
+                rng.seed_by(*self._key, rng.Domain.STREAM, number * self.batch_size + i)
                 batch.append(next(samples))
             if number % distributed.world_size() == distributed.rank():
                 yield collate(batch)
@@ -138,7 +137,7 @@ class _KeyedDataset(Dataset[Any]):
         self._dataset, self._indices, self._key = dataset, indices, key
 
     def __getitem__(self, position: int) -> tuple[int, Any]:
-        rng.seed_by(*self._key, _SAMPLE, position)
+        rng.seed_by(*self._key, rng.Domain.SAMPLE, position)
         return position, self._dataset[self._indices[position]]
 
 
@@ -149,7 +148,7 @@ class _KeyedCollate:
         self._collate, self._key = collate, key
 
     def __call__(self, batch: list[tuple[int, Any]]) -> Any:
-        rng.seed_by(*self._key, _COLLATE, batch[0][0])
+        rng.seed_by(*self._key, rng.Domain.COLLATE, batch[0][0])
         return self._collate([sample for _, sample in batch])
 
 

@@ -19,6 +19,7 @@ from torch.func import functional_call, grad, vmap
 from torch.utils import _pytree as pytree
 
 from lightning_cap.calibration.batches import batch_size, is_batched, slice_batch
+from lightning_cap.calibration.sources import repeatable
 from lightning_cap.calibration.vmap_rules import vmap_friendly
 from lightning_cap.errors import GradientError
 from lightning_cap.sparsity.targets import Targets
@@ -161,7 +162,7 @@ class GradientCollector:
     @property
     def repeatable(self) -> bool:
         """Whether the batches can be read again."""
-        return bool(getattr(self._batches, "repeatable", not isinstance(self._batches, Iterator)))
+        return repeatable(self._batches)
 
     @property
     def rows_bytes(self) -> int:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_cap.calibration.batches import batch_size, slice_batch
 from lightning_cap.calibration.gradients import Loss
+from lightning_cap.calibration.sources import repeatable
 from lightning_cap.errors import TargetError
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities import distributed
@@ -71,7 +72,7 @@ class InputCollector:
     @property
     def repeatable(self) -> bool:
         """Whether the batches can be read again."""
-        return bool(getattr(self._batches, "repeatable", not isinstance(self._batches, Iterator)))
+        return repeatable(self._batches)
 
     @property
     def rows_bytes(self) -> int:

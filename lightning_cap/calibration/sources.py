@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from torch import Tensor
@@ -34,6 +34,41 @@ def check_repeatable(source: GradientSource, passes: int) -> None:
         raise GradientError(
             f"gradients: memory allows the Fisher only in {passes} passes over the gradients, but the source is an iterator, "
             "which can be read once. Give a source that gives the same rows each time, or raise max_memory."
+        )
+
+
+def check_rows(chunk: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]], names: Iterable[str]) -> None:
+    """Refuse a chunk of gradient rows that does not fit the weights.
+
+    Args:
+        chunk: ``{target: (n, *shape)}``.
+        shapes: Shape of each target.
+        names: The targets whose rows are read.
+
+    Raises:
+        GradientError: One is missing in the chunk, or its rows do not have the weight's shape.
+    """
+    for name in names:
+        got = tuple(chunk[name].shape[1:]) if name in chunk else None
+        if got != shapes[name]:
+            raise GradientError(
+                f"gradients: the rows of {name!r} have shape {got}, its weight has {shapes[name]}. Give a chunk "
+                "{target name: (n, *weight.shape)} with every target in it."
+            )
+
+
+def check_any_rows(counts: Sequence[int]) -> None:
+    """Refuse a source that gave no row on any process.
+
+    Args:
+        counts: Rows on each process.
+
+    Raises:
+        GradientError: All are 0.
+    """
+    if sum(counts) == 0:
+        raise GradientError(
+            "gradients: the source gave no gradient row. Check that the calibration batches are not empty."
         )
 
 

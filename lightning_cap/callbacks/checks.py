@@ -35,7 +35,7 @@ def refuse_manual(module: pl.LightningModule, pruners: Sequence[Pruner]) -> None
     Raises:
         UnsupportedError: The module has no ``calibration_step``.
     """
-    wanted = any(pruner.num_gradients or pruner.num_inputs for pruner in pruners)
+    wanted = any(pruner.statistic is not None for pruner in pruners)
     if wanted and not module.automatic_optimization and not hasattr(module, "calibration_step"):
         raise UnsupportedError(
             "automatic_optimization=False: training_step cannot be called for its loss alone. Define "

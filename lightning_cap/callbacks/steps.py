@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_cap.calibration.statistics import GradientSamples
 from lightning_cap.errors import PatternError
 from lightning_cap.pruners import DropAndGrow, Pruner
 from lightning_cap.schedules import SparsitySchedule
-from lightning_cap.sparsity.allocation import budget_of
+from lightning_cap.sparsity.cost import steps_to
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.patterns import Unstructured
 from lightning_cap.sparsity.targets import Targets
@@ -93,13 +94,12 @@ def _steps(
         return PruningSteps(pruner, ())
     if pruner.regrows:
         return PruningSteps(pruner, (target,))
-    if pruner.pattern.sparsity is None and budget_of(target, numel) < round(start * numel):
+    if pruner.pattern.sparsity is None and pruner.cost.is_exceeded(target, round(start * numel), numel):
         if schedule.regrows:
             _refuse_patterned_fall(pruner, start, target)
             return PruningSteps(grower(pruner), (target,))
         return None
-    steps = [start + (target - start) * (i + 1) / num_recomputations for i in range(num_recomputations - 1)]
-    return PruningSteps(pruner, (*steps, target))
+    return PruningSteps(pruner, tuple(steps_to(target, start, num_recomputations)))
 
 
 def grower(pruner: Pruner) -> DropAndGrow:
@@ -107,10 +107,11 @@ def grower(pruner: Pruner) -> DropAndGrow:
 
     It drops none where that does not ask for it, and takes as many gradient samples as ``pruner``, if any.
     """
-    allocation = getattr(pruner, "allocation", None)
-    if not pruner.num_gradients:
-        return DropAndGrow(0, allocation=allocation)
-    return DropAndGrow(0, pruner.num_gradients, pruner.samples_per_gradient, allocation)
+    given = pruner.statistic
+    if not isinstance(given, GradientSamples):
+        return DropAndGrow(drop_fraction=0, allocation=pruner.allocation)
+    counts = {"num_gradients": given.n, "samples_per_gradient": given.per_sample}
+    return DropAndGrow(drop_fraction=0, allocation=pruner.allocation, **counts)
 
 
 def _refuse_patterned_fall(pruner: Pruner, start: float, target: float) -> None:

@@ -104,7 +104,7 @@ class Artifacts:
 
     def _block_missing(self) -> Variant | None:
         folder, size = self._request.folder, self._request.fisher_block
-        reader = next((variant for variant in self._plain if variant.pruner.num_gradients), None)
+        reader = next((variant for variant in self._plain if variant.gradients is not None), None)
         if not size or folder is None or reader is None:
             return None
         self._block_of = self._prints[reader.slug, self._request.sparsities[0]]

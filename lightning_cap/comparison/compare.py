@@ -9,6 +9,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
+from lightning_cap.calibration.statistics import GradientSamples
 from lightning_cap.comparison.results import Row, load_rows
 from lightning_cap.comparison.runner import ComparisonRunner
 from lightning_cap.comparison.surface import LossSurface
@@ -118,7 +119,7 @@ def _check_numbers(
     for name, number in (("fisher_block", fisher_block), ("loss_samples", loss_samples)):
         if number < 0:
             raise ConfigError(f"{name}={number}: give a whole number of at least 0.")
-    if fisher_block and not any(pruner.num_gradients for pruner in pruners.values()):
+    if fisher_block and not any(isinstance(pruner.statistic, GradientSamples) for pruner in pruners.values()):
         raise ConfigError(
             f"fisher_block={fisher_block}: none of {list(pruners)} reads gradients. Add one, such as CAP()."
         )

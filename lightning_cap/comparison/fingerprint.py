@@ -26,8 +26,7 @@ from lightning_cap.calibration.gradients import rows_at_once
 from lightning_cap.comparison.results import digest
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.trainer.calibration import calibrating, calibration_source, ready_batches
-from lightning_cap.trainer.event import COMPUTE
-from lightning_cap.utilities import distributed
+from lightning_cap.utilities import distributed, rng
 
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _DEPTH = 6  # of objects in objects
@@ -154,7 +153,7 @@ def _calibration(trainer: pl.Trainer, module: pl.LightningModule, targets: Targe
     with calibrating(trainer, module), torch.no_grad():
         source = calibration_source(trainer, module)
         batches = CalibrationBatches(source, 1, 1, 0, 0, rows_at_once(targets))
-        first = next(ready_batches(trainer, module, batches, (0, 0, COMPUTE)), None)
+        first = next(ready_batches(trainer, module, batches, (0, 0, rng.Domain.COMPUTE)), None)
     return [
         _length(getattr(source, "dataset", source)),
         checksum([canonicalize(leaf) for leaf in pytree.tree_leaves(first)]),

@@ -18,8 +18,7 @@ from lightning_cap.trainer.calibration import (
     ready_batches,
 )
 from lightning_cap.trainer.evaluation import evaluate
-from lightning_cap.trainer.event import COMPUTE
-from lightning_cap.utilities import distributed
+from lightning_cap.utilities import distributed, rng
 
 
 class Measure:
@@ -70,7 +69,7 @@ class Measure:
         ):
             source = calibration_source(trainer, module)
             batches = CalibrationBatches(source, self._samples, 1, seed, 0, rows_at_once(self._targets))
-            for batch in ready_batches(trainer, module, batches, (seed, 0, COMPUTE)):
+            for batch in ready_batches(trainer, module, batches, (seed, 0, rng.Domain.COMPUTE)):
                 with context():
                     value = float(loss(module, batch))
                 size = batch_size(batch, default=1)

@@ -14,8 +14,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from lightning_cap.export.safetensors import save_plain_weights
-from lightning_cap.sparsity.masks import pack_bits, unpack_bits
 from lightning_cap.utilities import distributed
+from lightning_cap.utilities.bits import pack_bits, unpack_bits
 from lightning_cap.utilities.files import save_json
 
 _log = logging.getLogger(__name__)
@@ -79,7 +79,9 @@ def load_rows(path: Path) -> dict[str, Row]:
 def save_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
     """Write masks bit-packed, eight weights a byte."""
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
-    save_plain_weights(path, {n: pack_bits(mask) for n, mask in masks.items()}, {"shapes": json.dumps(shapes)})
+    save_plain_weights(
+        path, {n: pack_bits(mask.flatten().cpu()) for n, mask in masks.items()}, {"shapes": json.dumps(shapes)}
+    )
 
 
 def load_masks(path: Path) -> dict[str, Tensor]:

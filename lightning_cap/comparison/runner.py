@@ -17,10 +17,11 @@ from lightning_cap.comparison.fingerprint import checksum, identity_of
 from lightning_cap.comparison.gradient_cache import SharedRows, find, share
 from lightning_cap.comparison.measure import Measure, loss_name
 from lightning_cap.comparison.results import Results, Row, digest, save_masks
-from lightning_cap.comparison.variants import Request, Variant, check_targets, goal_of, naming
+from lightning_cap.comparison.variants import Request, Variant, check_targets, naming
 from lightning_cap.errors import ConfigError
 from lightning_cap.export.safetensors import save_plain_weights, save_weights, sparsity_stem
-from lightning_cap.pruners.base import PruneResult
+from lightning_cap.pruners.paths import PruneResult
+from lightning_cap.sparsity.cost import steps_to
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.targets import Targets, measured_sparsity
 from lightning_cap.trainer.calibration import calibrating
@@ -31,7 +32,6 @@ from lightning_cap.utilities import distributed, rng
 from lightning_cap.utilities.distributed import check_equal_on_all_ranks
 from lightning_cap.utilities.progress import Progress
 
-_DRAW = 5  # domain of the key for what a pruner draws from the global generators
 _WORK = ".work"  # folder in the folder, gone in the end
 
 
@@ -54,7 +54,7 @@ class ComparisonRunner:
         self._masks.mask_zeros()
         check_targets(request.variants, self._targets, self._masks, request.sparsities)
         self._before = self._targets.copies()
-        calibrates = any(map(_calibrates, request.variants))
+        calibrates = any(variant.pruner.statistic is not None for variant in request.variants)
         identity = {
             **identity_of(trainer, module, self._targets, calibrates),
             "loss_samples": request.loss_samples,
@@ -94,7 +94,7 @@ class ComparisonRunner:
 
     def _dry_run(self) -> None:
         """Compute one batch for each kind of source, and throw it away: what cannot work is to fail before anything runs."""
-        kinds = {(v.pruner.num_inputs > 0, v.pruner.samples_per_gradient): v for v in self._todo if _calibrates(v)}
+        kinds = {_kind(v): v for v in self._todo if v.pruner.statistic is not None}
         for variant in kinds.values():
             with naming(variant):
                 self._event(variant).dry_run(0)
@@ -103,10 +103,12 @@ class ComparisonRunner:
         """Pruners without gradients first, then those that read the same rows together."""
         here = [variant for variant in self._todo if variant.seed == seed]
         block = self._extras.block_reader(seed)
-        readers = [variant for variant in here if _reads_gradients(variant)] + ([block] if block is not None else [])
-        self._run([variant for variant in here if not _reads_gradients(variant)], None)
-        for m in dict.fromkeys(variant.pruner.samples_per_gradient for variant in readers):
-            group = [variant for variant in readers if variant.pruner.samples_per_gradient == m]
+        readers = [variant for variant in here if variant.gradients is not None] + (
+            [block] if block is not None else []
+        )
+        self._run([variant for variant in here if variant.gradients is None], None)
+        for kind in dict.fromkeys(map(_kind, readers)):
+            group = [variant for variant in readers if _kind(variant) == kind]
             rows = self._shared(group)
             if block is not None and block in group:
                 self._extras.save_block(_first(rows, block) or self._own_rows(block))
@@ -131,8 +133,9 @@ class ComparisonRunner:
 
     def _shared(self, readers: Sequence[Variant]) -> SharedRows | None:
         """The rows for pruners of one seed and ``samples_per_gradient``, if there is more than one."""
-        request, largest = self._request, max(readers, key=lambda v: v.pruner.num_gradients)
-        m, most = largest.pruner.samples_per_gradient, largest.pruner.num_gradients
+        request, wanted = self._request, {v: v.gradients for v in readers if v.gradients is not None}
+        largest = max(wanted, key=lambda v: wanted[v].n)
+        m, most = wanted[largest].per_sample, wanted[largest].n
         folder = None if request.folder is None else request.folder / _WORK / f"rows-seed={largest.seed}-m={m}"
         key = f"{self._dense_print} {largest.seed} {m}"
         found = find(self._targets, most, folder, key)
@@ -171,12 +174,11 @@ class ComparisonRunner:
 
     def _in_steps(self, variant: Variant, sparsity: float, rows: SharedRows | None, progress: Progress) -> None:
         """Rising sparsities with fresh gradients for each; the first step is at the dense model and shares its rows."""
-        first, steps = self._masks.global_sparsity, variant.num_recomputations
+        goals = steps_to(sparsity, self._masks.global_sparsity, variant.num_recomputations)
         masks: Mapping[str, Tensor] = self._masks
         predicted, seconds = 0.0, {"collect": 0.0, "solve": 0.0, "apply": 0.0}
         try:
-            for step in range(steps):
-                goal = goal_of(first, sparsity, step, steps)
+            for step, goal in enumerate(goals):
                 event = self._event(variant, progress)
                 own = rows if step == 0 else None
                 with _drawing(variant), event.path(step, masks, own) as path:
@@ -305,18 +307,14 @@ def _description(variant: Variant, sparsity: float) -> Row:
     }
 
 
-def _calibrates(variant: Variant) -> bool:
-    return bool(variant.pruner.num_gradients or variant.pruner.num_inputs)
-
-
-def _reads_gradients(variant: Variant) -> bool:
-    """Whether the pruner reads gradients, which can be shared, and nothing else."""
-    return bool(variant.pruner.num_gradients) and not variant.pruner.num_inputs
+def _kind(variant: Variant) -> tuple[type, int | None]:
+    """Variants of one kind read alike, if not equally much."""
+    return type(variant.pruner.statistic), None if variant.gradients is None else variant.gradients.per_sample
 
 
 def _first(rows: SharedRows | None, variant: Variant) -> SharedRows | None:
     """As many as the pruner wants."""
-    return None if rows is None or not _reads_gradients(variant) else replace(rows, most=variant.pruner.num_gradients)
+    return None if rows is None or variant.gradients is None else replace(rows, most=variant.gradients.n)
 
 
 def _seconds(event: PruningEvent, rows: SharedRows | None) -> dict[str, float]:
@@ -334,5 +332,5 @@ def _less(value: float | None, dense: float | None) -> float | None:
 def _drawing(variant: Variant) -> Iterator[None]:
     """What a pruner draws from the global generators depends on the seed alone."""
     with rng.preserved():
-        rng.seed_by(variant.seed, _DRAW)
+        rng.seed_by(variant.seed, rng.Domain.PRUNER)
         yield

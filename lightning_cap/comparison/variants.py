@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
+from lightning_cap.calibration.statistics import GradientSamples
 from lightning_cap.comparison.fingerprint import ADDRESS, canonicalize, checksum
 from lightning_cap.comparison.surface import LossSurface
 from lightning_cap.errors import CAPError, ConfigError
 from lightning_cap.pruners.base import Pruner, refuse_regrowth
+from lightning_cap.sparsity.cost import steps_to
 from lightning_cap.sparsity.targets import Targets
 
 #: Setting -> values to try, one setting at a time, the others as given.
@@ -60,6 +61,12 @@ class Variant:
     def slug(self) -> str:
         """For names of files."""
         return file_name(f"{self.label} seed={self.seed}")
+
+    @property
+    def gradients(self) -> GradientSamples | None:
+        """The gradient samples that it reads, which pruners can share; None if it reads none."""
+        given = self.pruner.statistic
+        return given if isinstance(given, GradientSamples) else None
 
     def fingerprint(self, sparsity: float, identity: Mapping[str, Any]) -> str:
         """Of everything that the row at a sparsity depends on, as far as it is known."""
@@ -153,13 +160,8 @@ def check_targets(
         steps = variant.num_recomputations
         with naming(variant):
             variant.pruner.check(targets)
-            goals = {goal_of(first, sparsity, step, steps) for sparsity in sparsities for step in range(steps)}
+            goals = {goal for sparsity in sparsities for goal in steps_to(sparsity, first, steps)}
             variant.pruner.check_goals(targets, masks, sorted(goals))
-
-
-def goal_of(first: float, sparsity: float, step: int, steps: int) -> float:
-    """The sparsity after a step of several from ``first`` to ``sparsity``."""
-    return sparsity if step + 1 == steps else first + (sparsity - first) * (step + 1) / steps
 
 
 @contextmanager
@@ -217,30 +219,23 @@ def _grid_variants(
 def changed(pruner: Pruner, setting: str, value: Any) -> Pruner:
     """The same pruner with another value of one setting.
 
-    It is made anew where it keeps its arguments under their names, so that the value is checked; else it is copied.
+    A dataclass is made anew, so that the value is checked; any other pruner is copied.
 
     Raises:
         CAPError: The pruner refuses the value.
     """
-    arguments = _arguments(pruner)
-    if setting in arguments:
-        return type(pruner)(**{**{name: getattr(pruner, name) for name in arguments}, setting: value})
+    if is_dataclass(pruner):
+        return replace(pruner, **{setting: value})
     other = copy.copy(pruner)
     setattr(other, setting, value)
     return other
 
 
 def _settings(pruner: Pruner) -> list[str]:
-    """What a grid may change: the arguments, or, where they are not kept under their names, every public attribute."""
-    return _arguments(pruner) or [name for name in vars(pruner) if not name.startswith("_")]
-
-
-def _arguments(pruner: Pruner) -> list[str]:
-    """The arguments that the pruner was made with, if it keeps all of them under their names; else none."""
-    parameters = inspect.signature(type(pruner)).parameters
-    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    kept = all(p.kind not in kinds and name in vars(pruner) for name, p in parameters.items())
-    return list(parameters) if kept else []
+    """What a grid may change: the fields of a dataclass, else every public attribute."""
+    if is_dataclass(pruner):
+        return [field.name for field in fields(pruner) if field.init]
+    return [name for name in vars(pruner) if not name.startswith("_")]
 
 
 def _seeded(pruner: Pruner, seed: int) -> Pruner:

@@ -10,6 +10,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from lightning_cap.calibration.sources import check_any_rows, check_rows
 from lightning_cap.errors import GradientError
 from lightning_cap.fisher.row_buffers import DirectRowBuffer, Fill, RowBuffer, StagedRowBuffer
 from lightning_cap.kernels.cpu.threads import over_blocks
@@ -114,13 +115,7 @@ class EmpiricalFisher:
         Raises:
             GradientError: A target is missing in the chunk or its rows do not have the weight's shape.
         """
-        for name in {name for share in self._shares for name in share.names}:
-            got, shape = tuple(chunk[name].shape[1:]) if name in chunk else None, self._layout.shapes[name]
-            if got != shape:
-                raise GradientError(
-                    f"gradients: the rows of {name!r} have shape {got}, its weight has {shape}. Give a chunk "
-                    "{target name: (n, *weight.shape)} with every target in it."
-                )
+        check_rows(chunk, self._layout.shapes, {name for share in self._shares for name in share.names})
         n = next(iter(chunk.values())).shape[0]
         if len(self._shares) > 1:
             for rows in self._exchange(chunk, n):
@@ -158,9 +153,7 @@ class EmpiricalFisher:
         return FisherBlocks(self._sums, 1 / self.count, self._device)
 
     def _check(self) -> None:
-        if self.count == 0:
-            raise GradientError("gradients: the source gave no gradient row. Check that the calibration batches are not "
-                                "empty.")  # fmt: skip
+        check_any_rows([self.count])
         bad = self._selection.blocks[~torch.isfinite(self._sums.diagonal()).all(-1).cpu()]
         if len(bad):
             bad_names = [n for n, span in self._layout.spans.items() if ((bad >= span.start) & (bad < span.stop)).any()]

@@ -30,11 +30,11 @@ def _read(inverse, floor, weights, alive, group, keep, index, B: tl.constexpr):
 
 @triton.jit
 def _choose(w, diagonal, count, keep, LARGEST: tl.constexpr):
-    """``min w² / H_pp`` and its ``p``, the lowest of equals, over the weights that may go.
+    """``min w² / H_pp`` and its ``p``, the lowest of equals, over the weights that may be pruned.
 
     ``count`` says for a living weight how many of its group live, itself included; 0 for one that is dead.
     """
-    score = tl.minimum(w * w / diagonal, LARGEST)  # overflow still comes before what may not go
+    score = tl.minimum(w * w / diagonal, LARGEST)  # overflow still comes before what may not be pruned
     return tl.min(tl.where(count > keep, score, float("inf")), axis=0, return_indices=True)
 
 

@@ -1,6 +1,6 @@
 """Pruning methods, one file each."""
 
-from lightning_cap.pruners.base import Pruner, PruneResult, PruningPath
+from lightning_cap.pruners.base import Pruner
 from lightning_cap.pruners.cap import CAP
 from lightning_cap.pruners.drop_and_grow import DropAndGrow
 from lightning_cap.pruners.fast_cap import FastCAP
@@ -9,6 +9,7 @@ from lightning_cap.pruners.layerwise import LayerwiseOBS
 from lightning_cap.pruners.magnitude import Magnitude
 from lightning_cap.pruners.mfac import MFAC
 from lightning_cap.pruners.obd import DiagonalFisher
+from lightning_cap.pruners.paths import PruneResult, PruningPath
 from lightning_cap.pruners.random import Random
 from lightning_cap.pruners.woodfisher import WoodFisher
 

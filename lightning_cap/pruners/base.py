@@ -1,197 +1,48 @@
-"""`Pruner`, `PruningPath` and `PruneResult`: what every pruning method gives."""
+"""`Pruner`: what every pruning method is.
 
-from __future__ import annotations
+Annotations are evaluated here, not postponed: jsonargparse resolves those of a subclass in the subclass's own module.
+"""
 
-import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
-from typing_extensions import Self
 
 from lightning_cap.calibration.sources import GradientSource
+from lightning_cap.calibration.statistics import Statistic
 from lightning_cap.errors import ConfigError, PatternError, UnsupportedError
 from lightning_cap.fisher.memory_plan import MemoryPlan
-from lightning_cap.sparsity.allocation import Allocation, budget_of
-from lightning_cap.sparsity.block_layout import BlockLayout
+from lightning_cap.pruners.paths import PruningPath
+from lightning_cap.sparsity.allocation import Allocation, Global
+from lightning_cap.sparsity.cost import Cost, Parameters
 from lightning_cap.sparsity.patterns import Pattern, Unstructured
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities.progress import Progress
 
 
-@dataclass(frozen=True)
-class PruneResult:
-    """Weights and masks at one sparsity. Nothing in the model changes until it is applied.
-
-    Attributes:
-        weights: ``{target: (*shape)}`` in the targets' dtype, zero where pruned.
-        masks: ``{target: (*shape)}`` bool, True = kept.
-        predicted_loss: Predicted increase of the loss (the pruner's own unit where it has no loss model).
-        sparsity: Zeros over all weights of the targets.
-        stats: Numbers for logs, such as blocks solved in float64.
-    """
-
-    weights: Mapping[str, Tensor]
-    masks: Mapping[str, Tensor]
-    predicted_loss: float
-    sparsity: float
-    stats: Mapping[str, float] = field(default_factory=dict)
-
-    def apply(self, targets: Targets) -> None:
-        """Write the weights into the model, in place."""
-        targets.restore(self.weights)
-
-
-class PruningPath(ABC):
-    """What one pass over the gradients yields: every sparsity can be read from it. A context manager.
-
-    Attributes:
-        nested: Whether a lower sparsity keeps whatever a higher one does.
-    """
-
-    nested: bool = True
-
-    def __init__(self, targets: Targets, layout: BlockLayout, masks: Mapping[str, Tensor] | None) -> None:
-        self._layout = layout
-        self._dtypes = {name: weight.dtype for name, weight in targets.items()}
-        self._numel = targets.numel
-        self._alive = pack_alive(targets, layout, masks)
-
-    @abstractmethod
-    def at(self, sparsity: float) -> PruneResult:
-        """Weights and masks with exactly ``floor(sparsity·n + 0.5)`` zeros, those already masked included.
-
-        Raises:
-            PatternError: The sparsity is not in [0, 1) or not one that the pattern gives.
-        """
-
-    @abstractmethod
-    def curve(self, sparsities: Sequence[float]) -> list[float]:
-        """Predicted loss increase at each sparsity, without building the weights."""
-
-    def close(self) -> None:  # noqa: B027 - optional
-        """Free what the path holds (the Fisher). Using it afterwards is an error."""
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    @property
-    def sparsity(self) -> float:
-        """Sparsity before pruning: masked weights over all."""
-        return 1 - int(self._alive.sum()) / self._numel
-
-    def _existing(self) -> dict[str, int]:
-        return {
-            name: size - int(self._alive[span].sum())
-            for (name, span), size in zip(self._layout.spans.items(), self._layout.sizes.values(), strict=True)
-        }
-
-    def _removals(self, allocation: Allocation, zeros: int) -> list[tuple[list[str], int]]:
-        """How many weights of which targets go, beyond those that are zero already."""
-        existing = self._existing()
-        budgets = allocation.budgets(self._layout.shapes, existing, zeros)
-        return [(names, share - sum(existing[name] for name in names)) for names, share in budgets]
-
-    def _most(self, allocation: Allocation) -> dict[str, int] | None:
-        """How many weights of each target may go; None without a floor."""
-        if not allocation.min_density:
-            return None
-        existing = self._existing()
-        most = allocation.max_zeros(self._layout.shapes, existing)
-        return {name: most[name] - existing[name] for name in most}
-
-    def _budget(self, sparsity: float) -> int | None:
-        """Zeros in all, or None (with a warning) if the model has more already."""
-        zeros = budget_of(sparsity, self._numel)
-        existing = self._numel - int(self._alive.sum())
-        if existing > zeros:
-            warnings.warn(
-                f"sparsity={sparsity:g}: the model is already at {self.sparsity:.4g}. Nothing is changed; ask for a higher "
-                "sparsity to prune further.",
-                stacklevel=3,
-            )
-            return None
-        return zeros
-
-    def _result(self, weights: Tensor, kept: Tensor, predicted_loss: float, stats: Mapping[str, float]) -> PruneResult:
-        unpacked = self._layout.unpack(weights)
-        return PruneResult(
-            weights={name: weight.to(self._dtypes[name]) for name, weight in unpacked.items()},
-            masks=self._layout.unpack(kept),
-            predicted_loss=predicted_loss,
-            sparsity=1 - int(kept.sum()) / self._numel,
-            stats=stats,
-        )
-
-
-def pack_alive(targets: Targets, layout: BlockLayout, masks: Mapping[str, Tensor] | None) -> Tensor:
-    """``(K, B)`` bool on the targets' device: False on padding and where a mask is.
-
-    Raises:
-        ConfigError: As `check_masks`.
-    """
-    check_masks(targets, masks or {})
-    full = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in targets.items()}
-    return layout.pack({**full, **(masks or {})}, torch.bool, targets.device)
-
-
-def check_masks(targets: Targets, masks: Mapping[str, Tensor]) -> None:
-    """Refuse masks that are not those of the targets.
-
-    Raises:
-        ConfigError: A name is not a target's, or a shape not that of its weight.
-    """
-    for name, mask in masks.items():
-        if name not in targets or mask.shape != targets[name].shape:
-            want = f"its weight has {tuple(targets[name].shape)}" if name in targets else "there is no such target"
-            raise ConfigError(
-                f"masks: {name!r} has shape {tuple(mask.shape)}, but {want}. Give {{target name: bool of the weight's shape}}."
-            )
-
-
-def pack_weights(targets: Targets, layout: BlockLayout, alive: Tensor) -> Tensor:
-    """The weights as ``(K, B)``, zero where not ``alive``; float64 if a target is, else float32.
-
-    Raises:
-        ConfigError: A weight is not finite.
-    """
-    weights = targets.weights()
-    for name, weight in weights.items():
-        if not bool(torch.isfinite(weight).all()):
-            raise ConfigError(f"model: the weight {name!r} is not finite (NaN or inf). Load a sound checkpoint.")
-    double = any(weight.dtype == torch.float64 for weight in weights.values())
-    packed = layout.pack(weights, torch.float64 if double else torch.float32, alive.device)
-    return packed.masked_fill_(~alive, 0.0)
-
-
 class Pruner(ABC):
-    """A pruning method. Subclasses are plain classes; YAML names them by class path.
+    """A pruning method. YAML names subclasses by class path; those of this package are keyword-only dataclasses.
 
     Attributes:
-        num_gradients: Gradient samples that the method wants, 0 for none.
-        samples_per_gradient: Inputs whose mean loss gives one gradient sample.
-        predicts_loss: Whether ``predicted_loss`` is an estimate of the increase of the training loss, in its unit.
-        num_inputs: Samples whose layer inputs the method wants instead of gradients, 0 for none.
+        allocation: How zeros are shared out over the targets.
         pattern: Which masks it gives.
+        cost: What a goal counts.
+        predicts_loss: Whether ``predicted_loss`` is an estimate of the increase of the training loss, in its unit.
         regrows: Whether masked weights may come back: the masks of its results stand in place of those before, a weight that
             comes back is zero in the result, and events are run at a sparsity that is reached already, too.
     """
 
-    num_gradients: int = 0
-    samples_per_gradient: int = 1
-    num_inputs: int = 0
-    predicts_loss: bool = False
+    allocation: Allocation = Global()
     pattern: Pattern = Unstructured()
-    regrows: bool = False
+    cost: ClassVar[Cost] = Parameters()
+    predicts_loss: ClassVar[bool] = False
+    regrows: ClassVar[bool] = False
+
+    @property
+    def statistic(self) -> Statistic | None:
+        """What the method reads of the model, such as `GradientSamples` or `LayerInputs`; None for nothing."""
+        return None
 
     def check(self, targets: Targets) -> None:  # noqa: B027 - optional
         """Refuse targets that do not fit, before anything runs.
@@ -209,7 +60,7 @@ class Pruner(ABC):
         Unstructured().check_sparsity(sparsity)
 
     def check_goals(self, targets: Targets, masks: Mapping[str, Tensor] | None, sparsities: Sequence[float]) -> None:
-        """Refuse sparsities whose zeros the method's ``allocation`` (if it has one) cannot place, before anything runs.
+        """Refuse sparsities whose zeros the allocation cannot place, before anything runs.
 
         Zeros that a run will have made by then are not known; those of ``masks`` stand for them.
 
@@ -222,12 +73,12 @@ class Pruner(ABC):
         Raises:
             ConfigError: The zeros of one cannot be placed; it is named.
         """
-        allocation = getattr(self, "allocation", None)
-        if not isinstance(allocation, Allocation) or self.pattern.sparsity is not None:
+        if self.pattern.sparsity is not None:
             return
         existing = dict.fromkeys(targets, 0) | {name: int((~mask).sum()) for name, mask in (masks or {}).items()}
-        goals = [s for s in sparsities if budget_of(s, targets.numel) >= sum(existing.values())]
-        check_room(allocation, targets, existing, goals)
+        saved, total = self.cost.saved(targets.shapes, existing), self.cost.total(targets.shapes)
+        goals = [s for s in sparsities if not self.cost.is_exceeded(s, saved, total)]
+        check_room(self, targets, existing, goals)
 
     def begin_event(self, done: float) -> None:  # noqa: B027 - optional
         """Hear how far the run is, before each event of a callback.
@@ -266,8 +117,7 @@ class Pruner(ABC):
 
         Args:
             targets: The weights; not changed.
-            gradients: Chunks ``{target: (n, *shape)}`` of gradient samples of the mean loss; of layer statistics for a method
-                with ``num_inputs``; anything (it is not read) for one that wants neither.
+            gradients: Chunks of what `statistic` says, such as ``{target: (n, *shape)}`` gradient rows; not read if that is None.
             masks: ``{target: (*shape)}`` bool, False = already pruned and to stay so.
             progress: ``progress(phase, done, total)``.
         """
@@ -303,18 +153,16 @@ def refuse_splitting(pruner: Pruner, num_recomputations: int) -> None:
         )
 
 
-def check_room(
-    allocation: Allocation, targets: Targets, existing: Mapping[str, int], sparsities: Sequence[float]
-) -> None:
-    """Refuse sparsities that an allocation cannot give; ``existing`` zeros of each target stay.
+def check_room(pruner: Pruner, targets: Targets, existing: Mapping[str, int], sparsities: Sequence[float]) -> None:
+    """Refuse sparsities that a pruner's allocation cannot give; ``existing`` zeros of each target stay.
 
     Raises:
         ConfigError: It names the sparsity.
     """
-    shapes = {name: tuple(weight.shape) for name, weight in targets.items()}
+    total = pruner.cost.total(targets.shapes)
     for sparsity in sparsities:
         try:
-            allocation.budgets(shapes, existing, budget_of(sparsity, targets.numel))
+            pruner.allocation.budgets(targets.shapes, existing, pruner.cost.budget(sparsity, total))
         except ConfigError as error:
             raise ConfigError(f"sparsity={sparsity:g}: {error}") from error
 

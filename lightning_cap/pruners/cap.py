@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import get_args
 
 from torch import Tensor
 
-from lightning_cap.errors import ConfigError
-from lightning_cap.fisher.blocks import ROW_CHUNK, FisherBlocks, Storage
-from lightning_cap.pruners.blockwise import Blockwise
+from lightning_cap.fisher.blocks import FisherBlocks
+from lightning_cap.pruners.blockwise import FisherBlockwise
 from lightning_cap.solver import Elimination, eliminate
 from lightning_cap.solver.backend import Backend
-from lightning_cap.solver.ranking import block_scores
-from lightning_cap.sparsity.allocation import Allocation
-from lightning_cap.sparsity.patterns import Pattern
+from lightning_cap.solver.ranking import Ranking, block_scores
+from lightning_cap.utilities.arguments import require_choice
 from lightning_cap.utilities.progress import Progress
 
 
-class CAP(Blockwise):
+@dataclass(kw_only=True, eq=False)
+class CAP(FisherBlockwise):
     """Optimal Brain Surgeon inside blocks of the empirical Fisher, one weight at a time, merged over the model.
 
     Args:
@@ -44,42 +44,25 @@ class CAP(Blockwise):
         PatternError: ``pattern`` is not a pattern, such as the number 124 that YAML makes of an unquoted ``2:4``.
     """
 
-    def __init__(
-        self,
-        block_size: int = 192,
-        num_gradients: int = 4096,
-        samples_per_gradient: int = 1,
-        damp: float = 1e-8,
-        ranking: Literal["marginal", "cumulative"] = "marginal",
-        allocation: Allocation | None = None,
-        pattern: Pattern | int | str | None = None,
-        max_memory: int | str | None = None,
-        storage: Storage = "auto",
-        backend: Backend = "auto",
-        row_chunk: int = ROW_CHUNK,
-        allow_tf32: bool = False,
-    ) -> None:
-        if ranking not in ("marginal", "cumulative"):
-            raise ConfigError(f"ranking={ranking!r}: choose 'marginal' or 'cumulative'.")
-        self.ranking = ranking
-        super().__init__(
-            block_size,
-            num_gradients,
-            samples_per_gradient,
-            damp,
-            allocation,
-            pattern,
-            max_memory,
-            storage,
-            backend,
-            row_chunk,
-            allow_tf32,
-        )
+    ranking: Ranking = "marginal"
+    backend: Backend = "auto"
 
-    def _order(
+    def __post_init__(self) -> None:
+        require_choice("ranking", self.ranking, get_args(Ranking))
+        require_choice("backend", self.backend, get_args(Backend))
+        super().__post_init__()
+
+    @property
+    def solver_backend(self) -> Backend:
+        """``backend``."""
+        return self.backend
+
+    def order_blocks(
         self, fisher: FisherBlocks, weights: Tensor, alive: Tensor, chunk: int, progress: Progress | None
     ) -> Elimination:
+        """One weight at a time, by the Optimal Brain Surgeon."""
         return eliminate(fisher, weights, alive, self.damp, self.pattern, progress, self.backend, chunk)
 
-    def _scores(self, losses: Tensor) -> Tensor:
+    def merge_scores(self, losses: Tensor) -> Tensor:
+        """By ``ranking``."""
         return block_scores(losses, self.ranking)

@@ -4,25 +4,31 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from lightning_cap.calibration.sources import GradientSource
+from lightning_cap.calibration.statistics import GradientSamples
 from lightning_cap.errors import ConfigError, GradientError
 from lightning_cap.fisher.memory_plan import MemoryPlan
-from lightning_cap.pruners.base import Pruner, PruneResult, PruningPath, check_room, pack_weights
-from lightning_cap.pruners.scored import Sums, check_counts
+from lightning_cap.pruners.base import Pruner, check_room
+from lightning_cap.pruners.paths import PruneResult, PruningPath, pack_weights
+from lightning_cap.pruners.row_mean import RowMean
 from lightning_cap.solver.ranking import select, smallest
-from lightning_cap.sparsity.allocation import Allocation, Global, budget_of
+from lightning_cap.sparsity.allocation import Allocation, Global
 from lightning_cap.sparsity.patterns import Unstructured
 from lightning_cap.sparsity.targets import Targets
+from lightning_cap.utilities.arguments import require_counts
 from lightning_cap.utilities.progress import Progress
 
 _LARGEST_FLOAT = 0x7F7FFFFF  # bits of the largest finite float32
 _BYTES = 48  # a weight: gradient sum 8, weight 4, two scores 8, places of a group 8, sorting 16, masks 4
 
 
+@dataclass(kw_only=True, eq=False)
 class DropAndGrow(Pruner):
     """Drop the weights of least ``|w|`` and grow as many of largest mean gradient (RigL, Evci et al. 2020, algorithm 1).
 
@@ -47,25 +53,25 @@ class DropAndGrow(Pruner):
         ConfigError: An argument is out of range.
     """
 
-    regrows = True
+    drop_fraction: float = 0.3
+    num_gradients: int = 16
+    samples_per_gradient: int = 32
+    allocation: Allocation = Global()
+    _done: float = field(default=0.0, init=False, repr=False)
 
-    def __init__(
-        self,
-        drop_fraction: float = 0.3,
-        num_gradients: int = 16,
-        samples_per_gradient: int = 32,
-        allocation: Allocation | None = None,
-    ) -> None:
-        if not 0 <= drop_fraction < 1:
+    regrows: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.drop_fraction < 1:
             raise ConfigError(
-                f"drop_fraction={drop_fraction!r}: give a share of the kept weights in [0, 1), such as 0.3."
+                f"drop_fraction={self.drop_fraction!r}: give a share of the kept weights in [0, 1), such as 0.3."
             )
-        check_counts(num_gradients, samples_per_gradient)
-        self.drop_fraction = drop_fraction
-        self.num_gradients = num_gradients
-        self.samples_per_gradient = samples_per_gradient
-        self.allocation = allocation or Global()
-        self._done = 0.0
+        require_counts(num_gradients=self.num_gradients, samples_per_gradient=self.samples_per_gradient)
+
+    @property
+    def statistic(self) -> GradientSamples:
+        """Gradient rows."""
+        return GradientSamples(self.num_gradients, self.samples_per_gradient)
 
     def begin_event(self, done: float) -> None:
         """The cosine is taken at ``done``; see `Pruner.begin_event`."""
@@ -82,7 +88,7 @@ class DropAndGrow(Pruner):
 
     def check_goals(self, targets: Targets, masks: Mapping[str, Tensor] | None, sparsities: Sequence[float]) -> None:
         """Zeros that are there do not bind. See `Pruner.check_goals`."""
-        check_room(self.allocation, targets, dict.fromkeys(targets, 0), sparsities)
+        check_room(self, targets, dict.fromkeys(targets, 0), sparsities)
 
     def plan(self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, rows_bytes: int = 0) -> MemoryPlan:
         """See `Pruner.plan`."""
@@ -110,7 +116,7 @@ class DropAndGrowPath(PruningPath):
     def __init__(
         self, pruner: DropAndGrow, targets: Targets, gradients: GradientSource, masks: Mapping[str, Tensor] | None
     ) -> None:
-        super().__init__(targets, targets.blocks(1), masks)
+        super().__init__(targets, targets.blocks(1), masks, pruner.cost)
         self._allocation, self._fraction = pruner.allocation, pruner.fraction
         self._weights = pack_weights(targets, self._layout, self._alive)
         self._gradient: Tensor | None = None
@@ -133,7 +139,8 @@ class DropAndGrowPath(PruningPath):
         Unstructured().check_sparsity(sparsity)
         kept = torch.empty_like(self._alive)
         free = dict.fromkeys(self._layout.shapes, 0)  # zeros that are there may come back
-        for names, zeros in self._allocation.budgets(self._layout.shapes, free, budget_of(sparsity, self._numel)):
+        goal = self._cost.budget(sparsity, self._cost.total(self._layout.shapes))
+        for names, zeros in self._allocation.budgets(self._layout.shapes, free, goal):
             spans = [self._layout.spans[name] for name in names]
             together = torch.cat([torch.arange(span.start, span.stop, device=kept.device) for span in spans])
             kept[together] = self._exchange(names, together, zeros)
@@ -162,7 +169,7 @@ class DropAndGrowPath(PruningPath):
 
 def _mean(targets: Targets, gradients: GradientSource) -> dict[str, Tensor]:
     """``{target: (*shape)}`` float64 mean of the gradient rows of all processes; every process must call it."""
-    means = Sums(targets, gradients).of(lambda rows: rows)
+    means = RowMean(lambda rows: rows).over(targets, gradients)
     broken = [name for name, mean in means.items() if not bool(torch.isfinite(mean).all())]
     if broken:
         raise GradientError(f"gradients: those of {broken[0]!r} are not finite (NaN or inf). Leave such samples out.")

@@ -5,30 +5,34 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from lightning_cap.calibration.sources import GradientSource, reading
-from lightning_cap.errors import ConfigError, GradientError
+from lightning_cap.calibration.sources import GradientSource, check_any_rows, check_rows, reading
+from lightning_cap.calibration.statistics import GradientSamples
+from lightning_cap.errors import GradientError
 from lightning_cap.fisher.memory_plan import MemoryPlan
 from lightning_cap.pruners.base import Pruner, in_blocks
-from lightning_cap.pruners.scored import ScoredPath, check_counts, require_weightwise_pattern
-from lightning_cap.solver.backend import more_damp
+from lightning_cap.pruners.scored import ScoredPath, require_weightwise_pattern
+from lightning_cap.solver.damping import solve_with_damping
 from lightning_cap.solver.groups import diagonal_groups, group_losses
 from lightning_cap.solver.linalg import spd_inverse
 from lightning_cap.solver.ranking import smallest
 from lightning_cap.sparsity.allocation import Allocation, Global
 from lightning_cap.sparsity.block_layout import BlockLayout
-from lightning_cap.sparsity.patterns import Pattern
+from lightning_cap.sparsity.patterns import PatternArgument
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities import distributed
+from lightning_cap.utilities.arguments import require_counts, require_damp
 from lightning_cap.utilities.precision import full_float32
 from lightning_cap.utilities.progress import Progress
 
 COLUMNS = 32
 
 
+@dataclass(kw_only=True, eq=False)
 class FastCAP(Pruner):
     """Correlation-aware pruning in ``O(B)`` memory an input of a layer and ``O(d·B)`` time, for models too large for `CAP`.
 
@@ -37,7 +41,7 @@ class FastCAP(Pruner):
     Saliencies ``s_b w_p² / (2 [F̄⁻¹]_pp)`` say how many weights each layer loses. One sweep over the ``B`` columns then removes
     them in all blocks at once and moves the columns to the right, in the manner of SparseGPT (Frantar & Alistarh 2023,
     algorithm 1): the Cholesky factor of ``F̄⁻¹`` holds every inverse that the sweep needs. Within each batch of columns the
-    weights that go are chosen anew from the moved values, so that correlations count; a higher sparsity need not remove all
+    pruned weights are chosen anew from the moved values, so that correlations count; a higher sparsity need not remove all
     that a lower one does.
 
     Args:
@@ -47,35 +51,33 @@ class FastCAP(Pruner):
         damp: Added to the diagonal of each ``F̄``, ``λ`` of equation 3.
         columns: Columns in a batch of the sweep.
         allocation: See `Scored`.
-        pattern: Which masks are allowed; of whole groups those of least saliency go.
+        pattern: Which masks are allowed; of whole groups those of least saliency are pruned.
 
     Raises:
         ConfigError: A number is out of range.
         PatternError: ``pattern`` is not one, or one that blocks cannot enforce.
     """
 
-    predicts_loss = True
+    block_size: int = 192
+    num_gradients: int = 4096
+    samples_per_gradient: int = 1
+    damp: float = 1e-8
+    columns: int = COLUMNS
+    allocation: Allocation = Global()
+    pattern: PatternArgument = None
 
-    def __init__(
-        self,
-        block_size: int = 192,
-        num_gradients: int = 4096,
-        samples_per_gradient: int = 1,
-        damp: float = 1e-8,
-        columns: int = COLUMNS,
-        allocation: Allocation | None = None,
-        pattern: Pattern | int | str | None = None,
-    ) -> None:
-        self.allocation = allocation or Global()
-        self.pattern = in_blocks(require_weightwise_pattern(pattern, "FastCAP"), "FastCAP")
-        check_counts(num_gradients, samples_per_gradient)
-        if not 0 < damp < float("inf"):
-            raise ConfigError(f"damp={damp}: the Fisher needs a positive damp to be invertible. Try 1e-8 ... 1e-4.")
-        for name, value in (("block_size", block_size), ("columns", columns)):
-            if value < 1 or value != int(value):
-                raise ConfigError(f"{name}={value}: give a whole number of at least 1.")
-        self.block_size, self.columns = block_size, columns
-        self.num_gradients, self.samples_per_gradient, self.damp = num_gradients, samples_per_gradient, damp
+    predicts_loss: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        self.pattern = in_blocks(require_weightwise_pattern(self.pattern, "FastCAP"), "FastCAP")
+        require_counts(num_gradients=self.num_gradients, samples_per_gradient=self.samples_per_gradient)
+        require_damp(self.damp)
+        require_counts(block_size=self.block_size, columns=self.columns)
+
+    @property
+    def statistic(self) -> GradientSamples:
+        """Gradient rows."""
+        return GradientSamples(self.num_gradients, self.samples_per_gradient)
 
     def check(self, targets: Targets) -> None:
         """Refuse targets that the pattern does not divide, or that the allocation does not know."""
@@ -142,7 +144,7 @@ class FastCAPPath(ScoredPath):
         masks: Mapping[str, Tensor] | None,
         fishers: Mapping[str, SharedFisher],
     ) -> None:
-        super().__init__(targets, layout, masks, pruner.pattern, pruner.allocation)
+        super().__init__(pruner, targets, layout, masks)
         self._columns = max(pruner.columns // layout.group_size, 1) * layout.group_size
         self._factors: dict[str, Tensor] = {}  # (P, B, B) upper, UᵀU = F̄⁻¹
         self._scales: dict[str, Tensor] = {}  # (O, P)
@@ -176,26 +178,26 @@ class FastCAPPath(ScoredPath):
         return blocks.view(-1, _places(self._layout, name), blocks.shape[-1])
 
     def _solution(self, pruned: Tensor) -> tuple[Tensor, Tensor]:
-        weights, gone = self.weights.clone(), pruned.clone()
+        weights, chosen = self.weights.clone(), pruned.clone()
         for name, span in self._layout.spans.items():
             if bool(pruned[span].any()):
-                moved, lost = self._sweep(name, span, self._by_place(name, pruned[span]))
-                weights[span], gone[span] = moved.flatten(0, 1), lost.flatten(0, 1)
-        return weights, gone
+                moved, swept = self._sweep(name, span, self._by_place(name, pruned[span]))
+                weights[span], chosen[span] = moved.flatten(0, 1), swept.flatten(0, 1)
+        return weights, chosen
 
     def _sweep(self, name: str, span: slice, pruned: Tensor) -> tuple[Tensor, Tensor]:
         """Remove as many weights of each batch of columns as ``pruned`` ``(O, P, B)`` has there, and move the columns after."""
         factor = self._factors[name].to(torch.promote_types(torch.float32, self.weights.dtype))
         before, alive = self._by_place(name, self.weights[span]), self._by_place(name, self._alive[span])
-        weights, gone = before.clone(), torch.zeros_like(pruned)
+        weights, chosen = before.clone(), torch.zeros_like(pruned)
         roots = self._scales[name].to(factor.dtype).sqrt().unsqueeze(-1)
         with full_float32():
             for first in range(0, weights.shape[-1], self._columns):
                 part = slice(first, min(first + self._columns, weights.shape[-1]))
                 pivots = factor.diagonal(dim1=-2, dim2=-1)[:, part]
                 scores = roots * weights[..., part] / pivots
-                gone[..., part] = self._choose(scores, alive[..., part], pruned[..., part])
-                dead = gone[..., part] | ~alive[..., part]
+                chosen[..., part] = self._choose(scores, alive[..., part], pruned[..., part])
+                dead = chosen[..., part] | ~alive[..., part]
                 errors = torch.zeros_like(scores)
                 for j in range(part.start, part.stop):
                     error = torch.where(dead[..., j - first], weights[..., j] / factor[:, j, j], 0.0)
@@ -203,12 +205,12 @@ class FastCAPPath(ScoredPath):
                     weights[..., j : part.stop] -= error.unsqueeze(-1) * factor[:, j, j : part.stop]
                 rest = factor[:, part, part.stop :]  # (P, c, B - stop)
                 weights[..., part.stop :] -= torch.bmm(errors.transpose(0, 1), rest).transpose(0, 1)
-        untouched = ~gone.any(-1, keepdim=True)  # a block that loses none is left alone
+        untouched = ~chosen.any(-1, keepdim=True)  # a block without a pruned weight is left alone
         weights = torch.where(untouched, before, weights)
-        return weights.masked_fill(gone | ~alive, 0.0), gone
+        return weights.masked_fill(chosen | ~alive, 0.0), chosen
 
     def _choose(self, scores: Tensor, alive: Tensor, pruned: Tensor) -> Tensor:
-        """Which weights of some columns ``(O, P, c)`` go: those of least ``s_b w² / U_jj²`` as they are now."""
+        """Which weights of some columns ``(O, P, c)`` are pruned: those of least ``s_b w² / U_jj²`` as they are now."""
         if self._pattern.whole_groups:
             return pruned
         squares = scores.float().square().nan_to_num(posinf=torch.finfo(torch.float32).max).contiguous()
@@ -243,13 +245,8 @@ def shared_blocks(layout: BlockLayout, gradients: GradientSource, device: torch.
     parts = {name: replace(layout, shapes={name: shape}) for name, shape in layout.shapes.items()}
     with reading(gradients) as chunks:
         for chunk in chunks:
-            for name, shape in layout.shapes.items():
-                got = tuple(chunk[name].shape[1:]) if name in chunk else None
-                if got != shape:
-                    raise GradientError(
-                        f"gradients: the rows of {name!r} have shape {got}, its weight has {shape}. Give a chunk "
-                        "{target name: (n, *weight.shape)} with every target in it."
-                    )
+            check_rows(chunk, layout.shapes, layout.shapes)
+            for name in layout.shapes:
                 rows = parts[name].pack_rows({name: chunk[name]}, torch.float32, device)  # (n, O·P, B)
                 traces[name] += rows.square().sum((0, 2), dtype=torch.float64).view_as(traces[name])
                 columns = rows.view(-1, shapes[name][0], B).transpose(0, 1)  # (P, n·O, B)
@@ -257,10 +254,7 @@ def shared_blocks(layout: BlockLayout, gradients: GradientSource, device: torch.
                     sums[name] += torch.bmm(columns.mT, columns)
             count += next(iter(chunk.values())).shape[0]
     counts = distributed.gather_counts(count, device)
-    if sum(counts) == 0:
-        raise GradientError(
-            "gradients: the source gave no gradient row. Check that the calibration batches are not empty."
-        )
+    check_any_rows(counts)
     for name, (_, outputs) in shapes.items():
         sums[name] = distributed.sum_over_ranks(sums[name]) / (sum(counts) * outputs)
         traces[name] = distributed.sum_over_ranks(traces[name]) / sum(counts)
@@ -273,13 +267,17 @@ def shared_blocks(layout: BlockLayout, gradients: GradientSource, device: torch.
 
 def _inverse(fisher: Tensor, damp: float) -> tuple[Tensor, Tensor]:
     """Of the damped blocks ``(P, B, B)``, in float64, and the damps ``(P,)``, raised where they were not enough."""
-    damps = torch.full((len(fisher),), damp, dtype=torch.float64, device=fisher.device)
     eye = torch.eye(fisher.shape[-1], dtype=fisher.dtype, device=fisher.device)
-    while True:
-        inverse, well_conditioned = spd_inverse(fisher + damps.view(-1, 1, 1) * eye)
-        if bool(well_conditioned.all()):
-            return (inverse + inverse.mT) / 2, damps
-        damps = torch.where(well_conditioned, damps, more_damp(damps))
+    damps = torch.full((len(fisher),), damp, dtype=torch.float64, device=fisher.device)
+    inverses = torch.empty_like(fisher)
+
+    def attempt(blocks: Tensor, more: Tensor, _: torch.dtype) -> Tensor:
+        inverse, well_conditioned = spd_inverse(fisher[blocks] + more.view(-1, 1, 1) * eye)
+        inverses[blocks], damps[blocks] = (inverse + inverse.mT) / 2, more
+        return well_conditioned
+
+    solve_with_damping(torch.arange(len(fisher), device=fisher.device), damps.clone(), torch.float64, attempt)
+    return inverses, damps
 
 
 def _group_saliency(inverse: Tensor, weights: Tensor, size: int) -> Tensor:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from lightning_cap.calibration.sources import GradientSource
-from lightning_cap.pruners.scored import Scored, Sums, check_counts
-from lightning_cap.sparsity.allocation import Allocation
+from lightning_cap.calibration.statistics import GradientSamples
+from lightning_cap.pruners.row_mean import RowMean
+from lightning_cap.pruners.scored import Scored
 from lightning_cap.sparsity.block_layout import BlockLayout
-from lightning_cap.sparsity.patterns import Pattern
 from lightning_cap.sparsity.targets import Targets
+from lightning_cap.utilities.arguments import require_counts
 
 
+@dataclass(kw_only=True, eq=False)
 class GradientTimesWeight(Scored):
     """Remove the weights of least ``Σ_k |w ⊙ g_k| / N``, equation 9 ("GrW" in the paper; after Sanh et al. 2020).
 
@@ -29,36 +34,38 @@ class GradientTimesWeight(Scored):
         ConfigError: A number is out of range.
     """
 
-    def __init__(
-        self,
-        num_gradients: int = 4096,
-        samples_per_gradient: int = 1,
-        allocation: Allocation | None = None,
-        pattern: Pattern | int | str | None = None,
-    ) -> None:
-        super().__init__(allocation, pattern)
-        check_counts(num_gradients, samples_per_gradient)
-        self.num_gradients, self.samples_per_gradient = num_gradients, samples_per_gradient
+    num_gradients: int = 4096
+    samples_per_gradient: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_counts(num_gradients=self.num_gradients, samples_per_gradient=self.samples_per_gradient)
+
+    @property
+    def statistic(self) -> GradientSamples:
+        """Gradient rows."""
+        return GradientSamples(self.num_gradients, self.samples_per_gradient)
 
     def _saliency(
         self, targets: Targets, layout: BlockLayout, weights: Tensor, gradients: GradientSource
     ) -> Mapping[str, Tensor]:
-        means = Sums(targets, gradients).of(lambda rows: rows.abs())
+        means = RowMean(torch.abs).over(targets, gradients)
         return {name: mean * targets[name].detach().abs() for name, mean in means.items()}
 
 
+@dataclass(kw_only=True, eq=False)
 class Taylor(GradientTimesWeight):
     """Remove the weights for which the loss rises least to first order, ``-w ḡ`` with the mean gradient ``ḡ``.
 
-    The change of the loss when a weight is set to zero alone, signed: weights whose removal promises a lower loss go first,
+    The change of the loss when a weight is set to zero alone, signed: weights whose removal promises a lower loss are pruned first,
     and the predicted loss may be negative (Molchanov et al. 2017, without the absolute value; movement pruning's score at
     one point in time, Sanh et al. 2020). Arguments: see `GradientTimesWeight`.
     """
 
-    predicts_loss = True
+    predicts_loss: ClassVar[bool] = True
 
     def _saliency(
         self, targets: Targets, layout: BlockLayout, weights: Tensor, gradients: GradientSource
     ) -> Mapping[str, Tensor]:
-        means = Sums(targets, gradients).of(lambda rows: rows)
+        means = RowMean(lambda rows: rows).over(targets, gradients)
         return {name: -mean * targets[name].detach() for name, mean in means.items()}

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import ClassVar, get_args
+
 import torch
 from torch import Tensor
 
 from lightning_cap.calibration.layer_inputs import LayerGrams
 from lightning_cap.calibration.sources import GradientSource, reading
-from lightning_cap.errors import ConfigError, GradientError
+from lightning_cap.calibration.statistics import LayerInputs
+from lightning_cap.errors import GradientError
 from lightning_cap.fisher.memory_plan import MemoryPlan
 from lightning_cap.pruners.blockwise import Blockwise
 from lightning_cap.solver import Elimination, eliminate
@@ -15,13 +19,14 @@ from lightning_cap.solver.backend import Backend, choose_backend, work_bytes
 from lightning_cap.solver.ranking import pool_adjacent_violators
 from lightning_cap.sparsity.allocation import Allocation, Uniform
 from lightning_cap.sparsity.block_layout import BlockLayout
-from lightning_cap.sparsity.patterns import Pattern
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities import distributed
+from lightning_cap.utilities.arguments import require_choice, require_counts
 from lightning_cap.utilities.distributed import world_size
 from lightning_cap.utilities.progress import Progress
 
 
+@dataclass(kw_only=True, eq=False)
 class LayerwiseOBS(Blockwise):
     """OBS on ``‖(W - Ŵ) X‖²``, the change of each layer's output on calibration inputs, in place of the loss.
 
@@ -43,26 +48,33 @@ class LayerwiseOBS(Blockwise):
         PatternError: ``pattern`` is not one, or one that blocks cannot enforce.
     """
 
-    predicts_loss = False  # but the error of outputs
+    num_inputs: int = 1024
+    damp: float = 0.01
+    allocation: Allocation = Uniform()
+    backend: Backend = "auto"
 
-    def __init__(
-        self,
-        block_size: int = 192,
-        num_inputs: int = 1024,
-        damp: float = 0.01,
-        allocation: Allocation | None = None,
-        pattern: Pattern | int | str | None = None,
-        backend: Backend = "auto",
-    ) -> None:
-        if num_inputs < 1 or num_inputs != int(num_inputs):
-            raise ConfigError(f"num_inputs={num_inputs}: give a whole number of at least 1.")
-        super().__init__(block_size, 1, 1, damp, allocation or Uniform(), pattern, backend=backend)
-        self.num_inputs, self.num_gradients = num_inputs, 0
+    predicts_loss: ClassVar[bool] = False  # but the error of outputs
+
+    def __post_init__(self) -> None:
+        require_counts(num_inputs=self.num_inputs)
+        require_choice("backend", self.backend, get_args(Backend))
+        super().__post_init__()
+
+    @property
+    def statistic(self) -> LayerInputs:
+        """Inputs of the targets' layers."""
+        return LayerInputs(self.num_inputs)
+
+    @property
+    def solver_backend(self) -> Backend:
+        """``backend``."""
+        return self.backend
 
     def _layout(self, targets: Targets) -> BlockLayout:
         return targets.row_blocks(self.block_size, self.pattern.group_size)
 
-    def _plan(self, layout: BlockLayout, alive: Tensor, rows_bytes: int) -> MemoryPlan:
+    def plan_blocks(self, layout: BlockLayout, alive: Tensor, rows_bytes: int) -> MemoryPlan:
+        """The Hessians of all layers, and chunks of blocks that are solved. No limit is known."""
         busy = alive.any(-1).nonzero().squeeze(1).cpu()
         shares = tuple(busy.tensor_split(world_size()))
         B, entries = layout.block_size, layout.num_blocks * layout.block_size
@@ -74,19 +86,24 @@ class LayerwiseOBS(Blockwise):
         peak = 30 * entries + 4 * B * sum(n + B for n in inputs) + max(rows_bytes + hessians, solve)
         return MemoryPlan(alive.device, peak, None, "block_size", alive.device, 0, (shares,), chunk)
 
-    def _read(self, layout: BlockLayout, plan: MemoryPlan, number: int, gradients: GradientSource) -> SharedBlocks:
+    def read_blocks(
+        self, layout: BlockLayout, plan: MemoryPlan, number: int, gradients: GradientSource
+    ) -> SharedBlocks:
+        """Add up the Hessians."""
         grams = _sum_up(layout, plan.device, gradients)
         own = plan.groups[number]
         return SharedBlocks(layout, grams, own, plan.device)
 
-    def _order(
+    def order_blocks(
         self, fisher: SharedBlocks, weights: Tensor, alive: Tensor, chunk: int, progress: Progress | None
     ) -> Elimination:
+        """By the Optimal Brain Surgeon; losses in the units of the layers' outputs."""
         out = eliminate(fisher, weights, alive, self.damp, self.pattern, progress, self.backend, chunk)
         out.losses.mul_(fisher.scale.unsqueeze(-1))
         return out
 
-    def _scores(self, losses: Tensor) -> Tensor:
+    def merge_scores(self, losses: Tensor) -> Tensor:
+        """The lower convex envelope of each block's losses."""
         return pool_adjacent_violators(losses)
 
 

@@ -1,6 +1,8 @@
-"""Magnitude pruning, the baseline: the smallest absolute weights go, nothing is updated."""
+"""Magnitude pruning, the baseline: the smallest absolute weights are pruned, nothing is updated."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -10,6 +12,7 @@ from lightning_cap.sparsity.block_layout import BlockLayout
 from lightning_cap.sparsity.targets import Targets
 
 
+@dataclass(kw_only=True, eq=False)
 class Magnitude(Scored):
     """Remove the weights of least ``|w|`` ("GM" in the paper with the default `Global` allocation).
 

@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_cap.calibration.sources import GradientSource, reading
-from lightning_cap.errors import ConfigError, PatternError
-from lightning_cap.fisher.blocks import ROW_CHUNK, Storage
+from lightning_cap.errors import PatternError
+from lightning_cap.fisher.blocks import Storage
 from lightning_cap.fisher.matrix_free import DynamicInverse, GradientRows, Inverse, RowBlocks, StaticInverse, at_a_time
-from lightning_cap.fisher.memory_plan import MemoryModel, MemoryPlan, plan_event
-from lightning_cap.pruners.blockwise import Blockwise
+from lightning_cap.fisher.memory_plan import MemoryModel, MemoryPlan
+from lightning_cap.pruners.blockwise import GradientBlockwise
 from lightning_cap.solver import Elimination
-from lightning_cap.solver.backend import more_damp
-from lightning_cap.sparsity.allocation import Allocation
+from lightning_cap.solver.damping import solve_with_damping
+from lightning_cap.solver.one_step import order_by
 from lightning_cap.sparsity.block_layout import BlockLayout
-from lightning_cap.sparsity.patterns import Pattern
+from lightning_cap.utilities.arguments import require_choice
 from lightning_cap.utilities.distributed import raise_on_all_ranks, world_size
-from lightning_cap.utilities.memory import in_chunks, parse_bytes
+from lightning_cap.utilities.memory import in_chunks
 from lightning_cap.utilities.progress import Progress
 
 _MOST = torch.finfo(torch.float32).max
 
 
-class MFAC(Blockwise):
+#: See `MFAC`.
+Mode = Literal["dynamic", "static"]
+
+
+@dataclass(kw_only=True, eq=False)
+class MFAC(GradientBlockwise):
     """OBS saliencies ``w_p² / (2 [F⁻¹]_pp)`` in blocks of thousands of weights, from the gradient rows alone.
 
-    Memory is ``4·N·d`` bytes whatever the block size: no ``B × B`` matrix is ever built. All weights go at once, each with its own
-    update of equation 2, ``δw = -F⁻¹ Σ_q e_q w_q / [F⁻¹]_qq``, as in the paper's comparison.
+    Memory is ``4·N·d`` bytes whatever the block size: no ``B × B`` matrix is ever built. All weights are pruned at once, each
+    with its own update of equation 2, ``δw = -F⁻¹ Σ_q e_q w_q / [F⁻¹]_qq``, as in the paper's comparison.
 
     Args:
         block_size: Weights in a block, ``B``.
@@ -46,60 +51,30 @@ class MFAC(Blockwise):
 
     Raises:
         ConfigError: A setting is out of range.
-        PatternError: ``pattern`` is not one, or has groups that go as a whole.
+        PatternError: ``pattern`` is not one, or has groups that are pruned as a whole.
     """
 
-    def __init__(
-        self,
-        block_size: int = 2048,
-        num_gradients: int = 1024,
-        samples_per_gradient: int = 1,
-        damp: float = 1e-8,
-        mode: Literal["dynamic", "static"] = "dynamic",
-        allocation: Allocation | None = None,
-        pattern: Pattern | int | str | None = None,
-        max_memory: int | str | None = None,
-        row_chunk: int = ROW_CHUNK,
-    ) -> None:
-        if mode not in ("dynamic", "static"):
-            raise ConfigError(f"mode={mode!r}: choose 'dynamic' or 'static'.")
-        self.mode = mode
-        super().__init__(
-            block_size,
-            num_gradients,
-            samples_per_gradient,
-            damp,
-            allocation,
-            pattern,
-            max_memory,
-            backend="torch",
-            row_chunk=row_chunk,
-        )
+    block_size: int = 2048
+    num_gradients: int = 1024
+    mode: Mode = "dynamic"
+
+    def __post_init__(self) -> None:
+        require_choice("mode", self.mode, get_args(Mode))
+        super().__post_init__()
         if self.pattern.whole_groups:
             raise PatternError(
                 f"pattern={self.pattern}: MFAC has only the diagonal of the inverse, not its groups. Use CAP, WoodFisher or "
                 "FastCAP with it."
             )
 
-    def _plan(self, layout: BlockLayout, alive: Tensor, rows_bytes: int) -> MemoryPlan:
-        static = self.mode == "static"
-        sizes = _RowMemoryModel(
-            layout.block_size,
-            layout.num_blocks,
-            self.row_chunk,
-            "full",
-            "torch",
-            rows_bytes,
-            world_size(),
-            rows=self.num_gradients,
-            static=static,
-        )
-        busy = alive.any(-1).nonzero().squeeze(1).cpu()
-        plan = plan_event(sizes, busy, alive.device, parse_bytes(self.max_memory, "max_memory"))
-        plan.check()
-        return plan
+    def memory_model(self, layout: BlockLayout, alive: Tensor, rows_bytes: int) -> MemoryModel:
+        """Gradient rows in place of Fisher blocks."""
+        sizes = layout.block_size, layout.num_blocks, self.row_chunk
+        rows, static = self.num_gradients, self.mode == "static"
+        return _RowMemoryModel(*sizes, "full", "torch", rows_bytes, world_size(), rows=rows, static=static)
 
-    def _read(self, layout: BlockLayout, plan: MemoryPlan, number: int, gradients: GradientSource) -> RowBlocks:
+    def read_blocks(self, layout: BlockLayout, plan: MemoryPlan, number: int, gradients: GradientSource) -> RowBlocks:
+        """Keep the rows of this rank's blocks of one pass."""
         with raise_on_all_ranks("Making room for the gradients"):
             rows = GradientRows(layout, plan.device, self.row_chunk, "full", plan.storage_device, plan.shares[number])
         with reading(gradients) as chunks:
@@ -107,9 +82,10 @@ class MFAC(Blockwise):
                 rows.update(chunk)
         return rows.finish()
 
-    def _order(
+    def order_blocks(
         self, fisher: RowBlocks, weights: Tensor, alive: Tensor, chunk: int, progress: Progress | None
     ) -> Elimination:
+        """All weights of a block at once, by their saliency."""
         K, B = weights.shape
         out = Elimination.untouched(K, B, self.damp, weights.device)
         busy = self.pattern.removable(alive).any(-1).nonzero().squeeze(1)
@@ -117,7 +93,7 @@ class MFAC(Blockwise):
 
         def work(blocks: Tensor) -> None:
             nonlocal done
-            self._order_some(fisher, blocks, weights[blocks].double(), alive[blocks], out)
+            self._order_some(fisher, blocks, weights, alive, out)
             done += len(blocks)
             if progress is not None:
                 progress("solve", done, len(busy))
@@ -126,40 +102,43 @@ class MFAC(Blockwise):
         return out
 
     def _order_some(self, fisher: RowBlocks, blocks: Tensor, weights: Tensor, alive: Tensor, out: Elimination) -> None:
-        damp = torch.full_like(out.damp[blocks], self.damp)
-        while True:
-            inverse = self._inverse(fisher, blocks, alive, damp)
+        def attempt(chosen: Tensor, damp: Tensor, _: torch.dtype) -> Tensor:
+            inverse = self._inverse(fisher, chosen, alive[chosen], damp)
             diagonal = inverse.diagonal()
             good = inverse.well_conditioned & torch.isfinite(diagonal).all(-1)
-            if bool(good.all()):
-                break
-            damp = torch.where(good, damp, more_damp(damp))
-        scores = (weights.square() / diagonal / 2).clamp_max(_MOST)
-        goes = alive if self.pattern.sparsity is None else self.pattern.lowest_scores(scores, alive)
-        losses, order = scores.masked_fill(~goes, torch.inf).sort(dim=-1, stable=True)
-        places = torch.arange(weights.shape[1], device=order.device).expand_as(order)
-        rank = torch.empty_like(order).scatter_(1, order, places).masked_fill_(~goes, weights.shape[1])
-        out.rank[blocks], out.losses[blocks] = rank.to(out.rank.dtype), losses.float()
-        out.steps[blocks], out.damp[blocks], out.use_float64[blocks] = goes.sum(-1), damp, True
-        if self.mode == "static":
-            fisher.inverses.append((blocks, inverse))
+            if not bool(good.all()):
+                chosen, damp = chosen[good], damp[good]
+                inverse = self._inverse(fisher, chosen, alive[chosen], damp)
+                diagonal = inverse.diagonal()
+            scores = (weights[chosen].double().square() / diagonal / 2).clamp_max(_MOST)
+            here = alive[chosen]
+            pruned = here if self.pattern.sparsity is None else self.pattern.lowest_scores(scores, here)
+            rank, losses = order_by(scores, pruned)
+            out.rank[chosen], out.losses[chosen] = rank.to(out.rank.dtype), losses.float()
+            out.steps[chosen], out.damp[chosen], out.use_float64[chosen] = pruned.sum(-1), damp, True
+            if self.mode == "static":
+                fisher.inverses.append((chosen, inverse))
+            return good
 
-    def _rebuild(
+        solve_with_damping(blocks, torch.full_like(out.damp[blocks], self.damp), torch.float64, attempt)
+
+    def rebuild_blocks(
         self,
         fisher: RowBlocks,
         weights: Tensor,
         alive: Tensor,
-        lost: Tensor,
+        pruned: Tensor,
         damp: Tensor,
         use_float64: Tensor,
         chunk: int,
     ) -> Tensor:
-        kept = alive & ~lost
+        """Each pruned weight pushes the others by its own update of equation 2."""
+        kept = alive & ~pruned
         result = torch.where(kept, weights, 0.0)
-        touched = lost.any(-1) & kept.any(-1)
+        touched = pruned.any(-1) & kept.any(-1)
 
         def move(blocks: Tensor, inverse: Inverse) -> None:
-            pushed = torch.where(lost[blocks], weights[blocks].double() / inverse.diagonal(), 0.0)
+            pushed = torch.where(pruned[blocks], weights[blocks].double() / inverse.diagonal(), 0.0)
             moved = torch.where(kept[blocks], weights[blocks] - inverse.times(pushed), 0.0)
             result[blocks] = torch.where(touched[blocks].unsqueeze(-1), moved.to(result.dtype), result[blocks])
 

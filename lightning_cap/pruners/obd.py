@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from lightning_cap.calibration.sources import GradientSource
+from lightning_cap.calibration.statistics import GradientSamples
 from lightning_cap.errors import ConfigError
-from lightning_cap.pruners.scored import Scored, Sums, check_counts
-from lightning_cap.sparsity.allocation import Allocation
+from lightning_cap.pruners.row_mean import RowMean
+from lightning_cap.pruners.scored import Scored
 from lightning_cap.sparsity.block_layout import BlockLayout
-from lightning_cap.sparsity.patterns import Pattern
 from lightning_cap.sparsity.targets import Targets
+from lightning_cap.utilities.arguments import require_counts
 
 
+@dataclass(kw_only=True, eq=False)
 class DiagonalFisher(Scored):
     """Remove the weights of least ``½ w² (damp + Σ_k g_k² / N)`` (OBD, LeCun et al. 1989; "WF-1" in the paper).
 
@@ -31,24 +36,25 @@ class DiagonalFisher(Scored):
         ConfigError: A number is out of range.
     """
 
-    predicts_loss = True
+    num_gradients: int = 4096
+    samples_per_gradient: int = 1
+    damp: float = 1e-8
 
-    def __init__(
-        self,
-        num_gradients: int = 4096,
-        samples_per_gradient: int = 1,
-        damp: float = 1e-8,
-        allocation: Allocation | None = None,
-        pattern: Pattern | int | str | None = None,
-    ) -> None:
-        super().__init__(allocation, pattern)
-        check_counts(num_gradients, samples_per_gradient)
-        if not 0 <= damp < float("inf"):
-            raise ConfigError(f"damp={damp}: give a finite number of at least 0, such as 1e-8.")
-        self.num_gradients, self.samples_per_gradient, self.damp = num_gradients, samples_per_gradient, damp
+    predicts_loss: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_counts(num_gradients=self.num_gradients, samples_per_gradient=self.samples_per_gradient)
+        if not 0 <= self.damp < float("inf"):
+            raise ConfigError(f"damp={self.damp}: give a finite number of at least 0, such as 1e-8.")
+
+    @property
+    def statistic(self) -> GradientSamples:
+        """Gradient rows."""
+        return GradientSamples(self.num_gradients, self.samples_per_gradient)
 
     def _saliency(
         self, targets: Targets, layout: BlockLayout, weights: Tensor, gradients: GradientSource
     ) -> Mapping[str, Tensor]:
-        means = Sums(targets, gradients).of(lambda rows: rows.square())
+        means = RowMean(torch.square).over(targets, gradients)
         return {name: (mean + self.damp) * targets[name].detach().double().square() / 2 for name, mean in means.items()}

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import zlib
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_cap.calibration.sources import GradientSource
 from lightning_cap.pruners.scored import Scored
-from lightning_cap.sparsity.allocation import Allocation
 from lightning_cap.sparsity.block_layout import BlockLayout
-from lightning_cap.sparsity.patterns import Pattern
 from lightning_cap.sparsity.targets import Targets
 
 
+@dataclass(kw_only=True, eq=False)
 class Random(Scored):
     """Remove weights by lot. The same seed and target name draw the same lots, so events of one run are nested.
 
-    Needs no gradients. Zeros cost nothing and go first.
+    Needs no gradients. Zeros cost nothing and are pruned first.
 
     Args:
         seed: Of the lots.
@@ -26,11 +26,7 @@ class Random(Scored):
         pattern: See `Scored`.
     """
 
-    def __init__(
-        self, seed: int = 0, allocation: Allocation | None = None, pattern: Pattern | int | str | None = None
-    ) -> None:
-        super().__init__(allocation, pattern)
-        self.seed = seed
+    seed: int = 0
 
     def _saliency(self, targets: Targets, layout: BlockLayout, weights: Tensor, gradients: GradientSource) -> Tensor:
         drawn = {}

@@ -1,43 +1,46 @@
-"""Methods that give every weight one saliency and remove the least: what they have in common."""
+"""Methods that give every weight one saliency and prune those of least saliency: what they have in common."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_cap.calibration.sources import GradientSource, reading
-from lightning_cap.errors import ConfigError, GradientError, PatternError
+from lightning_cap.calibration.sources import GradientSource
+from lightning_cap.errors import GradientError, PatternError
 from lightning_cap.fisher.memory_plan import MemoryPlan
-from lightning_cap.pruners.base import Pruner, PruneResult, PruningPath, pack_weights
+from lightning_cap.pruners.base import Pruner
+from lightning_cap.pruners.paths import PruneResult, PruningPath, pack_weights
 from lightning_cap.solver.ranking import select, smallest
 from lightning_cap.sparsity.allocation import Allocation, Global
 from lightning_cap.sparsity.block_layout import BlockLayout
-from lightning_cap.sparsity.patterns import Pattern, as_pattern
+from lightning_cap.sparsity.patterns import Pattern, PatternArgument, as_pattern
 from lightning_cap.sparsity.targets import Targets
-from lightning_cap.utilities import distributed
 from lightning_cap.utilities.progress import Progress
 
 
+@dataclass(kw_only=True, eq=False)
 class Scored(Pruner):
-    """Base of methods with one saliency a weight; subclasses say in `_saliency` what it is. Kept weights are not changed.
+    """Base of methods with one saliency per weight; subclasses say in `_saliency` what it is. Kept weights are not changed.
 
-    Takes every pattern: groups and output rows go by the sum of their saliencies a weight.
+    Takes every pattern: groups and output rows are ranked by their mean saliency per weight.
 
     Args:
-        allocation: How zeros are shared out over the targets. Default: `Global`.
+        allocation: How zeros are shared out over the targets.
         pattern: Which masks are allowed. Default: `Unstructured`.
 
     Raises:
         PatternError: ``pattern`` is not a pattern, or constrains groups without a sparsity of its own.
     """
 
-    def __init__(self, allocation: Allocation | None = None, pattern: Pattern | int | str | None = None) -> None:
-        self.allocation = allocation or Global()
-        self.pattern = require_weightwise_pattern(pattern, type(self).__name__)
+    allocation: Allocation = Global()
+    pattern: PatternArgument = None
+
+    def __post_init__(self) -> None:
+        self.pattern = require_weightwise_pattern(self.pattern, type(self).__name__)
 
     def check(self, targets: Targets) -> None:
         """Refuse targets that the pattern does not divide, or that the allocation does not know."""
@@ -61,7 +64,7 @@ class Scored(Pruner):
     ) -> ScoredPath:
         """Compute every weight's saliency."""
         layout = self._layout(targets)
-        path = ScoredPath(targets, layout, masks, self.pattern, self.allocation)
+        path = ScoredPath(self, targets, layout, masks)
         path.score(self._saliency(targets, layout, path.weights, gradients), self._losses(path.weights))
         return path
 
@@ -83,26 +86,20 @@ class ScoredPath(PruningPath):
     """All weights and their saliencies.
 
     Args:
+        pruner: Says which masks are allowed, how zeros are shared out and what a goal counts.
         targets: See `PruningPath`.
         layout: Blocks without padding, or of a pattern that is enforced in blocks.
         masks: See `PruningPath`.
-        pattern: Which masks are allowed.
-        allocation: How zeros are shared out.
 
     Attributes:
         weights: ``(K, B)``, zero where masked.
     """
 
     def __init__(
-        self,
-        targets: Targets,
-        layout: BlockLayout,
-        masks: Mapping[str, Tensor] | None,
-        pattern: Pattern,
-        allocation: Allocation,
+        self, pruner: Pruner, targets: Targets, layout: BlockLayout, masks: Mapping[str, Tensor] | None
     ) -> None:
-        super().__init__(targets, layout, masks)
-        self._pattern, self._allocation = pattern, allocation
+        super().__init__(targets, layout, masks, pruner.cost)
+        self._pattern, self._allocation = pruner.pattern, pruner.allocation
         self.weights = pack_weights(targets, layout, self._alive)
         self.stats: dict[str, float] = {}
 
@@ -126,20 +123,20 @@ class ScoredPath(PruningPath):
         self._signed = bool((self._saliency < 0).any())
 
     def at(self, sparsity: float) -> PruneResult:
-        """See `PruningPath.at`; ``predicted_loss`` is the sum of the saliencies of what goes.
+        """See `PruningPath.at`; ``predicted_loss`` is the sum of the saliencies of what is pruned.
 
-        Of whole groups and rows so many go that there are not more zeros than asked for.
+        Of whole groups and rows as many are pruned as fit into the zeros that are asked for.
         """
         pruned = self._pruned(sparsity)
-        weights, gone = self._solution(pruned)
-        return self._result(weights, self._alive & ~gone, self._loss(pruned), self.stats)
+        weights, chosen = self._solution(pruned)
+        return self._result(weights, self._alive & ~chosen, self._loss(pruned), self.stats)
 
     def curve(self, sparsities: Sequence[float]) -> list[float]:
         """Sums of saliencies. See `PruningPath.curve`."""
         return [self._loss(self._pruned(sparsity)) for sparsity in sparsities]
 
     def _solution(self, pruned: Tensor) -> tuple[Tensor, Tensor]:
-        """The weights ``(K, B)``, and which of them go."""
+        """The weights ``(K, B)``, and which of them are pruned."""
         return self.weights.masked_fill(pruned, 0.0), pruned
 
     def _pruned(self, sparsity: float) -> Tensor:
@@ -159,7 +156,7 @@ class ScoredPath(PruningPath):
         return select(scores, rows, removals, most, signed=self._signed)
 
     def _whole_units(self, removals: list[tuple[list[str], int]], most: dict[str, int] | None) -> Tensor:
-        """Units of least saliency a weight, as many as have room in each budget."""
+        """Units of least saliency per weight, as many as each budget has room for."""
         pruned = torch.zeros_like(self._alive)
         for names, count in removals:
             scores, sizes = [], []
@@ -171,15 +168,15 @@ class ScoredPath(PruningPath):
                     value = value.masked_fill(size == 0, torch.inf)
                 scores.append(value)
                 sizes.append(size)
-            gone = _take(torch.cat(scores), torch.cat(sizes), count).split([len(value) for value in scores])
-            for name, units in zip(names, gone, strict=True):
+            taken = _take(torch.cat(scores), torch.cat(sizes), count).split([len(value) for value in scores])
+            for name, units in zip(names, taken, strict=True):
                 span, shape = self._layout.spans[name], self._layout.shapes[name]
                 members = self._pattern.units(self._alive[span], shape)
                 pruned[span] = (members & units.unsqueeze(1)).reshape(pruned[span].shape)
         return pruned
 
     def _scores_of_units(self, name: str) -> tuple[Tensor, Tensor]:
-        """Saliency a weight and alive weights of each unit of a target, ``(U,)``; infinite and 0 for one that is gone."""
+        """Saliency per weight and alive weights of each unit of a target, ``(U,)``; infinite and 0 for one that is pruned."""
         span, shape = self._layout.spans[name], self._layout.shapes[name]
         sizes = self._pattern.units(self._alive[span], shape).sum(-1)
         sums = self._pattern.units(self._saliency[span], shape).sum(-1, dtype=torch.float64)
@@ -198,50 +195,8 @@ def _take(scores: Tensor, sizes: Tensor, count: int) -> Tensor:
     return torch.zeros_like(fits).scatter_(0, order, fits)
 
 
-class Sums:
-    """Adds up statistics of gradient rows for every weight, over all processes, in float64.
-
-    Args:
-        targets: The weights.
-        gradients: Rows; read once.
-    """
-
-    def __init__(self, targets: Targets, gradients: GradientSource) -> None:
-        self._targets, self._gradients = targets, gradients
-        self.count = 0
-
-    def of(self, statistic: Any) -> dict[str, Tensor]:
-        """Mean over all rows of ``statistic(rows)``, which gives ``(n, *shape)``; float64.
-
-        Raises:
-            GradientError: There is no row, a target is missing, or its rows do not have the weight's shape.
-        """
-        sums = {n: torch.zeros(w.shape, dtype=torch.float64, device=w.device) for n, w in self._targets.items()}
-        with reading(self._gradients) as chunks:
-            for chunk in chunks:
-                self._check(chunk)
-                for name, total in sums.items():
-                    total += statistic(chunk[name].to(total.device).float()).sum(0, dtype=torch.float64)
-                self.count += next(iter(chunk.values())).shape[0]
-        counts = distributed.gather_counts(self.count, self._targets.device)
-        if sum(counts) == 0:
-            raise GradientError(
-                "gradients: the source gave no gradient row. Check that the calibration batches are not empty."
-            )
-        return {name: distributed.sum_over_ranks(total) / sum(counts) for name, total in sums.items()}
-
-    def _check(self, chunk: Mapping[str, Tensor]) -> None:
-        for name, weight in self._targets.items():
-            got = tuple(chunk[name].shape[1:]) if name in chunk else None
-            if got != tuple(weight.shape):
-                raise GradientError(
-                    f"gradients: the rows of {name!r} have shape {got}, its weight has {tuple(weight.shape)}. Give a chunk "
-                    "{target name: (n, *weight.shape)} with every target in it."
-                )
-
-
-def require_weightwise_pattern(pattern: Pattern | int | str | None, method: str) -> Pattern:
-    """A pattern for which one saliency a weight is enough.
+def require_weightwise_pattern(pattern: object, method: str) -> Pattern:
+    """A pattern for which one saliency per weight is enough.
 
     Raises:
         PatternError: It is no pattern, or constrains groups without a sparsity of its own.
@@ -253,14 +208,3 @@ def require_weightwise_pattern(pattern: Pattern | int | str | None, method: str)
             "is none of them. Use CAP, or a pattern such as NofM or BlockOf."
         )
     return chosen
-
-
-def check_counts(num_gradients: int, samples_per_gradient: int) -> None:
-    """Refuse numbers that are not whole and positive.
-
-    Raises:
-        ConfigError: One is not.
-    """
-    for name, value in (("num_gradients", num_gradients), ("samples_per_gradient", samples_per_gradient)):
-        if value < 1 or value != int(value):
-            raise ConfigError(f"{name}={value}: give a whole number of at least 1.")

@@ -3,27 +3,31 @@
 from __future__ import annotations
 
 import functools
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 from torch import Tensor
 
-from lightning_cap.errors import ConfigError
-from lightning_cap.fisher.blocks import ROW_CHUNK, FisherBlocks, Storage
-from lightning_cap.pruners.blockwise import Blockwise
+from lightning_cap.fisher.blocks import FisherBlocks
+from lightning_cap.pruners.blockwise import FisherBlockwise
 from lightning_cap.solver import Elimination, eliminate, reconstruct, update_independently
 from lightning_cap.solver.backend import factor_first
 from lightning_cap.solver.one_step import rank_by_saliency
-from lightning_cap.sparsity.allocation import Allocation
-from lightning_cap.sparsity.patterns import Pattern
+from lightning_cap.utilities.arguments import require_choice
 from lightning_cap.utilities.progress import Progress
 
+#: How kept weights move; see `WoodFisher`.
+Update = Literal["joint", "simple", "none"]
 
-class WoodFisher(Blockwise):
-    """The saliency of equation 2 on the dense model, ``w_p² / (2 [F⁻¹]_pp)``, in blocks; the least go together.
+
+@dataclass(kw_only=True, eq=False)
+class WoodFisher(FisherBlockwise):
+    """The saliency of equation 2 on the dense model, ``w_p² / (2 [F⁻¹]_pp)``, in blocks; the weights of least saliency are
+    pruned together.
 
     Unlike in `CAP`, a weight's saliency does not know what else is removed, and the predicted loss, the sum of the
-    saliencies, leaves their interplay out. With `lightning_cap.sparsity.BlockOf` groups go by ``½ w_gᵀ ([F⁻¹]_gg)⁻¹ w_g`` (equation
-    5, oBERT). For recomputations see ``num_recomputations`` of `lightning_cap.CAPPruningCallback`.
+    saliencies, leaves their interplay out. With `lightning_cap.sparsity.BlockOf` groups are ranked by ``½ w_gᵀ ([F⁻¹]_gg)⁻¹
+    w_g`` (equation 5, oBERT). For recomputations see ``num_recomputations`` of `lightning_cap.CAPPruningCallback`.
 
     Args:
         block_size: Weights in a Fisher block, ``B``.
@@ -45,59 +49,37 @@ class WoodFisher(Blockwise):
         PatternError: ``pattern`` is not one, or one that blocks cannot enforce.
     """
 
-    def __init__(
-        self,
-        block_size: int = 64,
-        num_gradients: int = 4096,
-        samples_per_gradient: int = 1,
-        damp: float = 1e-8,
-        update: Literal["joint", "simple", "none"] = "joint",
-        allocation: Allocation | None = None,
-        pattern: Pattern | int | str | None = None,
-        max_memory: int | str | None = None,
-        storage: Storage = "auto",
-        row_chunk: int = ROW_CHUNK,
-        allow_tf32: bool = False,
-    ) -> None:
-        if update not in ("joint", "simple", "none"):
-            raise ConfigError(f"update={update!r}: choose 'joint', 'simple' or 'none'.")
-        self.update = update
-        super().__init__(
-            block_size,
-            num_gradients,
-            samples_per_gradient,
-            damp,
-            allocation,
-            pattern,
-            max_memory,
-            storage,
-            "torch",
-            row_chunk,
-            allow_tf32,
-        )
+    block_size: int = 64
+    update: Update = "joint"
 
-    def _order(
+    def __post_init__(self) -> None:
+        require_choice("update", self.update, get_args(Update))
+        super().__post_init__()
+
+    def order_blocks(
         self, fisher: FisherBlocks, weights: Tensor, alive: Tensor, chunk: int, progress: Progress | None
     ) -> Elimination:
+        """All weights of a block at once, by their saliency on the dense block."""
         pattern = self.pattern
         order = functools.partial(
             factor_first, lambda inverse, floor, w, left: rank_by_saliency(inverse, floor, w, left, pattern)
         )
         return eliminate(fisher, weights, alive, self.damp, pattern, progress, chunk=chunk, solve=order)
 
-    def _rebuild(
+    def rebuild_blocks(
         self,
         fisher: FisherBlocks,
         weights: Tensor,
         alive: Tensor,
-        lost: Tensor,
+        pruned: Tensor,
         damp: Tensor,
         use_float64: Tensor,
         chunk: int,
     ) -> Tensor:
+        """By ``update``."""
         if self.update == "joint":
-            return reconstruct(fisher, weights, alive, lost, damp, use_float64, "auto", chunk)
+            return reconstruct(fisher, weights, alive, pruned, damp, use_float64, "auto", chunk)
         if self.update == "none":
-            return weights.masked_fill(~alive | lost, 0.0)
+            return weights.masked_fill(~alive | pruned, 0.0)
         size = self.pattern.group_size if self.pattern.whole_groups else 1
-        return update_independently(fisher, weights, alive, lost, damp, use_float64, size, chunk)
+        return update_independently(fisher, weights, alive, pruned, damp, use_float64, size, chunk)

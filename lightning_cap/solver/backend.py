@@ -4,27 +4,26 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol, get_args
 
 import torch
 from torch import Tensor
 
-from lightning_cap.errors import ConfigError, GradientError
+from lightning_cap.errors import ConfigError
 from lightning_cap.solver.groups import eliminate_groups
 from lightning_cap.solver.linalg import restrict, spd_inverse
 from lightning_cap.solver.numba_backend import solve_numba
 from lightning_cap.solver.torch_backend import eliminate_left_looking
 from lightning_cap.solver.triton_backend import eliminate_triton, unavailable
-
-if TYPE_CHECKING:  # the solver asks a pattern for candidates and their rule, and knows no more of it
-    from lightning_cap.sparsity.patterns import Pattern
+from lightning_cap.sparsity.patterns import Pattern
+from lightning_cap.utilities.arguments import require_choice
 
 #: Code of the solver; ``"auto"`` takes numba on the CPU, triton on CUDA where it is installed, else torch.
 Backend = Literal["auto", "torch", "numba", "triton"]
 
 #: ``solve(fisher, blocks, weights, alive, damp, dtype)`` -> ``(rank, losses, well_conditioned)``: factors and eliminates
 #: ``fisher[blocks]`` in ``dtype``; ``weights``, ``alive`` ``(k, B)`` and ``damp`` ``(k,)`` are those of these blocks.
-#: ``rank`` is ``(k, B)`` int, ``B`` for weights that never go; ``losses`` ``(k, B)``, infinite past a block's last step;
+#: ``rank`` is ``(k, B)`` int, ``B`` for weights that are never pruned; ``losses`` ``(k, B)``, infinite past a block's last step;
 #: ``well_conditioned`` ``(k,)``, False for blocks that cannot be trusted in that dtype, whose other outputs mean nothing.
 Solve = Callable[["Blocks", Tensor, Tensor, Tensor, Tensor, torch.dtype], tuple[Tensor, Tensor, Tensor]]
 
@@ -35,24 +34,8 @@ _CPU_FLOATS = 2**22  # of (k, B, B) in one chunk: stays in the last-level cache
 _LARGE_FLOATS = 2**26  # enough programs to fill the device a few times over
 
 
-_DAMP_STEP = 10.0
-
-
-def more_damp(damp: Tensor) -> Tensor:
-    """Ten times the damp, for blocks that do not factor.
-
-    Raises:
-        GradientError: It is so large that the blocks cannot be finite.
-    """
-    damp = damp * _DAMP_STEP
-    if not bool(torch.isfinite(damp).all()):
-        raise GradientError("fisher: a block is not finite, so no damp makes it invertible. Check the gradients for NaN and "
-                            "infinity.")  # fmt: skip
-    return damp
-
-
 class Blocks(Protocol):
-    """Fisher blocks by index: a ``(K, B, B)`` tensor, or `lightning_cap.fisher.FisherBlocks`."""
+    """Fisher blocks by index: a ``(K, B, B)`` tensor, or `lightning_cap.fisher.blocks.FisherBlocks`."""
 
     def __getitem__(self, index: Tensor, /) -> Tensor:
         """``(k,)`` int64 -> ``(k, B, B)`` float32."""
@@ -84,8 +67,7 @@ def choose_backend(
     Raises:
         ConfigError: The backend cannot run on ``device``, or does not know ``pattern``.
     """
-    if backend not in ("auto", "torch", "numba", "triton"):
-        raise ConfigError(f"backend={backend!r}: choose 'auto', 'torch', 'numba' or 'triton'.")
+    require_choice("backend", backend, get_args(Backend))
     known = pattern is None or pattern.kept_in_group is not None
     if backend == "auto":
         if not known:

@@ -1,21 +1,19 @@
-"""`eliminate`: the order in which the weights of every block go, and what each removal costs."""
+"""`eliminate`: the order in which the weights of every block are pruned, and what each removal costs."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from lightning_cap.solver.backend import Backend, Blocks, Solve, choose_solve, chunk_blocks, more_damp
+from lightning_cap.solver.backend import Backend, Blocks, Solve, choose_solve, chunk_blocks
+from lightning_cap.solver.damping import solve_with_damping
+from lightning_cap.sparsity.patterns import Pattern
 from lightning_cap.utilities.memory import in_chunks
 from lightning_cap.utilities.precision import full_float32
 from lightning_cap.utilities.progress import Progress
-
-if TYPE_CHECKING:
-    from lightning_cap.sparsity.patterns import Pattern
 
 _MOST = torch.finfo(torch.float32).max
 
@@ -25,10 +23,10 @@ class Elimination:
     """The outcome of OBS elimination over all blocks.
 
     Attributes:
-        rank: ``(K, B)`` int16 or int32, the step at which each weight goes; ``B`` for weights that never do (masked,
-            padding, or kept by the pattern).
+        rank: ``(K, B)`` int16 or int32, the step at which each weight is pruned; ``B`` for weights that never are
+            (masked, padding, or kept by the pattern).
         losses: ``(K, B)`` float32 marginal losses by step, infinite past a block's last step.
-        steps: ``(K,)`` int64, how many weights of each block go.
+        steps: ``(K,)`` int64, how many weights of each block are pruned.
         damp: ``(K,)`` float64, the damp each block was factored with.
         use_float64: ``(K,)`` bool, True where float64 was needed.
         requested_damp: The damp that was asked for.
@@ -82,7 +80,7 @@ def eliminate(
 ) -> Elimination:
     """OBS elimination of every block (algorithm 1, lines 3-14, without its stored traces).
 
-    Precision is decided a block at a time from a condition estimate: float32 where that is safe, float64 elsewhere. A
+    Precision is decided per block from a condition estimate: float32 where that is safe, float64 elsewhere. A
     block that fails in float64 too gets ten times its damp until it factors.
 
     Args:
@@ -90,7 +88,7 @@ def eliminate(
         weights: ``(K, B)`` float32.
         alive: ``(K, B)`` bool, False on padding and masked weights.
         damp: ``λ`` of equation 3, > 0.
-        pattern: Which weights may go.
+        pattern: Which weights may be pruned.
         progress: Called as ``progress("solve", blocks done, K)``.
         backend: ``"torch"`` (any device), ``"numba"`` (CPU), ``"triton"`` (CUDA), or the fastest that there is.
         chunk: Blocks at a time; halved when memory runs out. Default: what suits the device's caches.
@@ -107,7 +105,7 @@ def eliminate(
 
     def work(blocks: Tensor) -> None:
         nonlocal done
-        _eliminate_chunk(code, fisher, blocks, weights[blocks], alive[blocks], out)
+        _eliminate_chunk(code, fisher, blocks, weights, alive, out)
         done += len(blocks)
         if progress is not None:
             progress("solve", done, len(busy))
@@ -120,21 +118,16 @@ def eliminate(
 def _eliminate_chunk(
     solve: Solve, fisher: Blocks, blocks: Tensor, weights: Tensor, alive: Tensor, out: Elimination
 ) -> None:
-    """Eliminate some blocks in float32, those for which that is not enough in float64, into ``out``."""
-    damp = torch.full_like(out.damp[blocks], out.requested_damp)
-    dtype = torch.float32
-    while len(blocks):
-        rank, losses, well_conditioned = solve(fisher, blocks, weights, alive, damp, dtype)
-        taken = blocks[well_conditioned]
-        out.rank[taken] = rank[well_conditioned].to(out.rank.dtype)
-        out.losses[taken] = torch.where(losses.isinf(), torch.inf, losses.clamp(max=_MOST))[well_conditioned].float()
-        out.steps[taken] = torch.isfinite(losses[well_conditioned]).sum(-1)
-        out.damp[taken] = damp[well_conditioned]
+    """Eliminate some blocks into ``out``: in float32 where that is enough, else in float64."""
+
+    def attempt(chosen: Tensor, damp: Tensor, dtype: torch.dtype) -> Tensor:
+        rank, losses, done = solve(fisher, chosen, weights[chosen], alive[chosen], damp, dtype)
+        taken = chosen[done]
+        out.rank[taken] = rank[done].to(out.rank.dtype)
+        out.losses[taken] = torch.where(losses.isinf(), torch.inf, losses.clamp(max=_MOST))[done].float()
+        out.steps[taken] = torch.isfinite(losses[done]).sum(-1)
+        out.damp[taken] = damp[done]
         out.use_float64[taken] = dtype == torch.float64
-        if bool(well_conditioned.all()):
-            return
-        ill_conditioned = ~well_conditioned
-        blocks, weights, alive, damp = (t[ill_conditioned] for t in (blocks, weights, alive, damp))
-        if dtype == torch.float64:
-            damp = more_damp(damp)
-        dtype = torch.float64
+        return done
+
+    solve_with_damping(blocks, torch.full_like(out.damp[blocks], out.requested_damp), torch.float32, attempt)

@@ -10,7 +10,7 @@ def group_losses(small: Tensor, floor: Tensor, weights: Tensor) -> Tensor:
     """``½ w_gᵀ (H_gg)⁻¹ w_g``, what it costs to remove each group as a whole (equation 5).
 
     Args:
-        small: ``H_gg``, ``(k, G, n, n)``; decoupled from members that are gone, whose weights are zero.
+        small: ``H_gg``, ``(k, G, n, n)``; decoupled from pruned members, whose weights are zero.
         floor: ``(k, G, n)`` lower bound of every pivot, ``1 / F_pp``.
         weights: ``(k, G, n)``.
 
@@ -37,7 +37,7 @@ def diagonal_groups(inverse: Tensor, size: int) -> Tensor:
 def eliminate_groups(
     inverse: Tensor, floor: Tensor, weights: Tensor, alive: Tensor, size: int
 ) -> tuple[Tensor, Tensor]:
-    """Remove groups one at a time in every block, least loss a weight first, until none is left.
+    """Remove groups one at a time in every block, those of least loss per weight first, until none is left.
 
     The weights of a group go one after the other with the update of all others, which is the joint update of the group.
     Left-looking as `eliminate_left_looking`, with the ``n × n`` blocks on the diagonal of ``H`` kept up to date.
@@ -50,8 +50,8 @@ def eliminate_groups(
         size: Weights in a group, ``n``; divides ``B``.
 
     Returns:
-        ``rank`` ``(k, B)`` int64, ``B`` for weights that never go, and ``(k, B)`` losses by step: each weight of a group has an
-        equal part of the group's.
+        ``rank`` ``(k, B)`` int64, ``B`` for weights that are never pruned, and ``(k, B)`` losses by step: each weight of a
+        group has an equal part of the group's.
     """
     k, B = weights.shape
     largest = torch.finfo(weights.dtype).max

@@ -1,4 +1,4 @@
-"""Batched Cholesky work on symmetric positive definite blocks, with the precision decided a block at a time.
+"""Batched Cholesky work on symmetric positive definite blocks, with the precision decided per block.
 
 Never the batched ``torch.linalg.inv``/``lu_factor``/``solve`` here: on CPU with two threads or more they hang
 inside MKL for batches of n >= 160 (an upstream defect).

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from lightning_cap.solver.groups import diagonal_groups, group_losses
-
-if TYPE_CHECKING:
-    from lightning_cap.sparsity.patterns import Pattern
+from lightning_cap.sparsity.patterns import Pattern
 
 
 def rank_by_saliency(
@@ -23,10 +19,11 @@ def rank_by_saliency(
         floor: ``(k, B)`` lower bound of ``H_pp``.
         weights: ``(k, B)``, same dtype.
         alive: ``(k, B)`` bool.
-        pattern: Which weights may go.
+        pattern: Which weights may be pruned.
 
     Returns:
-        ``rank`` ``(k, B)`` int64, ``B`` for weights that never go, and ``(k, B)`` rising saliencies, infinite past the last.
+        ``rank`` ``(k, B)`` int64, ``B`` for weights that are never pruned, and ``(k, B)`` rising saliencies, infinite past the
+        last.
     """
     k, B = weights.shape
     largest = torch.finfo(weights.dtype).max
@@ -39,8 +36,20 @@ def rank_by_saliency(
     else:
         scores = weights.square() / torch.maximum(inverse.diagonal(dim1=-2, dim2=-1), floor) / 2
     scores = scores.nan_to_num(nan=largest, posinf=largest)
-    goes = alive if pattern.sparsity is None else pattern.lowest_scores(scores, alive)
-    losses, order = scores.masked_fill(~goes, torch.inf).sort(dim=-1, stable=True)
-    places = torch.arange(B, device=order.device).expand(k, B)
+    return order_by(scores, alive if pattern.sparsity is None else pattern.lowest_scores(scores, alive))
+
+
+def order_by(scores: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
+    """The order in which weights of rising score are pruned.
+
+    Args:
+        scores: ``(k, B)``.
+        pruned: ``(k, B)`` bool, the weights that ever are.
+
+    Returns:
+        ``rank`` ``(k, B)`` int64, ``B`` for weights that never are, and the ``(k, B)`` scores by step, infinite past the last.
+    """
+    losses, order = scores.masked_fill(~pruned, torch.inf).sort(dim=-1, stable=True)
+    places = torch.arange(scores.shape[1], device=order.device).expand_as(order)
     rank = torch.empty_like(order).scatter_(1, order, places)
-    return rank.masked_fill_(~goes, B), losses
+    return rank.masked_fill_(~pruned, scores.shape[1]), losses

@@ -1,4 +1,4 @@
-"""From scores to the weights that go: the exact k-th value, over all processes, under budgets and floors."""
+"""From scores to the weights that are pruned: the exact k-th value, over all processes, under budgets and floors."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def _pool_in_rounds(values: Tensor) -> Tensor:
 
 
 def at_group_ends(scores: Tensor, rank: Tensor, size: int) -> Tensor:
-    """Give every step the score at which its group of weights is gone as a whole, so that no threshold cuts inside a group.
+    """Give every step the score at which its group of weights is pruned as a whole, so that no threshold cuts inside a group.
 
     Args:
         scores: ``(K, B)`` by step, not decreasing along a block.
@@ -102,13 +102,13 @@ def select(
     sharded: bool = False,
     signed: bool = False,
 ) -> Tensor:
-    """Mask of the weights that go, ``(K, B)`` bool: the smallest scores of each budget.
+    """Mask of the weights that are pruned, ``(K, B)`` bool: the smallest scores of each budget.
 
     Args:
-        scores: ``(K, B)`` float32, not negative; infinite where nothing can go.
+        scores: ``(K, B)`` float32, not negative; infinite where nothing can be pruned.
         rows: Rows of ``scores`` of each target, int64.
-        removals: ``[(target names, how many weights of theirs go)]``.
-        most: How many weights of each target may go, where several compete (a floor); None for no limit.
+        removals: ``[(target names, how many of their weights are pruned)]``.
+        most: How many weights of each target may be pruned, where several compete (a floor); None for no limit.
         sharded: Every process has some of the rows, in order of rank; all must call.
         signed: Scores may be negative.
     """
@@ -116,7 +116,7 @@ def select(
     for names, count in removals:
         mine = torch.cat([rows[name] for name in names])
         part = scores[mine]
-        if most is not None and len(names) > 1:  # what lies beyond a target's floor goes last
+        if most is not None and len(names) > 1:  # what lies beyond a target's floor comes last
             allowed = [smallest(scores[rows[name]], most[name], sharded=sharded, signed=signed) for name in names]
             within = torch.cat(allowed)
             part = part.masked_fill(~within, torch.inf)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_cap.solver.backend import Backend, Blocks, choose_backend, chunk_blocks, more_damp
+from lightning_cap.solver.backend import Backend, Blocks, choose_backend, chunk_blocks
+from lightning_cap.solver.damping import solve_with_damping
 from lightning_cap.solver.linalg import spd_solve
 from lightning_cap.solver.numba_backend import reconstruct_numba
 from lightning_cap.utilities.memory import in_chunks
@@ -22,7 +23,7 @@ def reconstruct(
     backend: Backend = "auto",
     chunk: int | None = None,
 ) -> Tensor:
-    """``w'_S = w_S + F_SS⁻¹ F_SQ w_Q`` in one solve a block, ``S`` kept and ``Q`` pruned.
+    """``w'_S = w_S + F_SS⁻¹ F_SQ w_Q`` in one solve per block, ``S`` kept and ``Q`` pruned.
 
     The minimiser of equation 4 for a given ``Q``, equal to the sequential updates of equation 2 in exact arithmetic. Only
     ``F_SS`` is factored: blocks that keep about as many weights are solved together.
@@ -48,17 +49,18 @@ def reconstruct(
     size = chunk or chunk_blocks(weights.shape[1], weights.device)
     compiled = choose_backend(backend, weights.device) == "numba"
 
+    solve = reconstruct_numba if compiled else _reconstruct_torch
+
+    def attempt(blocks: Tensor, damp: Tensor, dtype: torch.dtype) -> Tensor:
+        shift, solved = solve(fisher, blocks, weights[blocks], alive[blocks], pruned[blocks], damp, dtype)
+        moved = torch.where(kept[blocks], weights[blocks] + shift, 0.0).to(result.dtype)
+        result[blocks[solved]] = moved[solved]
+        return solved
+
     def work(blocks: Tensor) -> None:
+        # the whole block did factor with its damp: only rounding, or other gradients, ask for more
         dtype = torch.float64 if bool(use_float64[blocks[0]]) else torch.float32
-        extra = damp[blocks]
-        solve = reconstruct_numba if compiled else _reconstruct_torch
-        while len(blocks):
-            shift, solved = solve(fisher, blocks, weights[blocks], alive[blocks], pruned[blocks], extra, dtype)
-            moved = torch.where(kept[blocks], weights[blocks] + shift, 0.0).to(result.dtype)
-            result[blocks[solved]] = moved[solved]
-            if dtype == torch.float64:  # the whole block did factor: only rounding, or other gradients, lead here
-                extra = more_damp(extra)
-            blocks, extra, dtype = blocks[~solved], extra[~solved], torch.float64
+        solve_with_damping(blocks, damp[blocks], dtype, attempt)
 
     with full_float32():
         for choice in (touched & ~use_float64, touched & use_float64):
@@ -75,10 +77,10 @@ def _reconstruct_torch(
     size = int(kept.sum(-1).max())
     places = kept.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)[:, :size]  # (k, size)
     real = kept.gather(1, places)
-    lost = torch.where(pruned, weights, 0.0).to(dtype).unsqueeze(-1)
+    removed = torch.where(pruned, weights, 0.0).to(dtype).unsqueeze(-1)
     matrix = fisher[blocks]
     rows = matrix.gather(1, places.unsqueeze(-1).expand(-1, -1, matrix.shape[2])).to(dtype)  # (k, size, B)
-    rhs = torch.bmm(rows, lost).squeeze(-1).masked_fill_(~real, 0.0)
+    rhs = torch.bmm(rows, removed).squeeze(-1).masked_fill_(~real, 0.0)
     matrix = rows.gather(2, places.unsqueeze(1).expand(-1, size, -1))
     matrix.masked_fill_(~(real.unsqueeze(-1) & real.unsqueeze(-2)), 0.0)
     matrix.diagonal(dim1=-2, dim2=-1).add_(torch.where(real, damp.to(dtype).unsqueeze(-1), 1.0))

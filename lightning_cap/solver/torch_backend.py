@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from lightning_cap.sparsity.patterns import Pattern
+from lightning_cap.sparsity.patterns import Pattern
 
 
 def eliminate_left_looking(
@@ -24,7 +21,7 @@ def eliminate_left_looking(
         floor: ``(k, B)`` lower bound of every ``H_pp`` to come, ``1 / F_pp``; guards against cancellation.
         weights: ``(k, B)``, same dtype.
         alive: ``(k, B)`` bool.
-        pattern: Says which weights may go.
+        pattern: Says which weights may be pruned.
 
     Returns:
         ``rank`` ``(k, B)`` int64, the step at which each weight was removed (``B`` if never), and the marginal
@@ -38,12 +35,12 @@ def eliminate_left_looking(
     rank = torch.full((k, B), B, dtype=torch.int64, device=weights.device)
     losses = torch.full_like(weights, torch.inf)
     for step in range(B):
-        candidates = pattern.removable(alive)
-        active = candidates.any(-1)
+        removable = pattern.removable(alive)
+        active = removable.any(-1)
         if not bool(active.any()):
             break
         scores = (
-            (weights.square() / diagonal).nan_to_num_(nan=largest, posinf=largest).masked_fill_(~candidates, torch.inf)
+            (weights.square() / diagonal).nan_to_num_(nan=largest, posinf=largest).masked_fill_(~removable, torch.inf)
         )
         pivot = scores.argmin(-1, keepdim=True)  # (k, 1)
         index = pivot.unsqueeze(-1).expand(k, 1, B)
@@ -61,8 +58,8 @@ def eliminate_left_looking(
         columns[:, step] = column
         weights.addcmul_(column, w / h.sqrt(), value=-1.0)
         diagonal = torch.maximum(diagonal - column.square(), floor)
-        gone = torch.zeros_like(alive).scatter_(1, pivot, active.unsqueeze(-1))
-        rank.masked_fill_(gone, step)
-        weights.masked_fill_(gone, 0.0)
-        alive &= ~gone
+        pruned = torch.zeros_like(alive).scatter_(1, pivot, active.unsqueeze(-1))
+        rank.masked_fill_(pruned, step)
+        weights.masked_fill_(pruned, 0.0)
+        alive &= ~pruned
     return rank, losses

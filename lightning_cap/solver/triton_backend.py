@@ -94,7 +94,7 @@ def eliminate_triton(
 ) -> tuple[Tensor, Tensor]:
     """Remove weights one at a time in every block, least marginal loss first; `eliminate_left_looking` of torch, compiled.
 
-    A weight may go while more than ``keep`` of its ``group`` consecutive weights are alive. What ``inverse``, ``floor``
+    A weight may be pruned while more than ``keep`` of its ``group`` consecutive weights are alive. What ``inverse``, ``floor``
     and ``weights`` hold for dead weights does not matter. Nothing is changed in place.
 
     Args:
@@ -108,7 +108,7 @@ def eliminate_triton(
         programs: How many programs the left-looking kernel is run with; by default a few a multiprocessor.
 
     Returns:
-        ``rank`` ``(k, B)`` int32, the step at which each weight goes, ``B`` if never, and the marginal losses by step
+        ``rank`` ``(k, B)`` int32, the step at which each weight is pruned, ``B`` if never, and the marginal losses by step
         ``(k, B)``, dtype of ``inverse``, infinite past the block's last step.
     """
     from lightning_cap.kernels import triton as kernels

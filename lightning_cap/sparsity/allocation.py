@@ -10,15 +10,10 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from lightning_cap.errors import ConfigError
+from lightning_cap.sparsity.cost import Shapes, budget_of
 
-Shapes = Mapping[str, tuple[int, ...]]
 #: ``[(target names, zeros for them together, existing ones included)]``.
 Budgets = list[tuple[list[str], int]]
-
-
-def budget_of(sparsity: float, numel: int) -> int:
-    """Zeros that ``sparsity`` means: exactly ``floor(sparsity · numel + 0.5)``."""
-    return int(sparsity * numel + 0.5)
 
 
 class Allocation(ABC):
@@ -42,7 +37,7 @@ class Allocation(ABC):
 
         Returns:
             Every target in exactly one entry; the zeros add up to ``zeros``. Floors hold in entries of one target; where
-            several compete, `max_zeros` says how far each may go.
+            several compete, `max_zeros` says how many zeros each may have.
 
         Raises:
             ConfigError: The zeros cannot be placed.
@@ -96,7 +91,7 @@ class Uniform(Allocation):
         check_floor(self.min_density)
 
     def budgets(self, shapes: Shapes, existing: Mapping[str, int], zeros: int) -> Budgets:
-        """One budget a target."""
+        """One budget per target."""
         most = self.max_zeros(shapes, existing)
         _check_room(sum(most.values()), zeros, self)
         sizes = {name: Fraction(math.prod(shape)) for name, shape in shapes.items()}
@@ -120,7 +115,7 @@ class ERK(Allocation):
         check_floor(self.min_density)
 
     def budgets(self, shapes: Shapes, existing: Mapping[str, int], zeros: int) -> Budgets:
-        """One budget a target."""
+        """One budget per target."""
         most = self.max_zeros(shapes, existing)
         _check_room(sum(most.values()), zeros, self)
         sizes = {name: math.prod(shape) for name, shape in shapes.items()}

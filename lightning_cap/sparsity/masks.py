@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from lightning_cap.errors import ConfigError
 from lightning_cap.sparsity.targets import Targets
+from lightning_cap.utilities.bits import pack_bits, unpack_bits
 
-_Groups = list[tuple[list[Tensor], list[Tensor]]]  # tensors and multipliers, a pair a device and type
+_Groups = list[tuple[list[Tensor], list[Tensor]]]  # tensors and multipliers, one pair per device and type
 
 
 class MaskSet(Mapping[str, Tensor]):
@@ -137,7 +138,10 @@ class MaskSet(Mapping[str, Tensor]):
 
     def state_dict(self) -> dict[str, Any]:
         """Bit-packed masks: ``{name: {"shape": list, "bits": uint8}}``, one byte for eight weights."""
-        return {name: {"shape": list(mask.shape), "bits": pack_bits(mask)} for name, mask in self._masks.items()}
+        return {
+            name: {"shape": list(mask.shape), "bits": pack_bits(mask.flatten().cpu())}
+            for name, mask in self._masks.items()
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Replace all masks.
@@ -194,15 +198,3 @@ class MaskSet(Mapping[str, Tensor]):
 def _moved(groups: _Groups) -> bool:
     """Whether the model has been put on another device or made of another type since."""
     return any(t[0].device != m[0].device or t[0].dtype != m[0].dtype for t, m in groups)
-
-
-def pack_bits(mask: Tensor) -> Tensor:
-    """Bool of any shape -> uint8 ``(ceil(n / 8),)`` on the CPU, the first element in the lowest bit."""
-    flat = mask.flatten().cpu().to(torch.uint8)
-    flat = nn.functional.pad(flat, (0, -flat.numel() % 8)).view(-1, 8)
-    return (flat << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
-
-
-def unpack_bits(bits: Tensor, count: int) -> Tensor:
-    """The inverse of `pack_bits`: bool ``(count,)``."""
-    return (bits.unsqueeze(-1) >> torch.arange(8, dtype=torch.uint8)).bitwise_and(1).flatten()[:count].bool()

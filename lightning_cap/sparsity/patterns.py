@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ class Pattern(ABC):
 
     @property
     def kept_in_group(self) -> int | None:
-        """The rule of the compiled solvers: a weight may go while more than this many of its group are alive.
+        """The rule of the compiled solvers: a weight may be pruned while more than this many of its group are alive.
 
         None (the default of a new pattern) if that is not the whole rule; its blocks are then solved by the torch
         backend, which asks `removable`.
@@ -32,7 +33,7 @@ class Pattern(ABC):
 
     @property
     def whole_groups(self) -> bool:
-        """Whether the weights of a group go together."""
+        """Whether the weights of a group are pruned together."""
         return False
 
     @property
@@ -57,7 +58,7 @@ class Pattern(ABC):
         """
 
     def lowest_scores(self, scores: Tensor, alive: Tensor) -> Tensor:
-        """The weights of least score that go when every group is pruned as far as the pattern has it, one by one.
+        """Prune every group as far as the pattern demands, one weight of lowest score at a time.
 
         Args:
             scores: ``(k, B)``.
@@ -79,7 +80,7 @@ class Pattern(ABC):
         """Whether a finished mask ``kept`` ``(K, B)`` (False on padding) obeys the pattern."""
 
     def units(self, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """The weights that go together.
+        """The weights that are pruned together.
 
         Args:
             rows: ``(k, B)``, the blocks of one target.
@@ -120,7 +121,7 @@ class Unstructured(Pattern):
 
     @property
     def kept_in_group(self) -> int:
-        """0: the last weight may go too."""
+        """0: the last weight may be pruned too."""
         return 0
 
     @property
@@ -199,7 +200,7 @@ class NofM(Pattern):
 
 
 class _Together(Pattern):
-    """Weights go in whole units, and any number of units may go."""
+    """Weights are pruned in whole units, any number of them."""
 
     @property
     def whole_groups(self) -> bool:
@@ -216,7 +217,7 @@ class _Together(Pattern):
         return alive
 
     def is_satisfied(self, kept: Tensor) -> bool:
-        """Whether every unit is kept or gone as a whole."""
+        """Whether every unit is kept or pruned as a whole."""
         return self.count_violations(kept, tuple(kept.shape)) == 0
 
     def count_violations(self, kept: Tensor, shape: tuple[int, ...]) -> int:
@@ -227,9 +228,11 @@ class _Together(Pattern):
 
 @dataclass(frozen=True)
 class BlockOf(_Together):
-    """Groups of ``n`` consecutive inputs of an output row go or stay together, 4 by default ("block-4" of Kurtic et al. 2022).
+    """Groups of ``n`` consecutive inputs of an output row are pruned or kept together, 4 by default ("block-4" of Kurtic et al.
+    2022).
 
-    Groups lie as those of `NofM`. So many groups go as have room in each budget of the allocation (with `Global`, in the total).
+    Groups lie as those of `NofM`. As many groups are pruned as each budget of the allocation has room for (with `Global`, the
+    total).
 
     Args:
         n: Weights in a group, at least 2.
@@ -254,8 +257,8 @@ class BlockOf(_Together):
 class OutputRows(_Together):
     """Whole output rows: neurons of a Linear layer, output channels of a convolution (structured pruning).
 
-    Rows are compared by their saliency a weight; rows of all targets compete, unless the allocation says otherwise. Shapes do
-    not change: a row of zeros stays in the model.
+    Rows are compared by their mean saliency per weight; rows of all targets compete, unless the allocation says otherwise.
+    Shapes do not change: a row of zeros stays in the model.
     """
 
     @property
@@ -271,6 +274,14 @@ class OutputRows(_Together):
     def units(self, rows: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Output rows, ``(O, weights in a row)``, of blocks without padding."""
         return rows.reshape(shape[0], -1)
+
+
+if TYPE_CHECKING:
+    PatternArgument = Any
+else:
+    #: A pattern, or None for `Unstructured`. Numbers and strings, as YAML makes them of ``2:4``, are let in so that
+    #: `as_pattern` can say how to write it.
+    PatternArgument = Pattern | int | str | None
 
 
 def check_pattern(targets: Targets, pattern: Pattern, masks: Mapping[str, Tensor] | None = None) -> None:
@@ -308,7 +319,7 @@ def how_to_write(value: object) -> str:
     return advice
 
 
-def as_pattern(value: Pattern | int | str | None) -> Pattern:
+def as_pattern(value: object) -> Pattern:
     """``value`` itself if it is a pattern, unstructured for None.
 
     Raises:

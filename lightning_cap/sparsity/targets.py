@@ -105,6 +105,11 @@ class Targets(Mapping[str, Tensor]):
         return next(iter(self._weights.values())).device
 
     @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Target name -> shape of its weight."""
+        return {name: tuple(weight.shape) for name, weight in self._weights.items()}
+
+    @property
     def numel(self) -> int:
         """Weights of all targets, padding not counted."""
         return sum(weight.numel() for weight in self._weights.values())
@@ -125,8 +130,7 @@ class Targets(Mapping[str, Tensor]):
 
     def blocks(self, block_size: int, group_size: int = 1, by_row: bool = False) -> BlockLayout:
         """The block view. See `BlockLayout`."""
-        shapes = {name: tuple(w.shape) for name, w in self._weights.items()}
-        return BlockLayout(shapes, block_size, group_size, by_row)
+        return BlockLayout(self.shapes, block_size, group_size, by_row)
 
     def row_blocks(self, block_size: int, group_size: int = 1) -> BlockLayout:
         """Blocks inside output rows (dim 0), no longer than the longest row."""

@@ -54,7 +54,8 @@ def precision_context(trainer: pl.Trainer) -> Callable[[], AbstractContextManage
     return nullcontext if plugin is None else plugin.train_step_context
 
 
-def _loss_scale(trainer: pl.Trainer) -> float:
+def loss_scale(trainer: pl.Trainer) -> float:
+    """What float16 training multiplies losses by now; 1 elsewhere."""
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     return float(scaler.get_scale()) if scaler is not None else 1.0
 

@@ -13,27 +13,24 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_cap.calibration.batches import CalibrationBatches
-from lightning_cap.calibration.gradients import GradientCollector, rows_at_once
-from lightning_cap.calibration.layer_inputs import InputCollector
 from lightning_cap.calibration.sources import GradientSource, TimedSource, rows_bytes
+from lightning_cap.calibration.statistics import Collector, Statistic
 from lightning_cap.fisher.memory_plan import MemoryPlan
-from lightning_cap.pruners.base import Pruner, PruneResult, PruningPath
+from lightning_cap.pruners.base import Pruner
+from lightning_cap.pruners.paths import PruneResult, PruningPath
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.trainer.calibration import (
-    _loss_scale,
     calibrating,
     calibration_loss,
     calibration_source,
+    loss_scale,
     precision_context,
     ready_batches,
 )
-from lightning_cap.utilities import distributed
+from lightning_cap.utilities import distributed, rng
 from lightning_cap.utilities.distributed import check_equal_on_all_ranks
 from lightning_cap.utilities.progress import Progress
-
-COMPUTE = 4  # domain of the key for generators during the computation of a batch
 
 
 @dataclass
@@ -43,7 +40,7 @@ class EventReport:
     Attributes:
         sparsity: Of all targets, after the event.
         predicted_loss: Predicted increase of the loss, summed over recomputations.
-        unit: What was collected: ``"gradients"``, or ``"inputs"`` for a pruner with ``num_inputs``.
+        unit: What was collected, such as ``"gradients"`` or ``"inputs"``.
         samples: How many of them were used, in all.
         skipped: How many were left out as not finite.
         seconds: Seconds of each phase (plan, collect, solve, apply).
@@ -93,7 +90,7 @@ class PruningEvent:
         self._trainer, self._module, self._pruner = trainer, module, pruner
         self._targets, self._masks, self._seed, self._progress = targets, masks, seed, progress
         self._source = TimedSource(())
-        self.report = EventReport(unit="inputs" if pruner.num_inputs else "gradients")
+        self.report = EventReport(unit="gradients" if pruner.statistic is None else pruner.statistic.unit)
         self.grown: dict[str, Tensor] = {}
 
     def run(self, sparsities: Sequence[float], collection_index: int) -> int:
@@ -145,16 +142,17 @@ class PruningEvent:
             rows: Read these instead of collecting, such as rows that several pruners share.
         """
         started = time.perf_counter()
-        source = self.collector(collection_index) if rows is None else rows
+        collector = self.collector(collection_index) if rows is None else None
+        source = collector if rows is None else rows
         self.report.peak_bytes = self._plan(source, masks).peak_bytes
         self.report.seconds["plan"] += time.perf_counter() - started
         context = self._calibrating if rows is None else nullcontext
         self._source = TimedSource(source if source is not None else (), context)
         with self._timed("solve"), torch.inference_mode(False):
             path = self._pruner.path(self._targets, self._source, masks, progress=self._progress)
-        if isinstance(source, (GradientCollector, InputCollector)):
-            self.report.samples += source.collected
-            self.report.skipped += source.skipped
+        if collector is not None:
+            self.report.samples += collector.collected
+            self.report.skipped += collector.skipped
         return path
 
     @contextmanager
@@ -172,49 +170,32 @@ class PruningEvent:
         """Plan, and compute one gradient that is thrown away: what cannot work is to fail before training begins."""
         collector = self.collector(collection_index)
         rank_zero_info(f"Pruning events: {self._plan(collector, self._masks)}")
-        if collector is None:
+        if collector is None or self._pruner.statistic is None:
             return
         with self._calibrating(), distributed.raise_on_all_ranks("The first gradient"):
-            batches = self._batches(collection_index)
-            first = next(
-                ready_batches(self._trainer, self._module, batches, (self._seed, collection_index, COMPUTE)), None
-            )
+            first = next(self._ready_batches(self._pruner.statistic, collection_index), None)
             if first is not None:
                 collector.probe(first)
 
-    def collector(self, collection_index: int) -> GradientCollector | InputCollector | None:
-        """The source of what the pruner wants, at a collection index: gradient rows, layer inputs or nothing."""
-        pruner = self._pruner
-        batches = _Repeat(
-            lambda: ready_batches(
-                self._trainer, self._module, self._batches(collection_index), (self._seed, collection_index, COMPUTE)
-            )
-        )
-        given = self._module, self._targets, calibration_loss(self._module), batches
-        context = precision_context(self._trainer)
-        if pruner.num_inputs:
-            return InputCollector(*given, pruner.num_inputs, context=context, progress=self._progress)
-        if not pruner.num_gradients:
+    def collector(self, collection_index: int) -> Collector | None:
+        """The source of what the pruner reads, at a collection index; None if that is nothing."""
+        statistic = self._pruner.statistic
+        if statistic is None:
             return None
-        return GradientCollector(
-            *given,
-            pruner.num_gradients,
-            pruner.samples_per_gradient,
-            context=context,
-            scale=_loss_scale(self._trainer),
+        return statistic.collector(
+            self._module,
+            self._targets,
+            calibration_loss(self._module),
+            _Repeat(lambda: self._ready_batches(statistic, collection_index)),
+            context=precision_context(self._trainer),
+            scale=loss_scale(self._trainer),
             progress=self._progress,
         )
 
-    def _batches(self, collection_index: int) -> CalibrationBatches:
-        pruner = self._pruner
-        return CalibrationBatches(
-            calibration_source(self._trainer, self._module),
-            pruner.num_inputs or pruner.num_gradients * pruner.samples_per_gradient,
-            1 if pruner.num_inputs else pruner.samples_per_gradient,
-            self._seed,
-            collection_index,
-            2**16 if pruner.num_inputs else rows_at_once(self._targets),
-        )
+    def _ready_batches(self, statistic: Statistic, collection_index: int) -> Iterator[Any]:
+        key = self._seed, collection_index
+        batches = statistic.batches(calibration_source(self._trainer, self._module), self._targets, key)
+        return ready_batches(self._trainer, self._module, batches, (*key, rng.Domain.COMPUTE))
 
     def _calibrating(self) -> AbstractContextManager[None]:
         return calibrating(self._trainer, self._module)

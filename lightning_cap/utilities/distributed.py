@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_cap.errors import CAPError
+from lightning_cap.utilities.bits import pack_bits, unpack_bits
 
 _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -75,23 +76,11 @@ def gather_rows(rows: Tensor, counts: list[int]) -> Tensor:
     """``(counts[r], B)`` of every rank ``r``, one after the other on all of them; bool is sent as bits."""
     if world_size() == 1:
         return rows
-    carrier = _to_bits(rows) if rows.dtype == torch.bool else rows
+    carrier = pack_bits(rows) if rows.dtype == torch.bool else rows
     padded = carrier.new_zeros(max(counts), carrier.shape[1])
     padded[: len(carrier)] = carrier
     parts = torch.cat([part[:count] for part, count in zip(gather_tensors(padded), counts, strict=True)])
-    return _from_bits(parts, rows.shape[1]) if rows.dtype == torch.bool else parts
-
-
-def _to_bits(rows: Tensor) -> Tensor:
-    """Bool ``(n, B)`` -> uint8 ``(n, ceil(B / 8))``."""
-    groups = torch.nn.functional.pad(rows.to(torch.uint8), (0, -rows.shape[1] % 8)).unflatten(1, (-1, 8))
-    places = torch.arange(8, dtype=torch.uint8, device=rows.device)
-    return torch.bitwise_left_shift(groups, places).sum(-1, dtype=torch.uint8)
-
-
-def _from_bits(bits: Tensor, count: int) -> Tensor:
-    places = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return torch.bitwise_right_shift(bits.unsqueeze(-1), places).bitwise_and(1).flatten(1)[:, :count].bool()
+    return unpack_bits(parts, rows.shape[1]) if rows.dtype == torch.bool else parts
 
 
 def check_equal_on_all_ranks(named: Mapping[str, Mapping[str, Tensor]]) -> None:

@@ -5,10 +5,22 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import IntEnum
 from typing import Any
 
 import numpy as np
 import torch
+
+
+class Domain(IntEnum):
+    """What random numbers are drawn for; a part of the key, so that no two uses share a stream."""
+
+    DRAW = 0
+    SAMPLE = 1
+    COLLATE = 2
+    STREAM = 3
+    COMPUTE = 4
+    PRUNER = 5
 
 
 def capture() -> dict[str, Any]:

@@ -31,18 +31,18 @@ from tests.support.toy import Toy, ToyData, callback, loaders, trainer, zeros
 
 GIVEN: dict[str, Any] = {"num_gradients": 32, "damp": 1e-4}
 PRUNERS: list[Pruner] = [
-    WoodFisher(16, **GIVEN),
-    WoodFisher(16, **GIVEN, update="simple", pattern=BlockOf(4)),
-    CAP(16, **GIVEN, pattern=BlockOf(4), ranking="cumulative"),
-    MFAC(64, **GIVEN, mode="static"),
-    FastCAP(16, **GIVEN, allocation=Global(0.1)),
-    FastCAP(16, **GIVEN, pattern=BlockOf(2)),
-    LayerwiseOBS(16, 32),
-    LayerwiseOBS(8, 32, pattern=BlockOf(4)),
+    WoodFisher(block_size=16, **GIVEN),
+    WoodFisher(block_size=16, **GIVEN, update="simple", pattern=BlockOf(4)),
+    CAP(block_size=16, **GIVEN, pattern=BlockOf(4), ranking="cumulative"),
+    MFAC(block_size=64, **GIVEN, mode="static"),
+    FastCAP(block_size=16, **GIVEN, allocation=Global(0.1)),
+    FastCAP(block_size=16, **GIVEN, pattern=BlockOf(2)),
+    LayerwiseOBS(block_size=16, num_inputs=32),
+    LayerwiseOBS(block_size=8, num_inputs=32, pattern=BlockOf(4)),
     DiagonalFisher(**GIVEN, pattern=OutputRows()),
-    GradientTimesWeight(32),
-    Taylor(32),
-    Random(1, pattern=OutputRows()),
+    GradientTimesWeight(num_gradients=32),
+    Taylor(num_gradients=32),
+    Random(seed=1, pattern=OutputRows()),
 ]
 
 
@@ -68,7 +68,7 @@ def test_one_pattern_after_another() -> None:
     net = Toy().net
     data = DataLoader(ToyData(noise=0.0), batch_size=16)
     for n in (3, 2):
-        pruner = WoodFisher(16, **GIVEN, pattern=NofM(n, 4))
+        pruner = WoodFisher(block_size=16, **GIVEN, pattern=NofM(n, 4))
         prune(net, data, loss, 1 - n / 4, pruner, progress=False)
         check_pattern(Targets.from_model(net), NofM(n, 4))
     assert int((net[4].weight == 0).sum()) == 128
@@ -79,7 +79,11 @@ def loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "64-true"])
-@pytest.mark.parametrize("pruner", [LayerwiseOBS(16, 32), MFAC(64, **GIVEN), FastCAP(16, **GIVEN)], ids=_name)
+@pytest.mark.parametrize(
+    "pruner",
+    [LayerwiseOBS(block_size=16, num_inputs=32), MFAC(block_size=64, **GIVEN), FastCAP(block_size=16, **GIVEN)],
+    ids=_name,
+)
 def test_other_precisions(tmp_path: Any, pruner: Pruner, precision: Any) -> None:
     module = Toy()
     batches = loaders()
@@ -92,11 +96,11 @@ def test_other_precisions(tmp_path: Any, pruner: Pruner, precision: Any) -> None
 @pytest.mark.parametrize(
     "pruner",
     [
-        WoodFisher(8, **GIVEN),
-        WoodFisher(8, **GIVEN, update="simple", pattern=BlockOf(4)),
-        CAP(8, **GIVEN, pattern=BlockOf(4), ranking="cumulative", allocation=Global(0.2)),
-        MFAC(8, **GIVEN),
-        MFAC(8, **GIVEN, mode="static"),
+        WoodFisher(block_size=8, **GIVEN),
+        WoodFisher(block_size=8, **GIVEN, update="simple", pattern=BlockOf(4)),
+        CAP(block_size=8, **GIVEN, pattern=BlockOf(4), ranking="cumulative", allocation=Global(0.2)),
+        MFAC(block_size=8, **GIVEN),
+        MFAC(block_size=8, **GIVEN, mode="static"),
     ],
     ids=_name,
 )

@@ -269,9 +269,10 @@ def test_all_pruners_share_what_they_read(tmp_path: Path, monkeypatch: pytest.Mo
     counts = collections(monkeypatch)
     few = {"num_gradients": 32}
     pruners = {
-        "CAP": cap(), "WF": WoodFisher(16, **few), "MFAC": MFAC(64, **few), "fast": FastCAP(16, **few),
+        "CAP": cap(), "WF": WoodFisher(block_size=16, **few), "MFAC": MFAC(block_size=64, **few),
+        "fast": FastCAP(block_size=16, **few),
         "OBD": DiagonalFisher(**few), "GrW": GradientTimesWeight(**few), "Taylor": Taylor(**few),
-        "layer": LayerwiseOBS(16, num_inputs=32),
+        "layer": LayerwiseOBS(block_size=16, num_inputs=32),
         "random": Random(), "GM": Magnitude(), "2:4": cap(pattern=NofM(2, 4)),
     }  # fmt: skip
     rows = run(tmp_path, pruners, [0.5], seeds=(0, 1), grids={"num_gradients": [16], "damp": [0.5]})
@@ -341,6 +342,9 @@ def test_intersection_over_union_by_hand(tmp_path: Path) -> None:
     assert all(torch.equal(mask, one[name]) for name, mask in load_masks(tmp_path / "m.safetensors").items())
 
 
+HALF = Magnitude(allocation=PerTarget({"*": 0.5}))
+
+
 @pytest.mark.parametrize(
     ("error", "message", "change"),
     [
@@ -371,11 +375,11 @@ def test_intersection_over_union_by_hand(tmp_path: Path) -> None:
         (ConfigError, "max_rows_memory='x'", {"max_rows_memory": "x"}),
         (TargetError, "pruner 'nm': target 'net.0.weight'", {"include": ["net.0.weight"], "sparsities": [0.6],
                                                              "pruners": {"nm": cap(block_size=15, pattern=NofM(2, 5))}}),
-        (ConfigError, "pruner 'floor': sparsity=0.9: min_density=0.3", {"pruners": {"floor": Magnitude(Global(0.3))},
+        (ConfigError, "pruner 'floor': sparsity=0.9: min_density=0.3", {"pruners": {"floor": Magnitude(allocation=Global(0.3))},
                                                           "sparsities": [0.5, 0.9]}),
-        (ConfigError, "pruner 'map': sparsity=.*: sparsities: the named", {"pruners": {"map": Magnitude(PerTarget({"*": 0.5}))},
+        (ConfigError, "pruner 'map': sparsity=.*: sparsities: the named", {"pruners": {"map": HALF},
                                                               "sparsities": [0.5, 0.6]}),
-        (ConfigError, "pruner 'map': sparsity=.*: sparsities: the named", {"pruners": {"map": Magnitude(PerTarget({"*": 0.5}))},
+        (ConfigError, "pruner 'map': sparsity=.*: sparsities: the named", {"pruners": {"map": HALF},
                                                               "num_recomputations": 2}),
     ],
 )  # fmt: skip
@@ -410,7 +414,12 @@ class Lossless(Toy):
 @pytest.mark.parametrize(
     ("error", "message", "model", "pruner"),
     [
-        (TargetError, "pruner 'two': .*attention.out_proj.weight", Attention, LayerwiseOBS(16, num_inputs=32)),
+        (
+            TargetError,
+            "pruner 'two': .*attention.out_proj.weight",
+            Attention,
+            LayerwiseOBS(block_size=16, num_inputs=32),
+        ),
         (GradientError, "pruner 'two': loss: it has no gradient", Lossless, cap()),
     ],
 )

@@ -233,7 +233,9 @@ def fail_on_rank_1(where: str) -> str:
     failing = broken if where == "collect" and distributed.rank() == 1 else loss
     batches = CalibrationBatches(DataLoader(ToyData(), batch_size=8), 40, 1, 3, 0)
     try:
-        CAP(32, 40, damp=1e-3).path(targets, GradientCollector(model, targets, failing, batches, 40)).at(0.5)
+        CAP(block_size=32, num_gradients=40, damp=1e-3).path(
+            targets, GradientCollector(model, targets, failing, batches, 40)
+        ).at(0.5)
     except (RuntimeError, CAPError) as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
@@ -248,7 +250,7 @@ def test_memory_of_the_rank_that_has_least_decides(tmp_path: Path) -> None:
 def plan_here() -> tuple[int, int]:
     planning.free_memory = lambda device: 25 * 10**5 if distributed.rank() else 10**12
     targets = Targets({"a": torch.ones(300, 64)})
-    plan: MemoryPlan = CAP(64, storage="full", backend="torch").plan(targets)
+    plan: MemoryPlan = CAP(block_size=64, storage="full", backend="torch").plan(targets)
     return plan.passes, plan.peak_bytes
 
 
@@ -273,7 +275,8 @@ def test_other_pruners_and_uneven_gathers(tmp_path: Path) -> None:
         assert ones.flatten().tolist() == [1.0] * 2 + [3.0] * 6
         assert torch.equal(bits, torch.arange(36).view(4, 9) % 3 == 0)
         assert torch.equal(
-            masks["a"], Magnitude(Global()).path(Targets({"a": torch.arange(8.0).view(2, 4)})).at(0.5).masks["a"]
+            masks["a"],
+            Magnitude(allocation=Global()).path(Targets({"a": torch.arange(8.0).view(2, 4)})).at(0.5).masks["a"],
         )
 
 

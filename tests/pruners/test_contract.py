@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cap.calibration.layer_inputs import LayerGrams
+from lightning_cap.calibration.statistics import LayerInputs
 from lightning_cap.errors import CAPError, ConfigError, GradientError, PatternError
 from lightning_cap.pruners import (
     CAP,
@@ -50,7 +51,9 @@ class Case:
 
     def path(self, targets: Targets, rows: Any, masks: Any = None, **more: Any) -> Any:
         pruner = self.make()
-        return pruner.path(targets, layer_grams(rows) if pruner.num_inputs else rows, masks, **more)
+        return pruner.path(
+            targets, layer_grams(rows) if isinstance(pruner.statistic, LayerInputs) else rows, masks, **more
+        )
 
 
 def layer_grams(rows: Rows) -> list[LayerGrams]:
@@ -66,28 +69,32 @@ def layer_grams(rows: Rows) -> list[LayerGrams]:
 COMMON: dict[str, Any] = {"num_gradients": 40, "damp": 1e-2}
 
 PRUNERS = {
-    "cap": Case(lambda: CAP(7, **COMMON)),
-    "cap-cumulative": Case(lambda: CAP(7, **COMMON, ranking="cumulative")),
-    "cap-uniform": Case(lambda: CAP(7, **COMMON, allocation=Uniform()), uniform=True),
-    "cap-float64": Case(lambda: CAP(16, num_gradients=40, damp=1e-8)),
-    "cap-one-block-each": Case(lambda: CAP(100, **COMMON)),
-    "cap-diagonal": Case(lambda: CAP(1, **COMMON), updates=False),
-    "woodfisher": Case(lambda: WoodFisher(7, **COMMON)),
-    "woodfisher-simple": Case(lambda: WoodFisher(7, **COMMON, update="simple")),
-    "woodfisher-none": Case(lambda: WoodFisher(7, **COMMON, update="none"), updates=False),
-    "woodfisher-float64": Case(lambda: WoodFisher(16, num_gradients=40, damp=1e-8)),
-    "mfac": Case(lambda: MFAC(50, **COMMON)),
-    "mfac-static": Case(lambda: MFAC(50, **COMMON, mode="static")),
-    "fast-cap": Case(lambda: FastCAP(7, **COMMON, columns=3), owns_fisher=False),
-    "layerwise": Case(lambda: LayerwiseOBS(5, allocation=Global())),
-    "layerwise-uniform": Case(lambda: LayerwiseOBS(100), uniform=True),
+    "cap": Case(lambda: CAP(block_size=7, **COMMON)),
+    "cap-cumulative": Case(lambda: CAP(block_size=7, **COMMON, ranking="cumulative")),
+    "cap-uniform": Case(lambda: CAP(block_size=7, **COMMON, allocation=Uniform()), uniform=True),
+    "cap-float64": Case(lambda: CAP(block_size=16, num_gradients=40, damp=1e-8)),
+    "cap-one-block-each": Case(lambda: CAP(block_size=100, **COMMON)),
+    "cap-diagonal": Case(lambda: CAP(block_size=1, **COMMON), updates=False),
+    "woodfisher": Case(lambda: WoodFisher(block_size=7, **COMMON)),
+    "woodfisher-simple": Case(lambda: WoodFisher(block_size=7, **COMMON, update="simple")),
+    "woodfisher-none": Case(lambda: WoodFisher(block_size=7, **COMMON, update="none"), updates=False),
+    "woodfisher-float64": Case(lambda: WoodFisher(block_size=16, num_gradients=40, damp=1e-8)),
+    "mfac": Case(lambda: MFAC(block_size=50, **COMMON)),
+    "mfac-static": Case(lambda: MFAC(block_size=50, **COMMON, mode="static")),
+    "fast-cap": Case(lambda: FastCAP(block_size=7, **COMMON, columns=3), owns_fisher=False),
+    "layerwise": Case(lambda: LayerwiseOBS(block_size=5, allocation=Global())),
+    "layerwise-uniform": Case(lambda: LayerwiseOBS(block_size=100), uniform=True),
     "obd": Case(lambda: DiagonalFisher(**COMMON), updates=False, owns_fisher=False),
-    "gradient-times-weight": Case(lambda: GradientTimesWeight(40), updates=False, owns_fisher=False),
-    "taylor": Case(lambda: Taylor(40), updates=False, owns_fisher=False, signed=True),
+    "gradient-times-weight": Case(lambda: GradientTimesWeight(num_gradients=40), updates=False, owns_fisher=False),
+    "taylor": Case(lambda: Taylor(num_gradients=40), updates=False, owns_fisher=False, signed=True),
     "magnitude": Case(lambda: Magnitude(), updates=False, owns_fisher=False, blind=True),
-    "magnitude-uniform": Case(lambda: Magnitude(Uniform()), updates=False, owns_fisher=False, uniform=True, blind=True),
-    "magnitude-erk": Case(lambda: Magnitude(ERK()), updates=False, owns_fisher=False, uniform=True, blind=True),
-    "random": Case(lambda: Random(3), updates=False, owns_fisher=False, blind=True),
+    "magnitude-uniform": Case(
+        lambda: Magnitude(allocation=Uniform()), updates=False, owns_fisher=False, uniform=True, blind=True
+    ),
+    "magnitude-erk": Case(
+        lambda: Magnitude(allocation=ERK()), updates=False, owns_fisher=False, uniform=True, blind=True
+    ),
+    "random": Case(lambda: Random(seed=3), updates=False, owns_fisher=False, blind=True),
     "drop-and-grow": Case(lambda: DropAndGrow(), updates=False, owns_fisher=False, regrows=True),
     "drop-and-grow-uniform": Case(
         lambda: DropAndGrow(allocation=Uniform()), updates=False, owns_fisher=False, uniform=True, regrows=True

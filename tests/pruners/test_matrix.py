@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_cap.calibration.statistics import LayerInputs
 from lightning_cap.errors import PatternError
 from lightning_cap.pruners import (
     CAP,
@@ -70,7 +71,7 @@ def _targets(dtype: torch.dtype = torch.float32) -> Targets:
 
 
 def _path(pruner: Pruner, targets: Targets, rows: Any, masks: Any = None) -> Any:
-    return pruner.path(targets, layer_grams(rows) if pruner.num_inputs else rows, masks)
+    return pruner.path(targets, layer_grams(rows) if isinstance(pruner.statistic, LayerInputs) else rows, masks)
 
 
 def _refused(name: str, pattern: Pattern) -> bool:
@@ -235,7 +236,9 @@ def test_the_order_of_blocks_does_not_matter(name: str, pattern: Pattern, gradie
     if name.startswith("mfac"):
         make = partial(make.func, 12, **COMMON)  # type: ignore[attr-defined]
     pruner = make(pattern=pattern, allocation=Global())
-    statistics = layer_grams(rows) if pruner.num_inputs else None  # those of a layer are of all its rows
+    statistics = (
+        layer_grams(rows) if isinstance(pruner.statistic, LayerInputs) else None
+    )  # those of a layer are of all its rows
     one = pruner.path(Targets(weights), statistics or rows).at(pattern.sparsity or 0.6)
     two = pruner.path(Targets(turned), statistics or turned_rows).at(pattern.sparsity or 0.6)
     for n, order in orders.items():

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_cap.calibration.batches import CalibrationBatches
-from lightning_cap.calibration.gradients import GradientCollector, rows_at_once
-from lightning_cap.calibration.layer_inputs import InputCollector
+from lightning_cap.calibration.gradients import rows_at_once
 from lightning_cap.errors import GradientError
 from lightning_cap.pruners import (
     CAP,
@@ -36,25 +35,27 @@ from tests.support.toy import ToyData
 ROWS = 40
 GIVEN: dict[str, Any] = {"num_gradients": ROWS, "damp": 1e-3}
 CASES: dict[str, Pruner] = {
-    "woodfisher": WoodFisher(16, **GIVEN),
-    "woodfisher simple": WoodFisher(16, **GIVEN, update="simple"),
-    "woodfisher groups": WoodFisher(16, **GIVEN, pattern=BlockOf(4), allocation=Global(0.3)),
-    "cap groups": CAP(16, **GIVEN, pattern=BlockOf(4)),
-    "cap groups cumulative": CAP(16, **GIVEN, pattern=BlockOf(4), ranking="cumulative", allocation=Global(0.3)),
-    "cap floor": CAP(16, **GIVEN, allocation=Global(0.3)),
-    "cap erk": CAP(16, **GIVEN, allocation=ERK()),
-    "mfac": MFAC(64, **GIVEN),
-    "mfac static": MFAC(64, **GIVEN, mode="static"),
-    "mfac few blocks": MFAC(2048, **GIVEN),
-    "fast-cap": FastCAP(16, **GIVEN),
-    "fast-cap 2:4": FastCAP(16, **GIVEN, pattern=NofM(2, 4)),
-    "layerwise": LayerwiseOBS(12, ROWS),
-    "layerwise global": LayerwiseOBS(8, ROWS, allocation=Global(), pattern=BlockOf(4)),
+    "woodfisher": WoodFisher(block_size=16, **GIVEN),
+    "woodfisher simple": WoodFisher(block_size=16, **GIVEN, update="simple"),
+    "woodfisher groups": WoodFisher(block_size=16, **GIVEN, pattern=BlockOf(4), allocation=Global(0.3)),
+    "cap groups": CAP(block_size=16, **GIVEN, pattern=BlockOf(4)),
+    "cap groups cumulative": CAP(
+        block_size=16, **GIVEN, pattern=BlockOf(4), ranking="cumulative", allocation=Global(0.3)
+    ),
+    "cap floor": CAP(block_size=16, **GIVEN, allocation=Global(0.3)),
+    "cap erk": CAP(block_size=16, **GIVEN, allocation=ERK()),
+    "mfac": MFAC(block_size=64, **GIVEN),
+    "mfac static": MFAC(block_size=64, **GIVEN, mode="static"),
+    "mfac few blocks": MFAC(block_size=2048, **GIVEN),
+    "fast-cap": FastCAP(block_size=16, **GIVEN),
+    "fast-cap 2:4": FastCAP(block_size=16, **GIVEN, pattern=NofM(2, 4)),
+    "layerwise": LayerwiseOBS(block_size=12, num_inputs=ROWS),
+    "layerwise global": LayerwiseOBS(block_size=8, num_inputs=ROWS, allocation=Global(), pattern=BlockOf(4)),
     "obd": DiagonalFisher(**GIVEN),
     "obd rows": DiagonalFisher(**GIVEN, pattern=OutputRows()),
-    "grw": GradientTimesWeight(ROWS),
-    "taylor": Taylor(ROWS),
-    "random": Random(1),
+    "grw": GradientTimesWeight(num_gradients=ROWS),
+    "taylor": Taylor(num_gradients=ROWS),
+    "random": Random(seed=1),
 }
 
 
@@ -74,12 +75,13 @@ def run_cases() -> dict[str, Any]:
         model = _net().eval()
         targets = Targets.from_model(model, include=["*1.weight", "*3.weight"])
         batches = CalibrationBatches(DataLoader(ToyData(), batch_size=8), ROWS, 1, 3, 0, rows_at_once(targets))
-        collector = InputCollector if pruner.num_inputs else GradientCollector
         masks = {n: torch.ones(w.shape, dtype=torch.bool) for n, w in targets.items()}
         masks["1.weight"][:3] = False
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            path = pruner.path(targets, collector(model, targets, loss, batches, ROWS), masks)
+            statistic = pruner.statistic
+            source = () if statistic is None else statistic.collector(model, targets, loss, batches)
+            path = pruner.path(targets, source, masks)
         result = path.at(pruner.pattern.sparsity or 0.6)
         curve = [] if pruner.pattern.sparsity else path.curve([0.4, 0.65])
         out[name] = {"weights": dict(result.weights), "masks": dict(result.masks), "loss": result.predicted_loss,
@@ -93,7 +95,11 @@ def _without_rows() -> dict[str, Any]:
     weight = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
     rows = torch.randn(20, 6, 8, generator=torch.Generator().manual_seed(1))
     found: dict[str, Any] = {}
-    for pruner in (FastCAP(8, 20, damp=1e-2), DiagonalFisher(20), GradientTimesWeight(20)):
+    for pruner in (
+        FastCAP(block_size=8, num_gradients=20, damp=1e-2),
+        DiagonalFisher(num_gradients=20),
+        GradientTimesWeight(num_gradients=20),
+    ):
         name, targets = type(pruner).__name__, Targets({"a": weight})
         given = [{"a": rows}] if distributed.rank() == 0 else []
         found[name] = pruner.path(targets, given).at(0.5).weights["a"]

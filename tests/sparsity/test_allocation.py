@@ -17,7 +17,8 @@ from sklearn.isotonic import isotonic_regression
 from lightning_cap.errors import ConfigError
 from lightning_cap.pruners import Magnitude, Pruner
 from lightning_cap.solver.ranking import _pool_in_rounds, block_scores, pool_adjacent_violators, smallest
-from lightning_cap.sparsity.allocation import ERK, Allocation, Global, PerTarget, Uniform, apportion, budget_of
+from lightning_cap.sparsity.allocation import ERK, Allocation, Global, PerTarget, Uniform, apportion
+from lightning_cap.sparsity.cost import budget_of
 from lightning_cap.sparsity.targets import Targets
 
 LOSS = st.one_of(
@@ -370,9 +371,9 @@ def test_global_with_a_floor_is_the_least_sum_that_keeps_it(
     kept = [math.ceil(Fraction(str(floor)) * len(row)) for row in scores]
     if zeros > sum(len(row) - keep for row, keep in zip(scores, kept, strict=True)):
         with pytest.raises(ConfigError, match="leaves room for"):
-            Magnitude(allocation).path(targets).at(sparsity)
+            Magnitude(allocation=allocation).path(targets).at(sparsity)
         return
-    masks = Magnitude(allocation).path(targets).at(sparsity).masks
+    masks = Magnitude(allocation=allocation).path(targets).at(sparsity).masks
     gone = [(~mask).sum().item() for mask in masks.values()]
     assert sum(gone) == zeros
     assert all(len(row) - count >= keep for row, count, keep in zip(scores, gone, kept, strict=True))

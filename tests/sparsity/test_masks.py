@@ -11,14 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_cap.errors import ConfigError
-from lightning_cap.sparsity.masks import MaskSet, pack_bits, unpack_bits
+from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.targets import Targets
+from lightning_cap.utilities.bits import pack_bits
 
 NAMES = ["2.weight", "6.weight"]
 
@@ -48,23 +47,6 @@ def calls(action: Callable[[], object]) -> dict[str, int]:
 def _half(targets: Targets) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
     return {name: torch.rand(w.shape, generator=generator) > 0.5 for name, w in targets.items()}
-
-
-@given(st.lists(st.booleans(), max_size=70))
-@settings(max_examples=60, deadline=None)
-def test_bits_round_trip(values: list[bool]) -> None:
-    mask = torch.tensor(values, dtype=torch.bool)
-    bits = pack_bits(mask)
-    assert bits.dtype == torch.uint8
-    assert bits.shape == (-(-len(values) // 8),)
-    assert torch.equal(unpack_bits(bits, len(values)), mask)
-    assert [int(bits[i // 8]) >> i % 8 & 1 for i in range(len(values))] == [int(v) for v in values]
-
-
-def test_bits_of_shaped_and_strided_masks() -> None:
-    mask = torch.rand(5, 3, 3, generator=torch.Generator().manual_seed(0)) > 0.5
-    assert torch.equal(unpack_bits(pack_bits(mask), 45).view(5, 3, 3), mask)
-    assert torch.equal(unpack_bits(pack_bits(mask.transpose(0, 2)), 45).view(3, 3, 5), mask.transpose(0, 2))
 
 
 def test_starts_full_and_only_loses(targets: Targets) -> None:

@@ -257,7 +257,7 @@ def test_constrained_groups_without_a_sparsity_need_an_elimination() -> None:
             make(pattern=Pairs())
     targets = Targets({"a": torch.randn(4, 8, generator=torch.Generator().manual_seed(0))})
     rows = [{"a": torch.randn(20, 4, 8, generator=torch.Generator().manual_seed(1))}]
-    result = CAP(8, num_gradients=20, damp=1e-2, pattern=Pairs()).path(targets, rows).at(0.4)
+    result = CAP(block_size=8, num_gradients=20, damp=1e-2, pattern=Pairs()).path(targets, rows).at(0.4)
     check_pattern(targets, Pairs(), result.masks)
     assert int((~result.masks["a"]).sum()) == 13
     with pytest.raises(PatternError, match="1 groups in 1 of 1 targets break"):

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from lightning_cap.sparsity.masks import unpack_bits
+from lightning_cap.utilities.bits import unpack_bits
 from tests.support import ROOT
 from tests.support.crash_run import SCHEDULE
 

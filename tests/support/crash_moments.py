@@ -20,6 +20,7 @@ import lightning_cap.callbacks.checkpoint_io as checkpoint_io
 import lightning_cap.callbacks.event_log as event_log
 import lightning_cap.export.safetensors as plain_weights
 import lightning_cap.pruners.blockwise as blockwise_module
+import lightning_cap.pruners.blockwise_path as path_module
 from lightning_cap.calibration.gradients import GradientCollector
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.targets import Targets
@@ -77,7 +78,7 @@ def install(moments: Moments, folder: Path, elsewhere: bool) -> None:
         ("validate", Toy, "validation_step"),
         ("solve", eliminate_module, "_eliminate_chunk"),
         ("reconstruct", blockwise_module, "reconstruct"),
-        ("exchange", blockwise_module, "gather_rows"),
+        ("exchange", path_module, "gather_rows"),
         ("log", event_log, "append_json_line"),
         ("remove", TorchCheckpointIO, "remove_checkpoint"),
         ("load", TorchCheckpointIO, "load_checkpoint"),

@@ -9,7 +9,7 @@ from typing import Any
 
 from numba import njit
 
-# no "ninf": infinity marks what may not go; "nnan" only where NaN cannot matter, or the checks for it would be dropped
+# no "ninf": infinity marks what may not be pruned; "nnan" only where NaN cannot matter, or the checks for it would be dropped
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 

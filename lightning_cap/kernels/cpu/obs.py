@@ -1,6 +1,7 @@
 """Factor, eliminate and reconstruct Fisher blocks, one at a time in scratch that stays in the cache of its core.
 
-Only alive weights are taken into the scratch, and those that go are swapped out of it, so that a step costs what is left.
+Only alive weights are taken into the scratch, and pruned ones are swapped out of it, so that the cost of a step falls with the
+weights that are left.
 """
 
 from __future__ import annotations
@@ -217,10 +218,10 @@ def solve_blocks(
         W: ``(k, B)``.
         alive: ``(k, B)`` bool.
         damp: ``(k,)`` float64.
-        group: Weights in a group; one may go while more than ``keep`` of its group are alive.
+        group: Weights in a group; one may be pruned while more than ``keep`` of its group are alive.
         condition: Largest condition number that is trusted.
         kind: Any array of the dtype to work in.
-        rank: ``(k, B)``, out: step of each weight, untouched where it never goes.
+        rank: ``(k, B)``, out: step of each weight, untouched where it is never pruned.
         losses: ``(k, B)``, out: marginal losses by step, untouched past the last.
         well_conditioned: ``(k,)`` bool, out: False where the block cannot be trusted in this dtype, and nothing was written.
     """
@@ -275,12 +276,12 @@ def reconstruct_blocks(
     B = W.shape[1]
     zero = kind.dtype.type(0)
     A, panel, work = matrix(B, B, kind), matrix(4, B, kind), matrix(4, B, kind)
-    sums, rhs, lost, product = work[0], work[1], work[2], work[3]
+    sums, rhs, removed, product = work[0], work[1], work[2], work[3]
     kept = np.zeros(B, np.int64)
     for b in range(first, last):
         n = 0
         for i in range(B):
-            lost[B - 1 - i] = W[b, i] if pruned[b, i] else zero
+            removed[B - 1 - i] = W[b, i] if pruned[b, i] else zero
             product[i] = zero
             if alive[b, i] and not pruned[b, i]:
                 kept[n] = i
@@ -288,10 +289,10 @@ def reconstruct_blocks(
         triangle = packed[places[b]]
         for r in range(B):  # F · w_Q from one triangle, in reversed order
             source = triangle[r * (r + 1) // 2 : (r + 1) * (r + 2) // 2]
-            total, factor = zero, lost[r]
+            total, factor = zero, removed[r]
             for j in range(r):
                 value = kind.dtype.type(source[j])
-                total += value * lost[j]
+                total += value * removed[j]
                 product[j] += value * factor
             product[r] += total + kind.dtype.type(source[r]) * factor
         for i in range(n):

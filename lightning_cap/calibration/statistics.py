@@ -1,0 +1,142 @@
+"""What a pruner reads, as a value that makes its own collector."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+from torch import Tensor, nn
+
+from lightning_cap.calibration.batches import CalibrationBatches
+from lightning_cap.calibration.gradients import GradientCollector, Loss, rows_at_once
+from lightning_cap.calibration.layer_inputs import InputCollector
+from lightning_cap.sparsity.targets import Targets
+from lightning_cap.utilities.progress import Progress
+
+_MOST_INPUTS = 2**16  # samples in a batch of layer inputs
+
+
+class Collector(Protocol):
+    """A re-iterable source of chunks, one pass of it a collection."""
+
+    collected: int
+    skipped: int
+
+    def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
+        """Chunks for every target."""
+
+    def probe(self, batch: Any) -> None:
+        """Compute what one batch gives and throw it away, to fail early."""
+
+
+class Statistic(ABC):
+    """What a pruner reads of the model on calibration data.
+
+    Attributes:
+        unit: What is counted, for logs.
+    """
+
+    unit: ClassVar[str]
+
+    @property
+    @abstractmethod
+    def num_samples(self) -> int:
+        """Samples of the data that it takes, over all processes."""
+
+    @abstractmethod
+    def batches(self, source: Iterable[Any], targets: Targets, key: tuple[int, int]) -> CalibrationBatches:
+        """This process's batches of ``source``, drawn by a key (seed, collection index)."""
+
+    @abstractmethod
+    def collector(
+        self,
+        model: nn.Module,
+        targets: Targets,
+        loss: Loss,
+        batches: Iterable[Any],
+        *,
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        scale: float = 1.0,
+        progress: Progress | None = None,
+    ) -> Collector:
+        """What computes it from batches. Arguments: see `GradientCollector`."""
+
+
+@dataclass(frozen=True)
+class GradientSamples(Statistic):
+    """Gradient rows of the mean loss.
+
+    Args:
+        n: Rows over all processes, ``N`` of equation 3.
+        per_sample: Inputs whose mean loss gives one row.
+    """
+
+    n: int
+    per_sample: int = 1
+
+    unit: ClassVar[str] = "gradients"
+
+    @property
+    def num_samples(self) -> int:
+        """``n`` times ``per_sample``."""
+        return self.n * self.per_sample
+
+    def batches(self, source: Iterable[Any], targets: Targets, key: tuple[int, int]) -> CalibrationBatches:
+        """See `Statistic`."""
+        return CalibrationBatches(source, self.num_samples, self.per_sample, *key, rows_at_once(targets))
+
+    def collector(
+        self,
+        model: nn.Module,
+        targets: Targets,
+        loss: Loss,
+        batches: Iterable[Any],
+        *,
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        scale: float = 1.0,
+        progress: Progress | None = None,
+    ) -> GradientCollector:
+        """See `Statistic`."""
+        counts = self.n, self.per_sample
+        return GradientCollector(
+            model, targets, loss, batches, *counts, context=context, scale=scale, progress=progress
+        )
+
+
+@dataclass(frozen=True)
+class LayerInputs(Statistic):
+    """Second moments of the inputs of each target's layer, by forward passes alone.
+
+    Args:
+        n: Samples over all processes.
+    """
+
+    n: int
+
+    unit: ClassVar[str] = "inputs"
+
+    @property
+    def num_samples(self) -> int:
+        """``n``."""
+        return self.n
+
+    def batches(self, source: Iterable[Any], targets: Targets, key: tuple[int, int]) -> CalibrationBatches:
+        """See `Statistic`."""
+        return CalibrationBatches(source, self.n, 1, *key, _MOST_INPUTS)
+
+    def collector(
+        self,
+        model: nn.Module,
+        targets: Targets,
+        loss: Loss,
+        batches: Iterable[Any],
+        *,
+        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+        scale: float = 1.0,
+        progress: Progress | None = None,
+    ) -> InputCollector:
+        """See `Statistic`. There is no gradient to scale."""
+        return InputCollector(model, targets, loss, batches, self.n, context=context, progress=progress)

@@ -1,0 +1,196 @@
+"""The path of methods that order the weights of every block: the global cut, and the weights on either side of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from lightning_cap.calibration.sources import GradientSource, check_repeatable, rows_bytes
+from lightning_cap.errors import GradientError
+from lightning_cap.pruners.paths import PruneResult, PruningPath, pack_weights
+from lightning_cap.solver import Elimination
+from lightning_cap.solver.ranking import at_group_ends, select
+from lightning_cap.sparsity.block_layout import BlockLayout
+from lightning_cap.sparsity.targets import Targets
+from lightning_cap.utilities.distributed import gather_rows, gather_tensors, raise_on_all_ranks, world_size
+from lightning_cap.utilities.progress import Progress
+
+if TYPE_CHECKING:
+    from lightning_cap.pruners.blockwise import Blockwise
+
+
+class BlockwisePath(PruningPath):
+    """The order in which the weights of every block are pruned and what that costs; owns the Fisher until `close`.
+
+    With several processes each has some of the blocks: their Fisher, their order and their losses.
+
+    Attributes:
+        plan: Where the Fisher is, in how many passes it is built, and which rank has which blocks.
+        elimination: Order and losses of this rank's blocks that are not fully masked, in rising order.
+        stats: Numbers for logs, of all ranks together.
+    """
+
+    def __init__(
+        self,
+        pruner: Blockwise,
+        targets: Targets,
+        layout: BlockLayout,
+        masks: Mapping[str, Tensor] | None,
+        gradients: GradientSource,
+        progress: Progress | None,
+    ) -> None:
+        super().__init__(targets, layout, masks, pruner.cost)
+        self._pruner, self._gradients, self._progress = pruner, gradients, progress
+        self._targets = targets
+        with raise_on_all_ranks("Reading the weights"):
+            self._weights = pack_weights(targets, layout, self._alive)
+        self.plan = pruner.plan_blocks(layout, self._alive, rows_bytes(gradients))
+        check_repeatable(gradients, self.plan.passes)
+        self._own = torch.cat(self.plan.groups)  # (K_r,)
+        self._sizes = [sum(len(share[r]) for share in self.plan.shares) for r in range(world_size())]
+        self._kept: Any = None  # of the only pass
+        self._closed = False
+        self._seen: dict[int, Tensor] = {}  # diagonals of the first time that each group was read
+        parts = [Elimination.untouched(0, layout.block_size, pruner.damp, self._alive.device)]
+        for number, blocks in enumerate(self.plan.groups if sum(self._sizes) else ()):
+            fisher = self._fisher(number)
+            here = blocks.to(self._alive.device)
+            with raise_on_all_ranks("Solving the blocks"):
+                parts.append(
+                    pruner.order_blocks(
+                        fisher, self._weights[here].float(), self._alive[here], self.plan.chunk, progress
+                    )
+                )
+            self._kept = fisher if self.plan.passes == 1 else None
+            del fisher
+        self.elimination: Elimination = Elimination.joined(parts)
+        del parts
+        self._scores = pruner.merge_scores(self.elimination.losses)
+        if pruner.pattern.whole_groups:
+            self._scores = at_group_ends(self._scores, self.elimination.rank, pruner.pattern.group_size)
+        self.stats = self._gather_stats()
+
+    def _fisher(self, number: int) -> Any:
+        """Read the gradients for the blocks of one pass."""
+        blocks = self._pruner.read_blocks(self._layout, self.plan, number, self._gradients)
+        if self.plan.passes > 1:
+            with raise_on_all_ranks("Reading the gradients again"):
+                self._check_same(number, blocks)
+        return blocks
+
+    def _check_same(self, number: int, blocks: Any) -> None:
+        """Refuse a second pass that saw other gradients: its blocks would not be those that were solved."""
+        diagonal = blocks.diagonal
+        first = self._seen.setdefault(number, diagonal)
+        scale = first.amax() if first.numel() else first.new_zeros(())
+        if first is not diagonal and not torch.allclose(first, diagonal, rtol=1e-3, atol=1e-6 * float(scale)):
+            raise GradientError(
+                "gradients: they differ between two passes over the source, which memory makes necessary. Give a source that "
+                "yields the same rows each time (no shuffling, no new augmentation), or raise max_memory."
+            )
+
+    def _gather_stats(self) -> dict[str, float]:
+        own = self.elimination
+        numbers = [
+            float(own.use_float64.sum()),
+            float(own.num_damping_increased),
+            max([own.requested_damp, *own.damp.tolist()]),
+        ]
+        all_ranks = torch.stack(gather_tensors(torch.tensor(numbers, dtype=torch.float64, device=own.damp.device)))
+        return {
+            "blocks": float(self._layout.num_blocks),
+            "blocks_float64": float(all_ranks[:, 0].sum()),
+            "blocks_damping_increased": float(all_ranks[:, 1].sum()),
+            "largest_damp": float(all_ranks[:, 2].max()),
+            "passes": float(self.plan.passes),
+        }
+
+    def at(self, sparsity: float) -> PruneResult:
+        """Cut every block at its prefix and reconstruct the kept weights. See `PruningPath.at`.
+
+        With a plan of several passes the gradients are read again, once for each group of blocks. Every process must call it.
+        """
+        if self._closed:
+            raise GradientError("path: it was closed, and its Fisher was freed. Call pruner.path(...) again.")
+        cut = self._cut(sparsity)
+        if cut is None:
+            return self._result(self._weights, self._alive, 0.0, self.stats)
+        own = self._own.to(self._alive.device)
+        mine = self._alive[own] & (self.elimination.rank < cut.unsqueeze(-1))
+        moved = self._reconstruct(own, mine)
+        blocks = torch.cat([share[r] for r in range(world_size()) for share in self.plan.shares]).to(own.device)
+        pruned = torch.zeros_like(self._alive)
+        pruned[blocks] = gather_rows(mine, self._sizes)
+        weights = self._weights.clone()
+        weights[blocks] = gather_rows(moved, self._sizes)
+        return self._result(weights, self._alive & ~pruned, self._loss(cut), self.stats)
+
+    def _reconstruct(self, own: Tensor, pruned: Tensor) -> Tensor:
+        """The weights of this rank's blocks without the ``pruned`` ones, ``(K_r, B)``."""
+        if self.plan.passes > 1:
+            with raise_on_all_ranks("Reading the weights"):
+                self._check_unchanged()
+        parts, first = [self._weights[:0]], 0
+        for number, group in enumerate(self.plan.groups if sum(self._sizes) else ()):
+            fisher = self._kept if self._kept is not None else self._fisher(number)
+            part = slice(first, first + len(group))
+            damp, use_float64 = self.elimination.damp[part], self.elimination.use_float64[part]
+            given = self._weights[own[part]], self._alive[own[part]], pruned[part], damp, use_float64
+            with raise_on_all_ranks("Reconstructing the weights"):
+                parts.append(self._pruner.rebuild_blocks(fisher, *given, self.plan.chunk))
+            first = part.stop
+            del fisher
+        return torch.cat(parts)
+
+    def _check_unchanged(self) -> None:
+        now = pack_weights(self._targets, self._layout, self._alive)
+        if not torch.equal(now, self._weights):
+            raise GradientError(
+                "path: the weights have changed since it was made, and memory makes it necessary to compute the gradients again "
+                "for every result. Take all results before one is applied, put the weights back in between, or raise "
+                "max_memory."
+            )
+
+    def curve(self, sparsities: Sequence[float]) -> list[float]:
+        """Sums of the raw marginal losses. See `PruningPath.curve`."""
+        cuts = [self._cut(sparsity) for sparsity in sparsities]
+        return [0.0 if cut is None else self._loss(cut) for cut in cuts]
+
+    def close(self) -> None:
+        """Free the Fisher."""
+        self._kept, self._closed = None, True
+
+    def _cut(self, sparsity: float) -> Tensor | None:
+        """How many weights of each of this rank's blocks are pruned, ``(K_r,)``; None if the model is sparser already."""
+        self._pruner.pattern.check_sparsity(sparsity)
+        if self._pruner.pattern.sparsity is not None:
+            return self.elimination.steps
+        zeros = self._budget(sparsity)
+        if zeros is None:
+            return None
+        allocation, spans = self._pruner.allocation, self._layout.spans
+        rows = {n: ((self._own >= s.start) & (self._own < s.stop)).nonzero().squeeze(1) for n, s in spans.items()}
+        rows = {name: own.to(self._scores.device) for name, own in rows.items()}
+        removals, most = self._removals(allocation, zeros), self._most(allocation)
+        if most and self._pruner.pattern.whole_groups:
+            size = self._pruner.pattern.group_size
+            most = {name: count // size * size for name, count in most.items()}
+        cut = select(self._scores, rows, removals, most, sharded=world_size() > 1).sum(-1)
+        return self._whole_groups(cut) if self._pruner.pattern.whole_groups else cut
+
+    def _whole_groups(self, cut: Tensor) -> Tensor:
+        """Steps back to where every group is whole; a cut inside of one is at most in one block of each budget."""
+        size = self._pruner.pattern.group_size
+        own = self._own.to(self._alive.device)
+        alive: Tensor = self._alive[own].view(len(own), -1, size)
+        pruned = alive & (self.elimination.rank < cut.unsqueeze(-1)).view_as(alive)
+        whole = pruned.any(-1) & (pruned == alive).all(-1)
+        return (pruned & whole.unsqueeze(-1)).sum((-1, -2))
+
+    def _loss(self, cut: Tensor) -> float:
+        taken = torch.arange(self._layout.block_size, device=cut.device) < cut.unsqueeze(-1)
+        own = torch.where(taken, self.elimination.losses, 0.0).sum(dtype=torch.float64)
+        return float(sum(float(part) for part in gather_tensors(own)))

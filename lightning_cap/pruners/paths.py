@@ -1,0 +1,170 @@
+"""What pruning yields: a `PruningPath`, from which every sparsity can be read, and the `PruneResult` at one."""
+
+from __future__ import annotations
+
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import torch
+from torch import Tensor
+from typing_extensions import Self
+
+from lightning_cap.errors import ConfigError
+from lightning_cap.sparsity.allocation import Allocation
+from lightning_cap.sparsity.block_layout import BlockLayout
+from lightning_cap.sparsity.cost import Cost, Parameters
+from lightning_cap.sparsity.targets import Targets
+
+
+@dataclass(frozen=True)
+class PruneResult:
+    """Weights and masks at one sparsity. Nothing in the model changes until it is applied.
+
+    Attributes:
+        weights: ``{target: (*shape)}`` in the targets' dtype, zero where pruned.
+        masks: ``{target: (*shape)}`` bool, True = kept.
+        predicted_loss: Predicted increase of the loss (the pruner's own unit where it has no loss model).
+        sparsity: Zeros over all weights of the targets.
+        stats: Numbers for logs, such as blocks solved in float64.
+    """
+
+    weights: Mapping[str, Tensor]
+    masks: Mapping[str, Tensor]
+    predicted_loss: float
+    sparsity: float
+    stats: Mapping[str, float] = field(default_factory=dict)
+
+    def apply(self, targets: Targets) -> None:
+        """Write the weights into the model, in place."""
+        targets.restore(self.weights)
+
+
+class PruningPath(ABC):
+    """What one pass over the gradients yields: every sparsity can be read from it. A context manager.
+
+    Attributes:
+        nested: Whether a lower sparsity keeps whatever a higher one does.
+    """
+
+    nested: bool = True
+
+    def __init__(
+        self, targets: Targets, layout: BlockLayout, masks: Mapping[str, Tensor] | None, cost: Cost | None = None
+    ) -> None:
+        self._layout, self._cost = layout, cost or Parameters()
+        self._dtypes = {name: weight.dtype for name, weight in targets.items()}
+        self._numel = targets.numel
+        self._alive = pack_alive(targets, layout, masks)
+
+    @abstractmethod
+    def at(self, sparsity: float) -> PruneResult:
+        """Weights and masks with exactly ``floor(sparsity·n + 0.5)`` zeros, those already masked included.
+
+        Raises:
+            PatternError: The sparsity is not in [0, 1) or not one that the pattern gives.
+        """
+
+    @abstractmethod
+    def curve(self, sparsities: Sequence[float]) -> list[float]:
+        """Predicted loss increase at each sparsity, without building the weights."""
+
+    def close(self) -> None:  # noqa: B027 - optional
+        """Free what the path holds (the Fisher). Using it afterwards is an error."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    @property
+    def sparsity(self) -> float:
+        """Sparsity before pruning: masked weights over all."""
+        return 1 - int(self._alive.sum()) / self._numel
+
+    def _existing(self) -> dict[str, int]:
+        return {
+            name: size - int(self._alive[span].sum())
+            for (name, span), size in zip(self._layout.spans.items(), self._layout.sizes.values(), strict=True)
+        }
+
+    def _removals(self, allocation: Allocation, zeros: int) -> list[tuple[list[str], int]]:
+        """How many weights of which targets are pruned, beyond those that are zero already."""
+        existing = self._existing()
+        budgets = allocation.budgets(self._layout.shapes, existing, zeros)
+        return [(names, share - sum(existing[name] for name in names)) for names, share in budgets]
+
+    def _most(self, allocation: Allocation) -> dict[str, int] | None:
+        """How many weights of each target may be pruned; None without a floor."""
+        if not allocation.min_density:
+            return None
+        existing = self._existing()
+        most = allocation.max_zeros(self._layout.shapes, existing)
+        return {name: most[name] - existing[name] for name in most}
+
+    def _budget(self, sparsity: float) -> int | None:
+        """Zeros in all, or None (with a warning) if the model has more already."""
+        total = self._cost.total(self._layout.shapes)
+        if self._cost.is_exceeded(sparsity, self._cost.saved(self._layout.shapes, self._existing()), total):
+            warnings.warn(
+                f"sparsity={sparsity:g}: the model is already at {self.sparsity:.4g}. Nothing is changed; ask for a higher "
+                "sparsity to prune further.",
+                stacklevel=3,
+            )
+            return None
+        return self._cost.budget(sparsity, total)
+
+    def _result(self, weights: Tensor, kept: Tensor, predicted_loss: float, stats: Mapping[str, float]) -> PruneResult:
+        unpacked = self._layout.unpack(weights)
+        return PruneResult(
+            weights={name: weight.to(self._dtypes[name]) for name, weight in unpacked.items()},
+            masks=self._layout.unpack(kept),
+            predicted_loss=predicted_loss,
+            sparsity=1 - int(kept.sum()) / self._numel,
+            stats=stats,
+        )
+
+
+def pack_alive(targets: Targets, layout: BlockLayout, masks: Mapping[str, Tensor] | None) -> Tensor:
+    """``(K, B)`` bool on the targets' device: False on padding and where a mask is.
+
+    Raises:
+        ConfigError: As `check_masks`.
+    """
+    check_masks(targets, masks or {})
+    full = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in targets.items()}
+    return layout.pack({**full, **(masks or {})}, torch.bool, targets.device)
+
+
+def check_masks(targets: Targets, masks: Mapping[str, Tensor]) -> None:
+    """Refuse masks that are not those of the targets.
+
+    Raises:
+        ConfigError: A name is not a target's, or a shape not that of its weight.
+    """
+    for name, mask in masks.items():
+        if name not in targets or mask.shape != targets[name].shape:
+            want = f"its weight has {tuple(targets[name].shape)}" if name in targets else "there is no such target"
+            raise ConfigError(
+                f"masks: {name!r} has shape {tuple(mask.shape)}, but {want}. Give {{target name: bool of the weight's shape}}."
+            )
+
+
+def pack_weights(targets: Targets, layout: BlockLayout, alive: Tensor) -> Tensor:
+    """The weights as ``(K, B)``, zero where not ``alive``; float64 if a target is, else float32.
+
+    Raises:
+        ConfigError: A weight is not finite.
+    """
+    weights = targets.weights()
+    for name, weight in weights.items():
+        if not bool(torch.isfinite(weight).all()):
+            raise ConfigError(f"model: the weight {name!r} is not finite (NaN or inf). Load a sound checkpoint.")
+    double = any(weight.dtype == torch.float64 for weight in weights.values())
+    packed = layout.pack(weights, torch.float64 if double else torch.float32, alive.device)
+    return packed.masked_fill_(~alive, 0.0)

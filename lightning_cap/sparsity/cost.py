@@ -1,0 +1,57 @@
+"""What a goal counts: the price of weights, when a goal is reached, and the steps on the way to it."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+class Cost(ABC):
+    """Gives every target the price of one of its weights. A goal is the share of the total price that is to be saved."""
+
+    @abstractmethod
+    def prices(self, shapes: Shapes) -> dict[str, int]:
+        """Price of one weight of each target."""
+
+    def total(self, shapes: Shapes) -> int:
+        """Price of all weights of all targets."""
+        return sum(price * math.prod(shapes[name]) for name, price in self.prices(shapes).items())
+
+    def saved(self, shapes: Shapes, zeros: Mapping[str, int]) -> int:
+        """Price of the zeros that each target has."""
+        return sum(price * zeros[name] for name, price in self.prices(shapes).items())
+
+    def budget(self, goal: float, total: int) -> int:
+        """What a goal saves of a total: exactly ``floor(goal · total + 0.5)``."""
+        return budget_of(goal, total)
+
+    def is_exceeded(self, goal: float, saved: int, total: int) -> bool:
+        """Whether more is saved already than the goal asks for, so that there is nothing left to prune."""
+        return saved > self.budget(goal, total)
+
+
+class Parameters(Cost):
+    """Every weight counts alike: a goal is a share of zeros. The default."""
+
+    def prices(self, shapes: Shapes) -> dict[str, int]:
+        """1 for each target."""
+        return dict.fromkeys(shapes, 1)
+
+
+def budget_of(goal: float, total: int) -> int:
+    """The whole number that a share of a total means: ``floor(goal · total + 0.5)``."""
+    return int(goal * total + 0.5)
+
+
+def steps_to(goal: float, start: float, num_steps: int) -> list[float]:
+    """Evenly spaced sparsities from ``start`` to ``goal``, the last one ``goal`` itself.
+
+    Args:
+        goal: Sparsity to reach.
+        start: Sparsity that is reached already.
+        num_steps: How many, at least 1.
+    """
+    return [start + (goal - start) * step / num_steps for step in range(1, num_steps)] + [goal]
