@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
 
-from lightning_cap.data.recipes import get_recipe
+from lightning_cap.data.recipes import get_training_recipe
 from lightning_cap.errors import ConfigError
 from lightning_cap.schedules.learning_rate import CyclicLinearLR
 from lightning_cap.utilities.compiled import COMPILED_PREFIX, plain_module
@@ -33,7 +33,7 @@ _PREFIXES = ("module.", "model.", COMPILED_PREFIX)  # DDP, this module in a Ligh
 class VisionClassifier(LightningModule):
     """Train and evaluate an image classifier, ready for ``CAPPruningCallback``.
 
-    A batch is ``(images, targets)``: images ``(b, C, H, W)`` and either class indices ``(b,)`` or, after mixup, class
+    A batch is ``(images, labels)``: images ``(b, C, H, W)`` and either class indices ``(b,)`` or, after mixup, class
     probabilities ``(b, num_classes)``. Logs ``train/loss`` each step and ``val/loss``, ``val/acc``, ``val/acc5``
     (``test/...`` likewise) each epoch; top-5 only with more than five classes.
 
@@ -110,11 +110,11 @@ class VisionClassifier(LightningModule):
 
     def calibration_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         """The training loss, a scalar, without logging anything; for the pruner's gradients."""
-        images, targets = batch
+        images, labels = batch
         logits = self(images)
-        if targets.is_floating_point():  # soft targets carry their smoothing in them
-            return F.cross_entropy(logits, targets.to(logits.dtype))
-        return F.cross_entropy(logits, targets, label_smoothing=self.label_smoothing)
+        if labels.is_floating_point():  # soft labels carry their smoothing in them
+            return F.cross_entropy(logits, labels.to(logits.dtype))
+        return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         """The training loss, logged as ``train/loss``."""
@@ -131,15 +131,15 @@ class VisionClassifier(LightningModule):
         self._evaluate(batch, self.test_metrics, "test/loss")
 
     def _evaluate(self, batch: Any, metrics: MetricCollection, loss_name: str) -> None:
-        images, targets = batch
+        images, labels = batch
         logits = self(images)
-        metrics.update(logits, targets)
+        metrics.update(logits, labels)
         self.log_dict(metrics, on_step=False, on_epoch=True, prog_bar=True)
-        loss = F.cross_entropy(logits, targets)
-        self.log(loss_name, loss, on_step=False, on_epoch=True, batch_size=len(targets), sync_dist=True)
+        loss = F.cross_entropy(logits, labels)
+        self.log(loss_name, loss, on_step=False, on_epoch=True, batch_size=len(labels), sync_dist=True)
 
     def predict_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        """Class probabilities ``(b, num_classes)`` of a batch of images, with or without targets."""
+        """Class probabilities ``(b, num_classes)`` of a batch of images, with or without labels."""
         images = batch[0] if isinstance(batch, (tuple, list)) else batch
         probabilities: torch.Tensor = self(images).softmax(dim=-1)
         return probabilities
@@ -318,7 +318,7 @@ def _with_recipe(given: dict[str, float | None], recipe: str | None) -> dict[str
     """The training values: as given, else the recipe's, else the defaults; checked."""
     defaults = {"label_smoothing": 0.0, "weight_decay": 0.05, "drop_path_rate": 0.0, "gradient_clip": None}
     if recipe is not None:
-        found = get_recipe(recipe)
+        found = get_training_recipe(recipe)
         defaults = {name: getattr(found, name) for name in defaults}
     values = {name: defaults[name] if value is None else value for name, value in given.items()}
     for name, value in values.items():

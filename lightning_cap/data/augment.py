@@ -105,7 +105,7 @@ def eval_transform(
 
 
 class MixupCollate:
-    """Collate samples into a batch and apply timm's mixup/cutmix to it; targets become soft.
+    """Collate samples into a batch and apply timm's mixup/cutmix to it; labels become soft.
 
     Takes batches of any size: timm mixes sample i with sample n-1-i and refuses odd n, so the middle sample of an odd
     batch is put in twice for the mixing, which pairs it with itself, and once taken out again.
@@ -113,8 +113,8 @@ class MixupCollate:
     Args:
         mixup: alpha of mixup, 0 for none.
         cutmix: alpha of cutmix, 0 for none.
-        label_smoothing: mixed into the soft targets.
-        num_classes: length of a soft target.
+        label_smoothing: mixed into the soft labels.
+        num_classes: length of a soft label.
     """
 
     def __init__(self, mixup: float, cutmix: float, label_smoothing: float, num_classes: int) -> None:
@@ -122,13 +122,13 @@ class MixupCollate:
         self.mixup = Mixup(num_classes=num_classes, **options)  # type: ignore[no-untyped-call]
 
     def __call__(self, samples: Sequence[tuple[Tensor, int]]) -> tuple[Tensor, Tensor]:
-        """Return images (n, 3, H, W) and soft targets (n, num_classes); randomness is NumPy's global generator."""
+        """Return images (n, 3, H, W) and soft labels (n, num_classes); randomness is NumPy's global generator."""
         middle = len(samples) // 2
         odd = len(samples) % 2 == 1
         if odd:
             samples = [*samples[: middle + 1], *samples[middle:]]
-        images, targets = self.mixup(*default_collate(list(samples)))
+        images, labels = self.mixup(*default_collate(list(samples)))
         if not odd:
-            return images, targets
+            return images, labels
         keep = torch.arange(len(samples)) != middle
-        return images[keep], targets[keep]
+        return images[keep], labels[keep]

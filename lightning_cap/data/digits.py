@@ -67,13 +67,13 @@ class DigitsDataModule(ClassificationDataModule):
 
     def training_set(self, augment: bool) -> Dataset[Any]:
         """Return the training digits, with noise and shift or plain."""
-        images, targets, _, _ = _split(self.val_fraction)
-        return Digits(images, targets, self.noise, self.max_shift) if augment else Digits(images, targets)
+        images, labels, _, _ = _split(self.val_fraction)
+        return Digits(images, labels, self.noise, self.max_shift) if augment else Digits(images, labels)
 
     def validation_set(self) -> Dataset[Any]:
         """Return the held-out digits."""
-        _, _, images, targets = _split(self.val_fraction)
-        return Digits(images, targets)
+        _, _, images, labels = _split(self.val_fraction)
+        return Digits(images, labels)
 
 
 class Digits(Dataset[tuple[Tensor, int]]):
@@ -81,20 +81,20 @@ class Digits(Dataset[tuple[Tensor, int]]):
 
     Args:
         images: (n, 1, 8, 8), normalised.
-        targets: class indices (n,).
+        labels: class indices (n,).
         noise: standard deviation of the pixel noise, 0 for none.
         max_shift: largest shift in pixels, 0 for none; what comes into view is background.
     """
 
-    def __init__(self, images: Tensor, targets: Tensor, noise: float = 0.0, max_shift: int = 0) -> None:
+    def __init__(self, images: Tensor, labels: Tensor, noise: float = 0.0, max_shift: int = 0) -> None:
         self.images = images
-        self.targets: list[int] = targets.tolist()
+        self.labels: list[int] = labels.tolist()
         self.noise = noise
         self.max_shift = max_shift
         self._background = -_MEAN / _STD
 
     def __len__(self) -> int:
-        return len(self.targets)
+        return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         """Return (image (1, 8, 8), class index)."""
@@ -103,7 +103,7 @@ class Digits(Dataset[tuple[Tensor, int]]):
             image = self._shift(image)
         if self.noise:
             image = torch.randn(image.shape).mul_(self.noise).add_(image)
-        return image, self.targets[index]
+        return image, self.labels[index]
 
     def _shift(self, image: Tensor) -> Tensor:
         reach = self.max_shift
@@ -114,7 +114,7 @@ class Digits(Dataset[tuple[Tensor, int]]):
 
 @functools.lru_cache(maxsize=4)
 def _split(val_fraction: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Return training images and targets, then validation images and targets; stratified and always the same."""
+    """Return training images and labels, then validation images and labels; stratified and always the same."""
     digits = load_digits()
     train, val = train_test_split(
         torch.arange(len(digits.target)).numpy(),
@@ -123,5 +123,5 @@ def _split(val_fraction: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         random_state=_SPLIT_SEED,
     )
     images = (torch.from_numpy(digits.images).float().unsqueeze(1) - _MEAN) / _STD
-    targets = torch.from_numpy(digits.target).long()
-    return images[train], targets[train], images[val], targets[val]
+    labels = torch.from_numpy(digits.target).long()
+    return images[train], labels[train], images[val], labels[val]

@@ -22,14 +22,14 @@ from lightning_cap.data.reading import (
     reader_classes,
     verify,
 )
-from lightning_cap.data.recipes import TrainingRecipe, get_recipe
+from lightning_cap.data.recipes import TrainingRecipe, get_training_recipe
 from lightning_cap.errors import ConfigError, DataError
 
 
 class ImageNetDataModule(ClassificationDataModule):
     """Images in class folders (a tree or a tar), or a named `hfds/` or `wds/` set, with a training recipe.
 
-    Batches are (images (batch_size, 3, img_size, img_size), targets): targets are class indices (batch_size,), or soft
+    Batches are (images (batch_size, 3, img_size, img_size), labels): labels are class indices (batch_size,), or soft
     (batch_size, num_classes) in training with mixup or cutmix, then with the label smoothing already in them.
 
     Args:
@@ -41,7 +41,7 @@ class ImageNetDataModule(ClassificationDataModule):
         val_split: the same of the validation split, on which testing and prediction run, too.
         num_classes: number of classes; None: that of the class folders. Needed for streams (`wds/`, `hfids/`).
         recipe: `deit` or `light1` (paper, Table 5); each of the next eight arguments takes the recipe's if None.
-        label_smoothing: of the soft targets; without mixup and cutmix the loss has to do it.
+        label_smoothing: of the soft labels; without mixup and cutmix the loss has to do it.
         hflip: probability of a horizontal flip.
         crop_scale: smallest and largest share of the area taken by a random resized crop.
         rand_augment: timm's RandAugment string, "none" for none.
@@ -109,7 +109,7 @@ class ImageNetDataModule(ClassificationDataModule):
         self.splits = {"train_split": train_split, "val_split": val_split}
         self.on_bad_image = on_bad_image
         self.verify_up_to = verify_up_to
-        self.recipe = get_recipe(recipe).override(
+        self.recipe = get_training_recipe(recipe).override(
             label_smoothing=label_smoothing,
             hflip=hflip,
             crop_scale=None if crop_scale is None else tuple(crop_scale),

@@ -218,11 +218,11 @@ class ReadableImages(Dataset[tuple[Any, int]]):
         for offset in range(len(self)):
             position = (index + offset) % len(self)
             try:
-                image, target = self.read(position)
+                image, label = self.read(position)
             except _UNREADABLE as error:
                 self._refuse_or_skip(position, error)
                 continue
-            return (image if self.transform is None else self.transform(image)), target
+            return (image if self.transform is None else self.transform(image)), label
         raise DataError(f"none of the {len(self)} images can be decoded, the first is {self.filename(0)!r}.")
 
     def read(self, index: int) -> tuple[Image.Image, int]:
@@ -230,9 +230,9 @@ class ReadableImages(Dataset[tuple[Any, int]]):
         if self._pid != os.getpid():  # forked: a tar opened before shares its file offset with the parent
             _close_tars(self.reader)
             self._pid = os.getpid()
-        stream, target = self.reader[index]
+        stream, label = self.reader[index]
         with stream, Image.open(stream) as image:
-            return image.convert("RGB"), int(target)
+            return image.convert("RGB"), int(label)
 
     def _refuse_or_skip(self, index: int, error: BaseException) -> None:
         if self.on_bad_image == "error":

@@ -15,9 +15,9 @@ class TrainingRecipe:
     """One column of the paper's Table 5: how images are augmented and the model is regularised.
 
     Attributes:
-        name: the name by which `get_recipe` finds it.
+        name: the name by which `get_training_recipe` finds it.
         weight_decay: of the optimizer (model side).
-        label_smoothing: the paper's epsilon; mixed into the soft targets when mixup or cutmix is on, else for the loss.
+        label_smoothing: the paper's epsilon; mixed into the soft labels when mixup or cutmix is on, else for the loss.
         dropout: dropout rate of the model (model side).
         drop_path_rate: stochastic depth rate of the model (model side).
         gradient_clip: largest gradient norm, None for no clipping (model or trainer side).
@@ -86,7 +86,7 @@ LIGHT1 = TrainingRecipe(
 )
 
 
-def get_recipe(name: str) -> TrainingRecipe:
+def get_training_recipe(name: str) -> TrainingRecipe:
     """Return the paper's recipe of that name (`deit` or `light1`, Table 5).
 
     Raises:

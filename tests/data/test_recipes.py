@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from lightning_cap.data import get_recipe
+from lightning_cap.data import get_training_recipe
 from lightning_cap.errors import ConfigError
 
 TABLE_5 = {  # of the paper, with RandAugment as timm's string; stochastic depth of deit as DeiT itself has it
@@ -15,17 +15,17 @@ TABLE_5 = {  # of the paper, with RandAugment as timm's string; stochastic depth
 
 @pytest.mark.parametrize("name", TABLE_5)
 def test_recipes_are_the_papers(name: str) -> None:
-    assert dataclasses.astuple(get_recipe(name)) == (name, *TABLE_5[name])
+    assert dataclasses.astuple(get_training_recipe(name)) == (name, *TABLE_5[name])
 
 
 def test_override_keeps_what_is_none_and_leaves_the_recipe_alone() -> None:
-    recipe = get_recipe("deit").override(mixup=0.0, cutmix=None)
+    recipe = get_training_recipe("deit").override(mixup=0.0, cutmix=None)
     assert (recipe.mixup, recipe.cutmix) == (0.0, 1.0)
-    assert get_recipe("deit").mixup == 0.8
+    assert get_training_recipe("deit").mixup == 0.8
 
 
 def test_unknown_recipe_names_the_nearest() -> None:
     with pytest.raises(ConfigError, match=r"recipe='light2'.*did you mean 'light1'.*deit, light1"):
-        get_recipe("light2")
+        get_training_recipe("light2")
     with pytest.raises(ConfigError, match="Choose one of deit, light1"):
-        get_recipe("zzz")
+        get_training_recipe("zzz")
