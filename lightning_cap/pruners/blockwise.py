@@ -14,10 +14,10 @@ from lightning_cap.calibration.sources import GradientSource, reading
 from lightning_cap.calibration.statistics import GradientSamples
 from lightning_cap.fisher.blocks import ROW_CHUNK, EmpiricalFisher, Storage
 from lightning_cap.fisher.memory_plan import MemoryModel, MemoryPlan, plan_event
-from lightning_cap.pruners.base import Pruner, in_blocks
-from lightning_cap.pruners.blockwise_path import BlockwisePath
+from lightning_cap.pruners.base import in_blocks
+from lightning_cap.pruners.blockwise_path import BlockMethod, BlockwisePath
 from lightning_cap.pruners.paths import pack_alive
-from lightning_cap.solver import Elimination, reconstruct
+from lightning_cap.solver import reconstruct
 from lightning_cap.solver.backend import Backend, choose_backend
 from lightning_cap.sparsity.allocation import Allocation, Global
 from lightning_cap.sparsity.block_layout import BlockLayout
@@ -30,7 +30,7 @@ from lightning_cap.utilities.progress import Progress
 
 
 @dataclass(kw_only=True, eq=False)
-class Blockwise(Pruner):
+class Blockwise(BlockMethod):
     """Base of methods that treat blocks of consecutive weights alone and merge them over the model.
 
     A subclass reads what it needs (`read_blocks`), orders the weights of blocks (`order_blocks`) and moves those that stay
@@ -100,24 +100,6 @@ class Blockwise(Pruner):
     def _layout(self, targets: Targets) -> BlockLayout:
         return targets.blocks(self.block_size, self.pattern.group_size)
 
-    @abstractmethod
-    def plan_blocks(self, layout: BlockLayout, alive: Tensor, rows_bytes: int) -> MemoryPlan:
-        """The plan of an event; ``alive`` is ``(K, B)`` bool. See `plan`."""
-
-    @abstractmethod
-    def read_blocks(self, layout: BlockLayout, plan: MemoryPlan, number: int, gradients: GradientSource) -> Any:
-        """Read the source for this rank's blocks of one pass."""
-
-    @abstractmethod
-    def order_blocks(
-        self, fisher: Any, weights: Tensor, alive: Tensor, chunk: int, progress: Progress | None
-    ) -> Elimination:
-        """Order and losses of blocks ``(k, B)`` with what `read_blocks` gave for them, ``chunk`` of them at a time."""
-
-    def merge_scores(self, losses: Tensor) -> Tensor:
-        """What blocks are merged by, ``(k, B)`` float32, not decreasing along a block; of the losses by step."""
-        return losses
-
     def rebuild_blocks(
         self,
         fisher: Any,
@@ -128,7 +110,7 @@ class Blockwise(Pruner):
         use_float64: Tensor,
         chunk: int,
     ) -> Tensor:
-        """The weights ``(k, B)`` without the ``pruned`` ones; by default the joint optimum of equation 5."""
+        """The joint optimum of equation 5."""
         return reconstruct(fisher, weights, alive, pruned, damp, use_float64, self.solver_backend, chunk)
 
 

@@ -1,15 +1,18 @@
-"""The path of methods that order the weights of every block: the global cut, and the weights on either side of it."""
+"""The path of methods that order the weights of every block: the global cut, and the kept weights that it leaves."""
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_cap.calibration.sources import GradientSource, check_repeatable, rows_bytes
 from lightning_cap.errors import GradientError
+from lightning_cap.fisher.memory_plan import MemoryPlan
+from lightning_cap.pruners.base import Pruner
 from lightning_cap.pruners.paths import PruneResult, PruningPath, pack_weights
 from lightning_cap.solver import Elimination
 from lightning_cap.solver.ranking import at_group_ends, select
@@ -18,8 +21,42 @@ from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities.distributed import gather_rows, gather_tensors, raise_on_all_ranks, world_size
 from lightning_cap.utilities.progress import Progress
 
-if TYPE_CHECKING:
-    from lightning_cap.pruners.blockwise import Blockwise
+
+class BlockMethod(Pruner):
+    """A pruner that plans, reads, orders and rebuilds blocks; a `BlockwisePath` says when and which."""
+
+    damp: float
+
+    @abstractmethod
+    def plan_blocks(self, layout: BlockLayout, alive: Tensor, rows_bytes: int) -> MemoryPlan:
+        """The plan of an event; ``alive`` is ``(K, B)`` bool. See `Pruner.plan`."""
+
+    @abstractmethod
+    def read_blocks(self, layout: BlockLayout, plan: MemoryPlan, number: int, gradients: GradientSource) -> Any:
+        """Read the source for this rank's blocks of one pass."""
+
+    @abstractmethod
+    def order_blocks(
+        self, fisher: Any, weights: Tensor, alive: Tensor, chunk: int, progress: Progress | None
+    ) -> Elimination:
+        """Order and losses of blocks ``(k, B)`` with what `read_blocks` gave for them, ``chunk`` of them at a time."""
+
+    def merge_scores(self, losses: Tensor) -> Tensor:
+        """What blocks are merged by, ``(k, B)`` float32, not decreasing along a block; of the losses by step."""
+        return losses
+
+    @abstractmethod
+    def rebuild_blocks(
+        self,
+        fisher: Any,
+        weights: Tensor,
+        alive: Tensor,
+        pruned: Tensor,
+        damp: Tensor,
+        use_float64: Tensor,
+        chunk: int,
+    ) -> Tensor:
+        """The weights ``(k, B)`` without the ``pruned`` ones."""
 
 
 class BlockwisePath(PruningPath):
@@ -35,7 +72,7 @@ class BlockwisePath(PruningPath):
 
     def __init__(
         self,
-        pruner: Blockwise,
+        pruner: BlockMethod,
         targets: Targets,
         layout: BlockLayout,
         masks: Mapping[str, Tensor] | None,
