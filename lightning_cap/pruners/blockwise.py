@@ -19,11 +19,12 @@ from lightning_cap.pruners.blockwise_path import BlockMethod, BlockwisePath
 from lightning_cap.pruners.paths import pack_alive
 from lightning_cap.solver import reconstruct
 from lightning_cap.solver.backend import Backend, choose_backend
+from lightning_cap.solver.damping import require_damp
 from lightning_cap.sparsity.allocation import Allocation, Global
 from lightning_cap.sparsity.block_layout import BlockLayout
 from lightning_cap.sparsity.patterns import PatternArgument, as_pattern
 from lightning_cap.sparsity.targets import Targets
-from lightning_cap.utilities.arguments import require_choice, require_counts, require_damp
+from lightning_cap.utilities.arguments import require_choice, require_counts
 from lightning_cap.utilities.distributed import raise_on_all_ranks, world_size
 from lightning_cap.utilities.memory import parse_bytes
 from lightning_cap.utilities.progress import Progress

@@ -16,7 +16,7 @@ from lightning_cap.errors import GradientError
 from lightning_cap.fisher.memory_plan import MemoryPlan
 from lightning_cap.pruners.base import Pruner, in_blocks
 from lightning_cap.pruners.scored import ScoredPath, require_weightwise_pattern
-from lightning_cap.solver.damping import solve_with_damping
+from lightning_cap.solver.damping import require_damp, solve_with_damping
 from lightning_cap.solver.groups import diagonal_groups, group_losses
 from lightning_cap.solver.linalg import spd_inverse
 from lightning_cap.solver.ranking import smallest
@@ -25,7 +25,7 @@ from lightning_cap.sparsity.block_layout import BlockLayout
 from lightning_cap.sparsity.patterns import PatternArgument
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities import distributed
-from lightning_cap.utilities.arguments import require_counts, require_damp
+from lightning_cap.utilities.arguments import require_counts
 from lightning_cap.utilities.precision import full_float32
 from lightning_cap.utilities.progress import Progress
 

@@ -30,13 +30,3 @@ def require_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
         listed = ", ".join(repr(choice) for choice in choices[:-1])
         raise ConfigError(f"{name}={value!r}: choose {listed} or {choices[-1]!r}.")
-
-
-def require_damp(damp: float) -> None:
-    """Refuse a damp that does not make the Fisher invertible.
-
-    Raises:
-        ConfigError: It is not positive and finite.
-    """
-    if not 0 < damp < float("inf"):
-        raise ConfigError(f"damp={damp}: the Fisher needs a positive damp to be invertible. Try 1e-8 ... 1e-4.")
