@@ -10,7 +10,6 @@ goes on (``--from-scratch`` begins anew). The dense weights go to ``runs/cifar10
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -32,7 +31,9 @@ from lightning_cap.classifier import load_weights
 from lightning_cap.pruners import CAP, Magnitude, Pruner, WoodFisher
 from lightning_cap.schedules import OneShot
 from lightning_cap.sparsity.patterns import NofM
+from lightning_cap.trainer.records import EventRecord
 from lightning_cap.utilities.files import save_json
+from lightning_cap.utilities.records import read_records
 
 METHODS = ("magnitude", "WoodFisher", "CAP")
 
@@ -110,13 +111,13 @@ def pruned(name: str, weights: Path, options: argparse.Namespace, folder: Path) 
     )
     (where / "events.jsonl").unlink(missing_ok=True)
     metrics = fit(model, options, options.epochs, options.lr, callback)
-    event = json.loads((where / "events.jsonl").read_text().splitlines()[-1])
+    event = read_records(where / "events.jsonl", EventRecord)[-1]
     return {
         "method": f"{name} 2:4",
-        "one_shot": 100 * event["after/val/acc"],
+        "one_shot": 100 * event.after["val/acc"],
         "fine_tuned": 100 * metrics["val/acc"],
         "sparsity": callback.masks.global_sparsity,
-        "event": event,
+        "event": event.to_json(),
     }
 
 

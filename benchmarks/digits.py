@@ -57,7 +57,7 @@ def run_seed(seed: int, folder: Path) -> dict[str, Any]:
     out: dict[str, Any] = {
         "seed": seed,
         "seconds": seconds,
-        "gradual": {f"{row['target']:g}": row["value"] for row in pruning.history},
+        "gradual": {f"{record.goal:g}": record.value for record in pruning.history},
     }
     assert dense.state is not None
     for name, pruner in (("CAP", pruning.pruner), ("magnitude", Magnitude())):

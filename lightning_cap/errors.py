@@ -24,7 +24,7 @@ class ScheduleError(ConfigError):
 
 
 class DataError(CAPError):
-    """A data set cannot be read: a path that does not exist, an empty class, a broken image."""
+    """What is on the disk cannot be read: a path that does not exist, an empty class, a broken image, a foreign record."""
 
 
 class GradientError(CAPError, RuntimeError):

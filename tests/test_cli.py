@@ -99,7 +99,7 @@ def test_oneshot_with_one_pruner(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert rows[1]["predicted_loss"] < rows[2]["predicted_loss"]
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "results.json", "results.md", "accuracy.png", "layers.png", "losses.png", "masks", "sparsity=0.60.safetensors",
-        "sparsity=0.90.safetensors",
+        "sparsity=0.90.safetensors", "exports.jsonl",
     }  # fmt: skip
 
 

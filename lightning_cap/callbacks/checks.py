@@ -3,17 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lightning_cap.callbacks.run import is_dry
 from lightning_cap.errors import ConfigError, ScheduleError, UnsupportedError
+from lightning_cap.export.records import EXPORTS, ExportRecord
 from lightning_cap.pruners import Pruner
 from lightning_cap.pruners.base import refuse_splitting
 from lightning_cap.schedules import SparsitySchedule
+from lightning_cap.trainer.records import EVENTS, EventRecord
+from lightning_cap.utilities import distributed
+from lightning_cap.utilities.records import known_records
 
 _FAR = 10**5  # an epoch after the end of any schedule
+
+
+def check_settings(num_recomputations: int, save: str, monitor: str | None, mode: str, seed: int) -> None:
+    """Refuse arguments of `CAPPruningCallback` that cannot work in any run.
+
+    Raises:
+        ConfigError: One is out of range.
+    """
+    if num_recomputations < 1:
+        raise ConfigError(f"num_recomputations={num_recomputations}: give a whole number of at least 1.")
+    if save in ("best", "both") and monitor is None:
+        raise ConfigError(f"save={save!r} needs monitor=..., the name of a logged metric such as 'val/acc'.")
+    for name, value, choices in (("save", save, ("last", "best", "both", "none")), ("mode", mode, ("min", "max"))):
+        if value not in choices:
+            raise ConfigError(f"{name}={value!r}: choose one of {choices}.")
+    if seed < 0:
+        raise ConfigError(f"seed={seed}: give a whole number of at least 0.")
 
 
 def refuse_sharding(trainer: pl.Trainer) -> None:
@@ -41,6 +63,22 @@ def refuse_manual(module: pl.LightningModule, pruners: Sequence[Pruner]) -> None
             "automatic_optimization=False: training_step cannot be called for its loss alone. Define "
             "calibration_step(batch, batch_idx) on the LightningModule; let it return the mean loss of the batch."
         )
+
+
+def refuse_foreign_records(trainer: pl.Trainer, folder: Path | None) -> None:
+    """Refuse a folder whose files of records hold something else, which would end the run at its first event.
+
+    Args:
+        trainer: Rank 0 reads the files; every rank must call this.
+        folder: Where ``events.jsonl`` and ``exports.jsonl`` go, None for nowhere.
+
+    Raises:
+        DataError: They do.
+    """
+    with distributed.raise_on_all_ranks("Reading the records of earlier runs"):
+        if trainer.is_global_zero and folder is not None:
+            known_records(folder / EVENTS, EventRecord)
+            known_records(folder / EXPORTS, ExportRecord)
 
 
 def resolve_events(

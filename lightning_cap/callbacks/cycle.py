@@ -1,10 +1,11 @@
-"""What a pruning cycle leaves behind: checkpoints at the requested sparsities and the rows of the final table."""
+"""The cycle, which is the training between two pruning events, and what it leaves behind: checkpoints and a record."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 
@@ -12,9 +13,62 @@ from lightning_cap.callbacks.weight_averaging import averaged_models
 from lightning_cap.export.safetensors import save_weights, sparsity_stem
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities import distributed
+from lightning_cap.utilities.records import Record
 
-#: One line of the final table; plain Python values, so that it can live in a checkpoint.
-Row = dict[str, Any]
+
+@dataclass
+class Cycle:
+    """The cycle that a run is in.
+
+    Attributes:
+        goal: Sparsity of its event.
+        best: Best value of the monitored metric so far, None if there is none.
+        saved: Whether its end has been saved.
+    """
+
+    goal: float
+    best: float | None = None
+    saved: bool = False
+
+    def improves(self, value: float | None, mode: Literal["min", "max"]) -> bool:
+        """Whether ``value`` is better than the best so far; it is then the best."""
+        if value is None or value != value:
+            return False
+        if self.best is not None and not (value > self.best if mode == "max" else value < self.best):
+            return False
+        self.best = value
+        return True
+
+
+@dataclass(frozen=True)
+class CycleRecord(Record):
+    """A line of the final table: the dense model, or the end or the best epoch of a cycle.
+
+    Attributes:
+        goal: Sparsity that was asked for, 0 for the dense model.
+        epoch: Whose weights they are, from 0.
+        value: Of the monitored metric, None if it is not known.
+        sparsity: Measured: zeros over all weights of the targets.
+        best: Whether this is the best epoch of the cycle instead of its end.
+        checkpoint: Path of the Lightning checkpoint, empty if none was written.
+        weights: Path of the ``.safetensors`` file, empty if none was written.
+    """
+
+    kind: ClassVar[str] = "cycle"
+    version: ClassVar[int] = 1
+
+    goal: float
+    epoch: int
+    value: float | None
+    sparsity: float
+    best: bool = False
+    checkpoint: str = ""
+    weights: str = ""
+
+    def with_files(self, folder: Path) -> CycleRecord:
+        """The same, with the names of its files in a folder."""
+        stem = folder / (sparsity_stem(self.goal) + ("-best" if self.best else ""))
+        return replace(self, checkpoint=f"{stem}.ckpt", weights=f"{stem}.safetensors")
 
 
 def checkpoint_dir(trainer: pl.Trainer, dirpath: str | None) -> Path:
@@ -34,34 +88,11 @@ def monitored(metrics: Mapping[str, Any], monitor: str | None) -> tuple[str | No
     return monitor, float(metrics[monitor])
 
 
-def make_row(
-    target: float, epoch: int, value: float | None, sparsity: float, *, best: bool = False, folder: Path | None = None
-) -> Row:
-    """A row of the table; with a ``folder``, the files that it stands for are named there."""
-    stem = "" if folder is None else str(folder / (sparsity_stem(target) + ("-best" if best else "")))
-    return {
-        "target": target,
-        "epoch": epoch,
-        "value": value,
-        "sparsity": sparsity,
-        "best": best,
-        "checkpoint": stem and f"{stem}.ckpt",
-        "weights": stem and f"{stem}.safetensors",
-    }
-
-
-def is_better(value: float | None, best: float | None, mode: Literal["min", "max"]) -> bool:
-    """Whether ``value`` improves on ``best`` (which may not exist yet)."""
-    if value is None or value != value:
-        return False
-    return best is None or (value > best if mode == "max" else value < best)
-
-
-def save_cycle(trainer: pl.Trainer, module: pl.LightningModule, targets: Targets, row: Row) -> None:
-    """Write ``row["checkpoint"]`` (the Trainer's) and ``row["weights"]`` (plain safetensors). Call it on every rank."""
-    trainer.save_checkpoint(row["checkpoint"], weights_only=False)
+def save_cycle(trainer: pl.Trainer, module: pl.LightningModule, targets: Targets, record: CycleRecord) -> None:
+    """Write ``record.checkpoint`` (the Trainer's) and ``record.weights`` (plain safetensors). Call it on every rank."""
+    trainer.save_checkpoint(record.checkpoint, weights_only=False)
     with distributed.raise_on_all_ranks("Saving the pruned weights"):
         if trainer.is_global_zero:
             averages = averaged_models(trainer)
             model = getattr(averages[0], "module", averages[0]) if averages else module
-            save_weights(model, targets, Path(row["weights"]), sparsity=row["sparsity"], goal=row["target"])
+            save_weights(model, targets, Path(record.weights), sparsity=record.sparsity, goal=record.goal)

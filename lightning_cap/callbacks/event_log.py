@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -9,55 +10,76 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.trainer.event import EventReport
+from lightning_cap.trainer.records import EVENTS, EventRecord
 from lightning_cap.utilities import distributed
-from lightning_cap.utilities.files import append_json_line
+from lightning_cap.utilities.records import append_record
 
 
-def log_event(
-    trainer: pl.Trainer,
-    masks: MaskSet,
+def event_record(
+    epoch: int,
+    goal: float,
     report: EventReport,
-    when: dict[str, float],
-    before: dict[str, float],
-    after: dict[str, float],
-    shown: str | None,
-    folder: Path | None,
-) -> None:
+    masks: MaskSet,
+    before: Mapping[str, float],
+    after: Mapping[str, float],
+) -> EventRecord:
+    """The record of an event.
+
+    Args:
+        epoch: Of the event.
+        goal: Sparsity to reach.
+        report: What the event did.
+        masks: In force now.
+        before: Validation metrics right before the event.
+        after: Validation metrics right after it.
+    """
+    return EventRecord(
+        epoch=epoch,
+        goal=goal,
+        sparsity=report.sparsity,
+        predicted_loss=report.predicted_loss,
+        unit=report.unit,
+        samples=report.samples,
+        skipped=report.skipped,
+        grown_back=report.grown,
+        peak_bytes=report.peak_bytes,
+        seconds=report.seconds,
+        stats=report.stats,
+        before=before,
+        after=after,
+        sparsities=masks.sparsity(),
+    )
+
+
+def log_event(trainer: pl.Trainer, record: EventRecord, shown: str | None, folder: Path | None) -> None:
     """Log an event to every logger as ``cap/...``, to ``events.jsonl`` and, in one line, to the console.
+
+    Records in the file whose epoch is as high or higher are those of a run that was stopped after it and has gone back to a
+    checkpoint before it. The new record takes their place, so that the file has one per event.
 
     Args:
         trainer: Whose loggers are told.
-        masks: In force now; their sparsity is logged for each layer.
-        report: What the event did.
-        when: ``epoch`` and ``target`` of the event.
-        before: Validation metrics right before the event.
-        after: Validation metrics right after it.
+        record: What the event did.
         shown: The metric that the console line tells.
         folder: Where ``events.jsonl`` is, None to write none.
     """
-    row = {
-        "sparsity": report.sparsity,
-        "predicted_loss": report.predicted_loss,
-        report.unit: report.samples,
-        f"{report.unit}_skipped": report.skipped,
-        "grown_back": report.grown,
-        "peak_bytes": report.peak_bytes,
-        **report.stats,
-        **{f"seconds/{phase}": seconds for phase, seconds in report.seconds.items()},
-        **{f"before/{name}": value for name, value in before.items()},
-        **{f"after/{name}": value for name, value in after.items()},
-        **{f"sparsity/{name}": value for name, value in masks.sparsity().items()},
-    }
     for logger in trainer.loggers:
-        logger.log_metrics({f"cap/{name}": float(value) for name, value in row.items()}, step=trainer.global_step)
-    with distributed.raise_on_all_ranks("Writing events.jsonl"):
+        logger.log_metrics(record.logged(), step=trainer.global_step)
+    with distributed.raise_on_all_ranks(f"Writing {EVENTS}"):
         if trainer.is_global_zero and folder is not None:
-            append_json_line(folder / "events.jsonl", {**when, **row})
-    change = f"; {shown} {before[shown]:.4f} -> {after[shown]:.4f}" if shown in before and shown in after else ""
-    skipped = f", {report.skipped} skipped" if report.skipped else ""
-    grown = f", {report.grown} weights grew back" if report.grown else ""
-    outcome = f"pruned to {report.sparsity:.2%}" if report.sparsity or not report.grown else "masks lifted"
-    rank_zero_info(
-        f"Epoch {when['epoch']:g}: {outcome} ({report.samples} {report.unit}{skipped}{grown}, "
-        f"{sum(report.seconds.values()):.1f} s), predicted loss increase {report.predicted_loss:.4g}{change}"
+            append_record(folder / EVENTS, record, lambda old: old.epoch >= record.epoch)
+    rank_zero_info(_line(record, shown))
+
+
+def _line(record: EventRecord, shown: str | None) -> str:
+    before, after = record.before, record.after
+    change = ""
+    if shown is not None and shown in before and shown in after:
+        change = f"; {shown} {before[shown]:.4f} -> {after[shown]:.4f}"
+    skipped = f", {record.skipped} skipped" if record.skipped else ""
+    grown = f", {record.grown_back} weights grew back" if record.grown_back else ""
+    outcome = f"pruned to {record.sparsity:.2%}" if record.sparsity or not record.grown_back else "masks lifted"
+    return (
+        f"Epoch {record.epoch:g}: {outcome} ({record.samples} {record.unit}{skipped}{grown}, "
+        f"{sum(record.seconds.values()):.1f} s), predicted loss increase {record.predicted_loss:.4g}{change}"
     )

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any, Literal
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 from torch.optim import Optimizer
 
+from lightning_cap.callbacks import checks
 from lightning_cap.callbacks.checkpoint_io import make_checkpoints_atomic
-from lightning_cap.callbacks.checks import refuse_manual, refuse_sharding, resolve_events
-from lightning_cap.callbacks.cycle import Row, checkpoint_dir, is_better, make_row, monitored, save_cycle
-from lightning_cap.callbacks.event_log import log_event
+from lightning_cap.callbacks.cycle import Cycle, CycleRecord, checkpoint_dir, monitored, save_cycle
+from lightning_cap.callbacks.event_log import event_record, log_event
 from lightning_cap.callbacks.lr_restart import refuse_beyond_max_steps, restart_schedulers
 from lightning_cap.callbacks.optimizer_state import sync_optimizer_state
 from lightning_cap.callbacks.resume import begin_epoch_anew, restore_random_state
@@ -31,7 +33,7 @@ from lightning_cap.utilities import distributed, rng
 
 
 class CAPPruningCallback(pl.Callback):
-    """Prune while training: an event at each scheduled epoch's start, masks in force in between, one checkpoint a target.
+    """Prune while training: an event at each scheduled epoch's start, masks in force in between, one checkpoint per goal.
 
     Args:
         schedule: Epoch -> sparsity, e.g. ``SparsitySteps({0: 0.4, 20: 0.5})``.
@@ -69,15 +71,7 @@ class CAPPruningCallback(pl.Callback):
         seed: int = 0,
     ) -> None:
         super().__init__()
-        if num_recomputations < 1:
-            raise ConfigError(f"num_recomputations={num_recomputations}: give a whole number of at least 1.")
-        if save in ("best", "both") and monitor is None:
-            raise ConfigError(f"save={save!r} needs monitor=..., the name of a logged metric such as 'val/acc'.")
-        for name, value, choices in (("save", save, ("last", "best", "both", "none")), ("mode", mode, ("min", "max"))):
-            if value not in choices:
-                raise ConfigError(f"{name}={value!r}: choose one of {choices}.")
-        if seed < 0:
-            raise ConfigError(f"seed={seed}: give a whole number of at least 0.")
+        checks.check_settings(num_recomputations, save, monitor, mode, seed)
         self.schedule = schedule
         self.pruner = pruner or CAP()
         self.include, self.exclude = include, exclude
@@ -87,10 +81,10 @@ class CAPPruningCallback(pl.Callback):
         self.monitor, self.mode = monitor, mode
         self.evaluate = evaluate
         self.seed = seed
-        self.history: list[Row] = []
+        self.history: list[CycleRecord] = []
         self._done: list[int] = []
         self._collection_index = 0
-        self._cycle: Row = {}
+        self._cycle: Cycle | None = None
         self._restored: dict[str, Any] = {}
         self._packed: dict[str, Any] | None = None
         self._run: Run | None = None
@@ -116,8 +110,8 @@ class CAPPruningCallback(pl.Callback):
             "pruner": self.pruner.state_dict(),
             "done": list(self._done),
             "collection_index": self._collection_index,
-            "cycle": dict(self._cycle),
-            "history": [dict(row) for row in self.history],
+            "cycle": None if self._cycle is None else asdict(self._cycle),
+            "history": [record.to_json() for record in self.history],
             "rng": distributed.gather_objects(rng.capture()),
         }
 
@@ -130,7 +124,8 @@ class CAPPruningCallback(pl.Callback):
             self._run.masks.apply_to_weights()
         self.pruner.load_state_dict(state_dict.get("pruner", {}))
         self._done, self._collection_index = list(state_dict["done"]), state_dict["collection_index"]
-        self._cycle, self.history = dict(state_dict["cycle"]), [dict(row) for row in state_dict["history"]]
+        self._cycle = None if state_dict["cycle"] is None else Cycle(**state_dict["cycle"])
+        self.history = [CycleRecord.from_json(line) for line in state_dict["history"]]
 
     def _packed_masks(self) -> dict[str, Any] | None:
         return self._packed if self._run is None else self._run.masks.state_dict()
@@ -143,8 +138,8 @@ class CAPPruningCallback(pl.Callback):
             return
         self._restored, self._packed = {}, None  # of a fit that did not come to its end
         self._previous, self._run = self._run or self._previous, None
-        refuse_sharding(trainer)
-        refuse_manual(pl_module, pruners_of(self.pruner, self.schedule, self._events(trainer)))
+        checks.refuse_sharding(trainer)
+        checks.refuse_manual(pl_module, pruners_of(self.pruner, self.schedule, self._events(trainer)))
         make_checkpoints_atomic(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -166,10 +161,11 @@ class CAPPruningCallback(pl.Callback):
         if not self._restored:
             self._done = [epoch for epoch in self._done if epoch < trainer.current_epoch]
             if trainer.current_epoch == 0:
-                self.history, self._cycle, self._collection_index = [], {}, 0
+                self.history, self._cycle, self._collection_index = [], None, 0
         masks.apply_to_weights()
         folder = checkpoint_dir(trainer, self.dirpath)
         self._run = Run(targets, masks, self._events(trainer), folder, self.pruner, self.schedule)
+        checks.refuse_foreign_records(trainer, self._log_folder(trainer))
         mask_averages(trainer, masks)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -201,34 +197,33 @@ class CAPPruningCallback(pl.Callback):
             begin_epoch_anew(trainer)
 
     def _prune(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int) -> dict[str, float]:
-        run, target = self._active, self._active.events[epoch]
-        begins = epoch in run.starts or self._cycle.get("target") != target  # a cycle, unless the same sparsity goes on
+        run, goal = self._active, self._active.events[epoch]
+        begins = epoch in run.starts or self._cycle is None or self._cycle.goal != goal  # else the cycle goes on
         before = evaluate(trainer, module) if self.evaluate and begins else {}
         known = {**(trainer.callback_metrics if self._validated == epoch - 1 else {}), **before}
         if begins:  # due now only in a run that was stopped at the validation of the cycle's last epoch
             self._end_cycle(trainer, module, epoch - 1, known)
         if not self.history:
             value = monitored(known, self.monitor)[1]
-            self.history.append(make_row(0.0, epoch, value, measured_sparsity(run.targets)))
-        steps = plan_steps(self.pruner, self.schedule, run.masks, target, epoch, self.num_recomputations)
+            self.history.append(CycleRecord(0.0, epoch, value, measured_sparsity(run.targets)))
+        steps = plan_steps(self.pruner, self.schedule, run.masks, goal, epoch, self.num_recomputations)
         if steps is None:
             self._done.append(epoch)
             return before
         report = self._run_event(trainer, module, steps, epoch, begins)
         self._done.append(epoch)
-        self._cycle = {"target": target, "best": None if begins else self._cycle["best"], "saved": False}
+        self._cycle = Cycle(goal, None if begins or self._cycle is None else self._cycle.best)
         if begins:
             restart_schedulers(trainer, run.starts, self._warned)
         after = evaluate(trainer, module) if self.evaluate and begins else {}
-        folder = None if is_dry(trainer) or self.save == "none" else run.folder
-        shown = monitored(known, self.monitor)[0]
-        log_event(trainer, run.masks, report, {"epoch": epoch, "target": target}, before, after, shown, folder)
+        record = event_record(epoch, goal, report, run.masks, before, after)
+        log_event(trainer, record, monitored(known, self.monitor)[0], self._log_folder(trainer))
         return after
 
     def _run_event(
         self, trainer: pl.Trainer, module: pl.LightningModule, steps: PruningSteps, epoch: int, begins: bool
     ) -> EventReport:
-        """Go to the target of an event; bring weights, optimizers and averages in line with the masks."""
+        """Go to the goal of an event; bring weights, optimizers and averages in line with the masks."""
         run = self._active
         with event_progress(trainer, f"Pruning to {run.events[epoch]:.4g}") as progress:
             steps.pruner.begin_event(run.done(epoch))
@@ -265,7 +260,7 @@ class CAPPruningCallback(pl.Callback):
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         self._validated = trainer.current_epoch
-        if not self._cycle or self.save not in ("best", "both"):
+        if self._cycle is None or self.save not in ("best", "both"):
             return
         if self.monitor not in trainer.callback_metrics:
             raise ConfigError(
@@ -274,9 +269,9 @@ class CAPPruningCallback(pl.Callback):
             )
         values = distributed.gather_objects(monitored(trainer.callback_metrics, self.monitor)[1])
         value = values[0]  # one decision for all
-        if is_better(value, self._cycle["best"], self.mode):
-            self._cycle["best"] = value
-            self._save_cycle(trainer, pl_module, trainer.current_epoch, trainer.callback_metrics, best=True)
+        if self._cycle.improves(value, self.mode):
+            metrics = trainer.callback_metrics
+            self._save_cycle(trainer, pl_module, self._cycle.goal, trainer.current_epoch, metrics, best=True)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the end of the cycle before the next event."""
@@ -297,7 +292,7 @@ class CAPPruningCallback(pl.Callback):
             )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print the table: dense accuracy, and accuracy, real sparsity and checkpoint of each target."""
+        """Print the table: dense accuracy, and accuracy, real sparsity and checkpoint of each goal."""
         if trainer.max_epochs in self._active.events and trainer.max_epochs not in self._done:
             self.on_train_end(trainer, pl_module)  # of a run that was stopped in this event: nothing is left to train
         self._restored = {}
@@ -307,28 +302,27 @@ class CAPPruningCallback(pl.Callback):
 
     def _end_cycle(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int, metrics: Any = None) -> None:
         """Save the cycle that ends with ``epoch``, once; its accuracy is that of this epoch's weights or none."""
-        if not self._cycle or self._cycle["saved"]:
+        if self._cycle is None or self._cycle.saved:
             return
         if metrics is None:
             fresh = self._validated == epoch
             metrics = trainer.callback_metrics if fresh else evaluate(trainer, module) if self.evaluate else {}
-        self._cycle["saved"] = True
-        self._save_cycle(trainer, module, epoch, metrics)
+        self._cycle.saved = True
+        self._save_cycle(trainer, module, self._cycle.goal, epoch, metrics)
 
     def _save_cycle(
-        self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int, metrics: Any, best: bool = False
+        self, trainer: pl.Trainer, module: pl.LightningModule, goal: float, epoch: int, metrics: Any, best: bool = False
     ) -> None:
-        target = self._cycle["target"]
-        if self.save_sparsities is not None and target not in self.save_sparsities:
+        if self.save_sparsities is not None and goal not in self.save_sparsities:
             return
         run = self._active
         writes = not is_dry(trainer) and self.save in (("best", "both") if best else ("last", "both"))
         value = monitored(metrics, self.monitor)[1]
-        sparsity = measured_sparsity(run.targets)
-        row = make_row(target, epoch, value, sparsity, best=best, folder=run.folder if writes else None)
-        self.history = [r for r in self.history if (r["target"], r["best"]) != (target, best)] + [row]
+        record = CycleRecord(goal, epoch, value, measured_sparsity(run.targets), best)
+        record = record.with_files(run.folder) if writes else record
+        self.history = [r for r in self.history if (r.goal, r.best) != (goal, best)] + [record]
         if writes:
-            save_cycle(trainer, module, run.targets, row)
+            save_cycle(trainer, module, run.targets, record)
 
     # ---------------------------------------------------------------- helpers
 
@@ -345,5 +339,8 @@ class CAPPruningCallback(pl.Callback):
             )
         return self._run
 
+    def _log_folder(self, trainer: pl.Trainer) -> Path | None:
+        return None if is_dry(trainer) or self.save == "none" else self._active.folder
+
     def _events(self, trainer: pl.Trainer) -> dict[int, float]:
-        return resolve_events(trainer, self.schedule, self.pruner, self.num_recomputations, self.save_sparsities)
+        return checks.resolve_events(trainer, self.schedule, self.pruner, self.num_recomputations, self.save_sparsities)

@@ -45,7 +45,7 @@ def is_dry(trainer: pl.Trainer) -> bool:
 
 
 def cycle_starts(events: Mapping[int, float], pruner: Pruner) -> list[int]:
-    """Epochs of the events that begin a cycle: all; with a pruner that regrows, those that change the target."""
+    """Epochs of the events that begin a cycle: all; with a pruner that regrows, those that change the goal."""
     epochs = list(events)
     return [e for i, e in enumerate(epochs) if not (pruner.regrows and i and events[epochs[i - 1]] == events[e])]
 

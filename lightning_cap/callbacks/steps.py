@@ -19,7 +19,7 @@ from lightning_cap.sparsity.targets import Targets
 
 @dataclass(frozen=True)
 class PruningSteps:
-    """From the sparsity that is reached to an event's target.
+    """From the sparsity that is reached to an event's goal.
 
     Attributes:
         pruner: Who goes it.
@@ -31,23 +31,23 @@ class PruningSteps:
 
 
 def plan_steps(
-    pruner: Pruner, schedule: SparsitySchedule, masks: MaskSet, target: float, epoch: int, num_recomputations: int
+    pruner: Pruner, schedule: SparsitySchedule, masks: MaskSet, goal: float, epoch: int, num_recomputations: int
 ) -> PruningSteps | None:
-    """The steps to ``target``; None, with a warning, if it is below what is reached, and neither schedule nor pruner regrows.
+    """The steps to ``goal``; None, with a warning, if it is below what is reached, and neither schedule nor pruner regrows.
 
     Args:
         pruner: Of the run.
         schedule: Of the run.
         masks: In force.
-        target: Sparsity of the event.
+        goal: Sparsity to reach at the event.
         epoch: Of the event.
         num_recomputations: Steps that a pruner takes to a higher sparsity.
     """
     start, numel = masks.global_sparsity, sum(mask.numel() for mask in masks.values())
-    steps = _steps(pruner, schedule, start, numel, target, num_recomputations)
+    steps = _steps(pruner, schedule, start, numel, goal, num_recomputations)
     if steps is None:
         rank_zero_warn(
-            f"schedule: sparsity {target:g} at epoch {epoch}, but the model is already at {start:.4g}. Nothing is changed; "
+            f"schedule: sparsity {goal:g} at epoch {epoch}, but the model is already at {start:.4g}. Nothing is changed; "
             "pruned weights grow back only where the schedule declares it, as SparsitySteps(..., allow_decrease=True) does."
         )
     return steps
@@ -68,7 +68,7 @@ def validate_steps(
         schedule: Of the run.
         targets: The weights.
         masks: In force now. Until all are lifted, they stand for those of the events to come.
-        goals: Sparsities of the events that are not done yet, in order.
+        goals: Those of the events that are not done yet, in order.
         num_recomputations: Steps that a pruner takes to a higher sparsity.
 
     Raises:
@@ -87,19 +87,19 @@ def validate_steps(
 
 
 def _steps(
-    pruner: Pruner, schedule: SparsitySchedule, start: float, numel: int, target: float, num_recomputations: int
+    pruner: Pruner, schedule: SparsitySchedule, start: float, numel: int, goal: float, num_recomputations: int
 ) -> PruningSteps | None:
-    """From the sparsity ``start`` of ``numel`` weights to ``target``; None if there are none."""
-    if schedule.regrows and target == 0:
+    """From the sparsity ``start`` of ``numel`` weights to ``goal``; None if there are none."""
+    if schedule.regrows and goal == 0:
         return PruningSteps(pruner, ())
     if pruner.regrows:
-        return PruningSteps(pruner, (target,))
-    if pruner.pattern.sparsity is None and pruner.cost.is_exceeded(target, round(start * numel), numel):
+        return PruningSteps(pruner, (goal,))
+    if pruner.pattern.sparsity is None and pruner.cost.is_exceeded(goal, round(start * numel), numel):
         if schedule.regrows:
-            _refuse_patterned_fall(pruner, start, target)
-            return PruningSteps(grower(pruner), (target,))
+            _refuse_patterned_fall(pruner, start, goal)
+            return PruningSteps(grower(pruner), (goal,))
         return None
-    return PruningSteps(pruner, tuple(steps_to(target, start, num_recomputations)))
+    return PruningSteps(pruner, tuple(steps_to(goal, start, num_recomputations)))
 
 
 def grower(pruner: Pruner) -> DropAndGrow:
@@ -114,10 +114,10 @@ def grower(pruner: Pruner) -> DropAndGrow:
     return DropAndGrow(drop_fraction=0, allocation=pruner.allocation, **counts)
 
 
-def _refuse_patterned_fall(pruner: Pruner, start: float, target: float) -> None:
+def _refuse_patterned_fall(pruner: Pruner, start: float, goal: float) -> None:
     if not isinstance(pruner.pattern, Unstructured):
         raise PatternError(
-            f"pattern={pruner.pattern}: the sparsity falls from {start:.4g} to {target:g}, and weights come back one by one, "
+            f"pattern={pruner.pattern}: the sparsity falls from {start:.4g} to {goal:g}, and weights come back one by one, "
             "which would break the pattern. Let the schedule rise, or fall to 0 first, which lifts all masks, or use "
             "Unstructured()."
         )
@@ -126,7 +126,7 @@ def _refuse_patterned_fall(pruner: Pruner, start: float, target: float) -> None:
 def pruners_of(pruner: Pruner, schedule: SparsitySchedule, events: Mapping[int, float]) -> list[Pruner]:
     """The pruners that a run needs, its own first."""
     reached, falls = 0.0, False
-    for target in events.values():
-        falls |= 0 < target < reached
-        reached = target
+    for goal in events.values():
+        falls |= 0 < goal < reached
+        reached = goal
     return [pruner, grower(pruner)] if falls and schedule.regrows and not pruner.regrows else [pruner]

@@ -10,9 +10,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_cap.export.records import EXPORTS, ExportRecord
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities.compiled import plain_module, plain_name
 from lightning_cap.utilities.files import atomic
+from lightning_cap.utilities.records import append_record
 
 
 def sparsity_stem(sparsity: float) -> str:
@@ -21,8 +23,10 @@ def sparsity_stem(sparsity: float) -> str:
     return f"sparsity={short if float(short) == sparsity else f'{sparsity:.6g}'}"
 
 
-def save_weights(module: nn.Module, targets: Targets, path: Path, *, sparsity: float, goal: float) -> None:
-    """Write the model inside a LightningModule, under its own names.
+def save_weights(module: nn.Module, targets: Targets, path: Path, *, sparsity: float, goal: float) -> ExportRecord:
+    """Write the model inside a LightningModule, under its own names, and add the record to ``exports.jsonl`` beside it.
+
+    Call it on rank 0 alone.
 
     Args:
         module: The LightningModule.
@@ -30,15 +34,31 @@ def save_weights(module: nn.Module, targets: Targets, path: Path, *, sparsity: f
         path: The ``.safetensors`` file.
         sparsity: Share of zeros that the targets have; kept in the file's header.
         goal: Sparsity that was asked for; kept there too.
+
+    Returns:
+        The record; it takes the place of an earlier one of the same file.
+
+    Raises:
+        DataError: There is an ``exports.jsonl`` that holds something else.
     """
     model, _ = plain_model(module, list(targets))
     state = {plain_name(name): value for name, value in model.state_dict().items()}
-    architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture", "")
+    architecture = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture", ""))
     save_plain_weights(
         path,
         {name: value for name, value in state.items() if isinstance(value, torch.Tensor)},
-        {"architecture": str(architecture), "sparsity": f"{sparsity:.6f}", "goal": f"{goal:g}"},
+        {"architecture": architecture, "sparsity": f"{sparsity:.6f}", "goal": f"{goal:g}"},
     )
+    record = ExportRecord(
+        format="safetensors",
+        path=path.name,
+        goal=goal,
+        sparsity=sparsity,
+        architecture=architecture,
+        bytes=path.stat().st_size,
+    )
+    append_record(path.with_name(EXPORTS), record, lambda old: old.path == record.path)
+    return record
 
 
 def save_plain_weights(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -31,7 +31,7 @@ class SparsitySchedule(ABC):
             max_epochs: The number of epochs of the run; ``None`` means unlimited.
 
         Returns:
-            Target sparsity in ``[0, 1)`` by epoch, in order. An event takes place at the *start* of its epoch (counted
+            Sparsity to reach in ``[0, 1)`` by epoch, in order. An event takes place at the *start* of its epoch (counted
             from 0); the epoch ``max_epochs`` means the end of training.
 
         Raises:
@@ -45,7 +45,7 @@ def check_events(
     """Check the events of a schedule and put them in order.
 
     Args:
-        events: Target sparsity by epoch.
+        events: Sparsity to reach by epoch.
         max_epochs: The number of epochs of the run; ``None`` means unlimited.
         allow_decrease: Whether a later sparsity may be lower than an earlier one.
 

@@ -21,7 +21,7 @@ class SparsitySteps(SparsitySchedule):
     """Prune to given sparsities at given epochs, as in ``SparsitySteps({0: 0.40, 20: 0.50, 40: 0.60})``.
 
     Args:
-        steps: Target sparsity in ``[0, 1)`` by epoch (counted from 0). Keys may be strings of integers, as JSON
+        steps: Sparsity to reach in ``[0, 1)`` by epoch (counted from 0). Keys may be strings of integers, as JSON
             and some YAML writers give them.
         allow_decrease: Declares that a later sparsity may be lower than an earlier one. A step to 0 lifts all masks; one to
             another lower sparsity brings back the weights of largest mean gradient. What comes back starts from zero. With
@@ -143,7 +143,7 @@ class OneShot(SparsitySchedule):
     """Prune once; the epochs after it fine-tune the sparse model.
 
     Args:
-        sparsity: Target sparsity, in ``[0, 1)``.
+        sparsity: Sparsity to reach, in ``[0, 1)``.
         epoch: The epoch (counted from 0) at whose start to prune; ``None`` prunes at the end of training, without
             any fine-tuning.
 

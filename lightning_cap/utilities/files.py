@@ -1,19 +1,16 @@
-"""Files that are complete or absent: checkpoints, plain safetensors of a pruned model, JSON lines of events."""
+"""Files that are complete or absent, whatever happens."""
 
 from __future__ import annotations
 
 import glob
 import json
-import logging
 import os
 import time
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-
-_log = logging.getLogger(__name__)
 
 _ABANDONED = 3600.0  # seconds without a write, after which a temporary file is that of a process that was killed
 
@@ -42,27 +39,6 @@ def _remove_abandoned(path: Path) -> None:
         with suppress(FileNotFoundError):  # another process has just renamed or removed it
             if temporary.stat().st_mtime < time.time() - _ABANDONED:
                 temporary.unlink()
-
-
-def append_json_line(path: Path, row: Mapping[str, Any], key: str = "epoch") -> None:
-    """Add a record to a file of JSON lines, in one piece.
-
-    Lines whose ``key`` is as high as this row's or higher are those of a run that was stopped after it and has gone back to a
-    checkpoint before it: they are dropped, and so are torn ones. Each event then has one line.
-    """
-    kept = [line for line in _complete_lines(path) if key not in row or line.get(key, -1) < row[key]]
-    with atomic(path) as temporary:
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in [*kept, row]))
-
-
-def _complete_lines(path: Path) -> list[dict[str, Any]]:
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            _log.warning("%s: a line is not JSON, as after a full disk; it is left out.", path)
-    return [row for row in rows if isinstance(row, dict)]
 
 
 def save_json(path: Path, value: Any) -> None:

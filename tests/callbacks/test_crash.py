@@ -38,7 +38,7 @@ from tests.support.toy import Toy, callback, loaders, trainer
 KILLED = -signal.SIGKILL
 PROMPT = 20.0  # seconds in which every process must have ended after one of them failed
 PHASES = (
-    "train", "validate", "collect", "solve", "reconstruct", "apply", "masks", "log",
+    "train", "validate", "collect", "solve", "reconstruct", "apply", "masks", "log", "export",
     "write checkpoint", "write weights", "rename", "remove",
 )  # fmt: skip
 EPOCH_END = {"saver": {"save_on_train_epoch_end": True}}

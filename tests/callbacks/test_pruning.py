@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import copy
-import json
+import math
 import pickle
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,13 @@ from torch.utils.data import DataLoader
 
 import lightning_cap.callbacks.pruning as callback_module
 from lightning_cap import CAPPruningCallback, CyclicLinearLR
-from lightning_cap.errors import GradientError
+from lightning_cap.callbacks.cycle import Cycle
+from lightning_cap.errors import DataError, GradientError
+from lightning_cap.export.records import ExportRecord
 from lightning_cap.pruners import CAP, Magnitude
 from lightning_cap.schedules import OneShot, PolynomialSchedule, SparsitySteps
+from lightning_cap.trainer.records import EventRecord
+from lightning_cap.utilities.records import read_records
 from tests.support.toy import FEATURES, Toy, ToyData, callback, cap, loaders, trainer, zeros
 
 
@@ -147,7 +152,11 @@ def test_checkpoints_table_and_plain_weights(tmp_path: Path, capsys: pytest.Capt
     trainer(tmp_path, cb).fit(module, **loaders())
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
     stems = ("sparsity=0.50", "sparsity=0.75")
-    assert names == ["events.jsonl", *(f"{stem}.{end}" for stem in stems for end in ("ckpt", "safetensors"))]
+    assert names == [
+        "events.jsonl",
+        "exports.jsonl",
+        *(f"{stem}.{end}" for stem in stems for end in ("ckpt", "safetensors")),
+    ]
     for stem, sparsity in zip(stems, (0.5, 0.75), strict=True):
         plain = load_file(tmp_path / "out" / f"{stem}.safetensors")
         fresh = Toy().net
@@ -155,13 +164,20 @@ def test_checkpoints_table_and_plain_weights(tmp_path: Path, capsys: pytest.Capt
         assert (fresh[4].weight == 0).float().mean() == sparsity
         saved = torch.load(tmp_path / "out" / f"{stem}.ckpt", weights_only=True)["state_dict"]
         assert torch.equal(saved["net.4.weight"], fresh[4].weight)
-    events = [json.loads(line) for line in (tmp_path / "out" / "events.jsonl").read_text().splitlines()]
-    assert [e["epoch"] for e in events] == [1, 2]
-    assert events[1]["sparsity/net.4.weight"] == 0.75
-    assert events[0]["gradients"] == 48
-    assert {"before/val_acc", "after/val_acc", "seconds/collect", "seconds/solve", "predicted_loss"} <= events[0].keys()
-    assert [row["target"] for row in cb.history] == [0.0, 0.5, 0.75]
-    assert cb.history[-1]["value"] == pytest.approx(float(module.trainer.callback_metrics["val_acc"]))
+    events = read_records(tmp_path / "out" / "events.jsonl", EventRecord)
+    assert [(e.epoch, e.goal) for e in events] == [(1, 0.5), (2, 0.75)]
+    assert events[1].sparsities == {"net.4.weight": 0.75}
+    assert (events[0].unit, events[0].samples) == ("gradients", 48)
+    assert {"val_acc", "val_loss"} == events[0].before.keys() == events[0].after.keys()
+    assert events[0].seconds.keys() == {"plan", "collect", "solve", "apply"}
+    exports = read_records(tmp_path / "out" / "exports.jsonl", ExportRecord)
+    assert [(e.path, e.goal, e.sparsity) for e in exports] == [
+        ("sparsity=0.50.safetensors", 0.5, 0.5),
+        ("sparsity=0.75.safetensors", 0.75, 0.75),
+    ]
+    assert all(e.bytes == (tmp_path / "out" / e.path).stat().st_size for e in exports)
+    assert [record.goal for record in cb.history] == [0.0, 0.5, 0.75]
+    assert cb.history[-1].value == pytest.approx(float(module.trainer.callback_metrics["val_acc"]))
     printed = capsys.readouterr().out
     assert "dense" in printed
     assert "75.00 %" in printed
@@ -175,13 +191,46 @@ def test_best_of_cycle_is_saved_when_asked(tmp_path: Path) -> None:
 
     cb = callback({0: 0.5, 3: 0.75}, dirpath=str(tmp_path), save="both", monitor="score", save_sparsities=[0.5, 0.75])
     trainer(tmp_path, cb, max_epochs=6).fit(Scripted(), **loaders())
-    best = {row["target"]: row for row in cb.history if row["best"]}
-    last = {row["target"]: row for row in cb.history if not row["best"]}
-    assert [best[s]["epoch"] for s in (0.5, 0.75)] == [1, 4]
-    assert [last[s]["epoch"] for s in (0.5, 0.75)] == [2, 5]
+    best = {record.goal: record for record in cb.history if record.best}
+    last = {record.goal: record for record in cb.history if not record.best}
+    assert [best[s].epoch for s in (0.5, 0.75)] == [1, 4]
+    assert [last[s].epoch for s in (0.5, 0.75)] == [2, 5]
     for name in ("sparsity=0.50-best", "sparsity=0.50", "sparsity=0.75-best", "sparsity=0.75"):
         epoch = torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["epoch"]
-        assert epoch == {row["checkpoint"]: row["epoch"] for row in cb.history}[str(tmp_path / f"{name}.ckpt")]
+        assert epoch == {record.checkpoint: record.epoch for record in cb.history}[str(tmp_path / f"{name}.ckpt")]
+
+
+@pytest.mark.parametrize("name", ["events.jsonl", "exports.jsonl"])
+def test_a_folder_with_foreign_records_is_refused_before_training(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text('{"epoch": 1, "target": 0.5}\n')
+    module = Toy()
+    with pytest.raises(DataError, match=rf"{name}, line 1: .* move the file away"):
+        trainer(tmp_path, callback(dirpath=str(tmp_path))).fit(module, **loaders())
+    assert module.batches == []
+    cb = callback({1: 0.5}, dirpath=str(tmp_path), save="none")  # writes none
+    trainer(tmp_path, cb, max_epochs=2).fit(module, **loaders())
+    assert cb.masks.global_sparsity == 0.5
+
+
+def test_the_table_and_the_cycle_survive_a_checkpoint(tmp_path: Path) -> None:
+    cb = callback(dirpath=str(tmp_path))
+    trainer(tmp_path, cb).fit(Toy(), **loaders())
+    cb.history[0] = replace(cb.history[0], value=math.nan)
+    torch.save(cb.state_dict(), tmp_path / "state.pt")
+    again = callback(dirpath=str(tmp_path))
+    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
+    assert again.history[1:] == cb.history[1:]
+    assert math.isnan(again.history[0].value or 0.0)
+    assert again._cycle == cb._cycle == Cycle(0.75, saved=True)
+
+
+def test_a_cycle_knows_its_best_value() -> None:
+    cycle = Cycle(0.5)
+    values = [None, math.nan, 0.5, 0.4, 0.5, 0.6]
+    assert [cycle.improves(value, "max") for value in values] == [False, False, True, False, False, True]
+    assert cycle.best == 0.6
+    assert [cycle.improves(value, "min") for value in values] == [False, False, True, True, False, False]
+    assert cycle.best == 0.4
 
 
 def test_only_requested_sparsities_are_saved(tmp_path: Path) -> None:
@@ -410,13 +459,13 @@ def test_evaluation_around_an_event_can_be_left_out(tmp_path: Path) -> None:
     cb = callback(evaluate=False)
     trainer(tmp_path, cb).fit(Counts(), **loaders())
     assert len(calls) == 4 * 2
-    assert cb.history[0]["value"] is not None  # from the last validation before the first event
+    assert cb.history[0].value is not None  # from the last validation before the first event
 
 
 def test_training_without_validation(tmp_path: Path) -> None:
     cb = callback()
     trainer(tmp_path, cb).fit(Toy(), DataLoader(ToyData(), batch_size=16, shuffle=True))
-    assert [row["value"] for row in cb.history] == [None, None, None]
+    assert [record.value for record in cb.history] == [None, None, None]
 
 
 def test_early_stop_still_saves_the_last_cycle(tmp_path: Path) -> None:

@@ -72,7 +72,7 @@ def test_outputs_that_steps_collect_are_left_alone(tmp_path: Path) -> None:
         t.fit(module, **loaders())
         assert set(module.sizes) == {32}
         logged.append(float(t.callback_metrics["val_acc"]))
-        assert cb.history[0]["value"] is not None
+        assert cb.history[0].value is not None
     assert logged[0] == logged[1]
 
 
@@ -146,10 +146,10 @@ def test_accuracy_in_the_table_is_of_the_saved_weights(tmp_path: Path) -> None:
 
     cb = callback({1: 0.5, 2: 0.75, 3: 0.9})
     trainer(tmp_path, cb, max_epochs=5, check_val_every_n_epoch=3).fit(Counting(), **loaders())
-    assert [row["value"] for row in cb.history] == [1.0, 1.0, 2.0, 4.0]
+    assert [record.value for record in cb.history] == [1.0, 1.0, 2.0, 4.0]
     stale = callback({1: 0.5, 2: 0.75, 3: 0.9}, evaluate=False)
     trainer(tmp_path, stale, max_epochs=5, check_val_every_n_epoch=3).fit(Counting(), **loaders())
-    assert [row["value"] for row in stale.history] == [None, None, 2.0, None]
+    assert [record.value for record in stale.history] == [None, None, 2.0, None]
 
 
 def test_a_fit_that_crashed_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -166,8 +166,8 @@ def test_a_fit_that_crashed_leaves_nothing_behind(tmp_path: Path) -> None:
         module = Toy()
         trainer(tmp_path, other).fit(module, **loaders())
         assert zeros(module).float().mean() == 0.5
-        assert [row["target"] for row in other.history] == [0.0, 0.5]
-        assert other.history[0]["sparsity"] == 0.0
+        assert [record.goal for record in other.history] == [0.0, 0.5]
+        assert other.history[0].sparsity == 0.0
 
 
 def test_the_event_at_the_end_also_follows_an_early_stop(tmp_path: Path) -> None:

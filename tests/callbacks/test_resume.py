@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,8 @@ def test_resume_from_every_epoch_end(tmp_path: Path, epoch: int) -> None:
     assert_same(whole, resumed)
     assert whole.batches[-4:] == resumed.batches[-4:]
     assert zeros(resumed).float().mean() == 0.75
-    rows = [
-        [{**row, "checkpoint": Path(row["checkpoint"]).name, "weights": ""} for row in c.history] for c in (cb, again)
-    ]
-    assert rows[0] == rows[1]  # the table is whole, too
+    tables = [[replace(r, checkpoint=Path(r.checkpoint).name, weights="") for r in c.history] for c in (cb, again)]
+    assert tables[0] == tables[1]  # the table is whole, too
     assert {p.name for p in (tmp_path / "whole/pruned").glob("*.ckpt")} == {
         p.name for p in (tmp_path / "cut/pruned").glob("*.ckpt")
     }
@@ -103,7 +102,7 @@ def test_resume_under_other_settings(tmp_path: Path, setting: dict[str, Any]) ->
     resumed, again = run(tmp_path / "cut", ckpt=str(tmp_path / "cut/epoch=3.ckpt"), seed=99, **make())
     assert_same(whole, resumed)
     assert zeros(resumed).float().mean() == 0.75
-    assert [row["best"] for row in cb.history] == [row["best"] for row in again.history]
+    assert [record.best for record in cb.history] == [record.best for record in again.history]
 
 
 def test_resume_from_a_sparsity_checkpoint(tmp_path: Path) -> None:

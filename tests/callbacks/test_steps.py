@@ -111,18 +111,18 @@ def test_a_sparse_phase_prunes_the_dense_weights_anew(tmp_path: Path) -> None:
     assert int((~watch.masks[4]).sum()) == 192
 
 
-def test_a_dense_phase_is_a_cycle_with_a_row_and_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_dense_phase_is_a_cycle_with_a_record_and_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, cb, watch = fit(tmp_path, ACDC, Magnitude())
-    assert [(row["target"], row["epoch"]) for row in cb.history] == [(0.0, 3), (0.75, 5)]
-    assert cb.history[0]["sparsity"] < 0.2
+    assert [(record.goal, record.epoch) for record in cb.history] == [(0.0, 3), (0.75, 5)]
+    assert cb.history[0].sparsity < 0.2
     assert sorted(p.name for p in (tmp_path / "out").glob("*.ckpt")) == ["sparsity=0.00.ckpt", "sparsity=0.75.ckpt"]
     assert torch.load(tmp_path / "out/sparsity=0.75.ckpt", weights_only=True)["epoch"] == 5
     assert "dense" in capsys.readouterr().out
     top = [i for i, (a, b) in enumerate(zip(watch.lr[:-1], watch.lr[1:-1], strict=False)) if b > a]
     assert top == [2, 10, 14]  # the last step before each of the three events; the rate then begins anew
     events = [json.loads(line) for line in (tmp_path / "out/events.jsonl").read_text().splitlines()]
-    assert [(e["epoch"], e["target"], e["grown_back"]) for e in events] == [(1, 0.75, 0), (3, 0.0, 192), (4, 0.75, 0)]
-    assert "after/val_acc" in events[1]
+    assert [(e["epoch"], e["goal"], e["grown_back"]) for e in events] == [(1, 0.75, 0), (3, 0.0, 192), (4, 0.75, 0)]
+    assert "val_acc" in events[1]["after"]
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -381,13 +381,13 @@ def test_weights_are_exchanged_within_one_cycle(tmp_path: Path) -> None:
     assert not watch.weights[1][watch.masks[1] & ~watch.masks[0]].any(), "at zero"
     assert int((cb.masks[NAME] == 0).sum()) == 192
     assert zeros(module)[~cb.masks[NAME]].all()
-    assert [(row["target"], row["epoch"]) for row in cb.history] == [(0.0, 0), (0.75, 5)]
+    assert [(record.goal, record.epoch) for record in cb.history] == [(0.0, 0), (0.75, 5)]
     assert [p.name for p in (tmp_path / "out").glob("*.ckpt")] == ["sparsity=0.75.ckpt"]
     assert all(b < a for a, b in zip(watch.lr[:-1], watch.lr[1:-1], strict=False)), "one decay over the whole cycle"
     events = [json.loads(line) for line in (tmp_path / "out/events.jsonl").read_text().splitlines()]
     assert [e["epoch"] for e in events] == [0, 1, 2, 3, 4]
-    assert ["after/val_acc" in e for e in events] == [True] + [False] * 4
-    assert [e["gradients"] for e in events] == [0, 4, 4, 4, 4]
+    assert ["val_acc" in e["after"] for e in events] == [True] + [False] * 4
+    assert [e["samples"] for e in events] == [0, 4, 4, 4, 4]
     assert [e["grown_back"] for e in events] == [0, *new[:4]]
 
 
@@ -403,10 +403,10 @@ def test_a_rising_sparsity_is_granet(tmp_path: Path) -> None:
     counts = [int((~mask).sum()) for mask in watch.masks]
     assert counts == [0, 48, 96, 144, 192, 192]
     assert any((b & ~a).any() for a, b in zip(watch.masks, watch.masks[1:], strict=False))
-    assert [row["target"] for row in cb.history] == pytest.approx([0.0, 0.1875, 0.375, 0.5625, 0.75])
+    assert [record.goal for record in cb.history] == pytest.approx([0.0, 0.1875, 0.375, 0.5625, 0.75])
 
 
-def test_a_sparser_model_grows_to_the_target(tmp_path: Path) -> None:
+def test_a_sparser_model_grows_to_the_goal(tmp_path: Path) -> None:
     module, cb = Toy(), callback(OneShot(0.5), pruner=rigl(), dirpath=str(tmp_path))
     with torch.no_grad():
         module.net[4].weight[:, 2:] = 0.0
@@ -461,7 +461,7 @@ def test_a_longer_second_fit_saves_again(tmp_path: Path) -> None:
     assert torch.load(tmp_path / "sparsity=0.75.ckpt", weights_only=True)["epoch"] == 7
 
 
-def test_cycles_begin_where_the_target_changes() -> None:
+def test_cycles_begin_where_the_goal_changes() -> None:
     events = {0: 0.5, 1: 0.5, 2: 0.75, 3: 0.75, 4: 0.5}
     assert cycle_starts(events, rigl()) == [0, 2, 4]
     assert cycle_starts(events, Magnitude()) == [0, 1, 2, 3, 4]
@@ -498,7 +498,7 @@ def test_resume_from_every_epoch_end(tmp_path: Path, kind: str) -> None:
         resumed, again = go(cut, kind, ckpt=str(cut / f"epoch={epoch}.ckpt"), seed=99)
         assert_same(whole, resumed)
         assert torch.equal(cb.masks[NAME], again.masks[NAME])
-        values = [[(row["target"], row["epoch"], row["value"]) for row in c.history] for c in (cb, again)]
+        values = [[(record.goal, record.epoch, record.value) for record in c.history] for c in (cb, again)]
         assert values[0] == values[1]
         assert {p.name for p in (cut / "pruned").glob("*.ckpt")} == {
             p.name for p in (tmp_path / "whole/pruned").glob("*.ckpt")

@@ -6,13 +6,17 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import safe_open
 
+from lightning_cap.export.records import EXPORTS, ExportRecord
+from lightning_cap.trainer.records import EVENTS, EventRecord
 from lightning_cap.utilities.bits import unpack_bits
+from lightning_cap.utilities.records import read_records
 from tests.support import ROOT
 from tests.support.crash_run import SCHEDULE
 
@@ -110,9 +114,14 @@ def check_files(folder: Path, schedule: dict[int, float] = SCHEDULE) -> None:
         elif path.suffix == ".safetensors":
             plain(path)
         elif path.suffix == ".jsonl":
-            text = path.read_text()
-            assert text.endswith("\n")
-            assert [json.loads(line)["epoch"] for line in text.splitlines()] == sorted(schedule)[: text.count("\n")]
+            assert path.read_bytes().endswith(b"\n")
+            if path.name == EXPORTS:
+                names = [record.path for record in read_records(path, ExportRecord)]
+                assert len(set(names)) == len(names)
+                assert all((path.parent / name).is_file() for name in names)
+            else:
+                epochs = [record.epoch for record in read_records(path, EventRecord)]
+                assert epochs == sorted(schedule)[: len(epochs)]
         else:
             assert path.name.startswith("."), f"{path.name} is visible"
             # ours, or the one that the safetensors library writes to before it renames
@@ -155,9 +164,12 @@ def plain(path: Path) -> tuple[Any, Any]:
         return {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118 - not a dict
 
 
-def events(folder: Path) -> list[dict[str, float]]:
-    rows = [json.loads(line) for line in (folder / "pruned/events.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if not k.startswith("seconds/")} for row in rows]
+def events(folder: Path) -> list[EventRecord]:
+    return [replace(record, seconds={}) for record in read_records(folder / "pruned" / EVENTS, EventRecord)]
+
+
+def exports(folder: Path) -> list[ExportRecord]:
+    return read_records(folder / "pruned" / EXPORTS, ExportRecord)
 
 
 def check_same_end(expected: Path, folder: Path, ranks: int = 1) -> None:
@@ -169,6 +181,7 @@ def check_same_end(expected: Path, folder: Path, ranks: int = 1) -> None:
         same(*ends)
         assert batches[0][len(batches[0]) - len(batches[1]) :] == batches[1]  # fewer if little was left to train
     assert events(expected) == events(folder)
+    assert exports(expected) == exports(folder)
     for path in [expected / "last.ckpt", *(expected / "pruned").glob("*.ckpt")]:
         same(load(path, expected), load(folder / path.relative_to(expected), folder), path.name)
     for path in (expected / "pruned").glob("*.safetensors"):

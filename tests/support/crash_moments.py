@@ -79,7 +79,8 @@ def install(moments: Moments, folder: Path, elsewhere: bool) -> None:
         ("solve", eliminate_module, "_eliminate_chunk"),
         ("reconstruct", blockwise_module, "reconstruct"),
         ("exchange", path_module, "gather_rows"),
-        ("log", event_log, "append_json_line"),
+        ("log", event_log, "append_record"),
+        ("export", plain_weights, "append_record"),
         ("remove", TorchCheckpointIO, "remove_checkpoint"),
         ("load", TorchCheckpointIO, "load_checkpoint"),
     ):

@@ -108,7 +108,7 @@ def fit(order: dict[str, Any], folder: Path) -> None:
     end = {
         "weights": module.state_dict(),
         "masks": dict(cb.masks),
-        "history": cb.history,
+        "history": [record.to_json() for record in cb.history],
         "optimizer": t.optimizers[0].state_dict(),
         "batches": module.batches[-4:],
     }

@@ -17,8 +17,10 @@ from safetensors.torch import load_file
 from torch import nn
 
 from lightning_cap.callbacks.checkpoint_io import AtomicCheckpointIO
+from lightning_cap.callbacks.cycle import CycleRecord
 from lightning_cap.export.safetensors import plain_model, save_plain_weights
-from lightning_cap.utilities.files import append_json_line, atomic, save_json
+from lightning_cap.utilities.files import atomic, save_json
+from lightning_cap.utilities.records import append_record
 from tests.support.toy import Toy, callback, loaders, trainer
 
 
@@ -77,13 +79,6 @@ def test_plain_model_of_other_modules() -> None:
 
 
 def test_json(tmp_path: Path) -> None:
-    lines = tmp_path / "logs" / "events.jsonl"
-    append_json_line(lines, {"epoch": 0})
-    append_json_line(lines, {"epoch": 1, "sparsity": 0.5})
-    assert [json.loads(line) for line in lines.read_text().splitlines()] == [
-        {"epoch": 0},
-        {"epoch": 1, "sparsity": 0.5},
-    ]
     save_json(tmp_path / "r.json", [1, {"a": None}])
     assert json.loads((tmp_path / "r.json").read_text()) == [1, {"a": None}]
     with pytest.raises(TypeError):
@@ -109,7 +104,7 @@ def test_a_full_disk_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.Mon
     write: dict[str, Callable[[float], None]] = {
         "ckpt": lambda x: AtomicCheckpointIO().save_checkpoint({"x": torch.tensor(x)}, paths["ckpt"]),
         "safetensors": lambda x: save_plain_weights(paths["safetensors"], {"x": torch.tensor(x)}, {}),
-        "jsonl": lambda x: append_json_line(paths["jsonl"], {"epoch": x}),
+        "jsonl": lambda x: append_record(paths["jsonl"], CycleRecord(x, 0, None, x), lambda old: False),
     }
     for save in write.values():
         save(1.0)
@@ -130,18 +125,6 @@ def test_abandoned_temporary_files_are_removed_by_the_next_writing(tmp_path: Pat
         os.utime(path, (0, 0))
     save_json(tmp_path / "a[1].json", 1)
     assert {path.name for path in tmp_path.iterdir()} == {"a[1].json", new.name, other.name}
-
-
-def test_the_event_file_has_one_line_an_event(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    path = tmp_path / "events.jsonl"
-    for epoch, attempt in ((0, 1), (10, 1), (20, 1), (10, 2)):  # stopped after 20, went back to a checkpoint before 10
-        append_json_line(path, {"epoch": epoch, "attempt": attempt})
-    with path.open("a") as file:
-        file.write('{"epoch": 20, "att')
-    append_json_line(path, {"epoch": 20, "attempt": 2})
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
-    assert [(row["epoch"], row["attempt"]) for row in rows] == [(0, 1), (10, 2), (20, 2)]
-    assert "a line is not JSON" in caplog.text
 
 
 def test_how_checkpoints_are_written(tmp_path: Path) -> None:
