@@ -140,14 +140,18 @@ def test_n_of_m_needs_divisible_inputs_and_no_recomputations(tmp_path: Path) -> 
     [
         (
             SparsitySteps({0: 0.5, 2: 0.9}),
-            Magnitude(Global(min_density=0.3)),
+            Magnitude(allocation=Global(min_density=0.3)),
             r"sparsity=0\.9: min_density=0\.3 leaves",
         ),
         (SparsitySteps({0: 0.5, 2: 0.9}), cap(allocation=Uniform(min_density=0.3)), r"sparsity=0\.9: min_density=0\.3"),
-        (OneShot(0.9, None), Magnitude(PerTarget({"*": 0.5})), r"sparsity=0\.9: sparsities: the named targets have"),
+        (
+            OneShot(0.9, None),
+            Magnitude(allocation=PerTarget({"*": 0.5})),
+            r"sparsity=0\.9: sparsities: the named targets have",
+        ),
         (SparsitySteps({0: 0.5, 2: 0.9}), DropAndGrow(allocation=Global(min_density=0.3)), r"sparsity=0\.9"),
-        (AlternatingSchedule(0.9, 1, 1, 1), Magnitude(Global(min_density=0.3)), r"sparsity=0\.9"),
-        (AlternatingSchedule(0.5, 1, 1, 1), Magnitude(PerTarget({"*": 0.9})), r"sparsity=0\.5"),
+        (AlternatingSchedule(0.9, 1, 1, 1), Magnitude(allocation=Global(min_density=0.3)), r"sparsity=0\.9"),
+        (AlternatingSchedule(0.5, 1, 1, 1), Magnitude(allocation=PerTarget({"*": 0.9})), r"sparsity=0\.5"),
     ],
 )
 def test_zeros_that_cannot_be_placed(tmp_path: Path, schedule: SparsitySchedule, pruner: Pruner, message: str) -> None:
@@ -156,7 +160,7 @@ def test_zeros_that_cannot_be_placed(tmp_path: Path, schedule: SparsitySchedule,
 
 def test_a_step_between_two_events_that_cannot_be_had(tmp_path: Path) -> None:
     allocation: Allocation = PerTarget({"net.4.weight": 0.75})
-    both = {"schedule": {1: 0.75}, "pruner": Magnitude(allocation), "save": "none"}
+    both = {"schedule": {1: 0.75}, "pruner": Magnitude(allocation=allocation), "save": "none"}
     assert_refused(tmp_path, ConfigError, r"sparsity=0\.375: sparsities", num_recomputations=2, **both)
     trainer(tmp_path, callback(**both)).fit(Toy(), **loaders())
 
@@ -165,7 +169,7 @@ def test_zeros_that_are_there_need_no_room(tmp_path: Path) -> None:
     module = Toy()
     with torch.no_grad():
         module.net[4].weight[2:] = 0.0  # 87.5 %, beyond the floor
-    cb = callback({0: 0.5, 2: 0.875}, pruner=Magnitude(Global(min_density=0.3)), save="none")
+    cb = callback({0: 0.5, 2: 0.875}, pruner=Magnitude(allocation=Global(min_density=0.3)), save="none")
     with pytest.warns(UserWarning, match="already at 0.875"):
         trainer(tmp_path, cb).fit(module, **loaders())
     assert cb.masks.global_sparsity == 0.875
@@ -205,7 +209,7 @@ def test_losses_without_gradient(tmp_path: Path) -> None:
 def test_manual_optimization_needs_a_calibration_step(tmp_path: Path) -> None:
     module = Toy(scheduler=False)
     module.automatic_optimization = False
-    for pruner in (cap(), LayerwiseOBS(16, 40)):
+    for pruner in (cap(), LayerwiseOBS(block_size=16, num_inputs=40)):
         assert_refused(
             tmp_path, UnsupportedError, r"automatic_optimization=False.*calibration_step", module, pruner=pruner
         )

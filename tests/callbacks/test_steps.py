@@ -317,10 +317,10 @@ def test_a_declared_decrease_brings_back_the_largest_gradients(tmp_path: Path, p
 def test_a_decrease_keeps_to_the_pruners_allocation(tmp_path: Path) -> None:
     falling = SparsitySteps({0: 0.75, 2: 0.5}, allow_decrease=True)
     both = {"include": ["net.0.weight", NAME]}
-    _, cb, _ = fit(tmp_path / "uniform", falling, Magnitude(Uniform()), callback=both)
+    _, cb, _ = fit(tmp_path / "uniform", falling, Magnitude(allocation=Uniform()), callback=both)
     assert {name: int((~mask).sum()) for name, mask in cb.masks.items()} == {"net.0.weight": 96, NAME: 128}
     first = PerTarget({"net.0.weight": 0.5})
-    _, cb, watch = fit(tmp_path / "given", falling, Magnitude(first), callback=both)
+    _, cb, watch = fit(tmp_path / "given", falling, Magnitude(allocation=first), callback=both)
     assert int((~watch.masks[1]).sum()) == 336 - 96
     assert {name: int((~mask).sum()) for name, mask in cb.masks.items()} == {"net.0.weight": 96, NAME: 128}
 

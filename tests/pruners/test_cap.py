@@ -61,7 +61,7 @@ SHAPES = {"a": (6, 8), "conv": (4, 3, 3, 3), "b": (1, 5)}
 @pytest.mark.parametrize("damp", [1e-8, 1e-1])
 def test_predicted_loss_is_the_true_one(ranking: Any, block_size: int, damp: float) -> None:
     problem = Quadratic(SHAPES)
-    path = CAP(block_size, damp=damp, ranking=ranking).path(problem.targets, problem.rows)
+    path = CAP(block_size=block_size, damp=damp, ranking=ranking).path(problem.targets, problem.rows)
     for sparsity in (0.2, 0.5, 0.75, 0.95):
         result = path.at(sparsity)
         assert result.predicted_loss == pytest.approx(problem.increase(result, block_size, damp), rel=1e-4)
@@ -70,7 +70,7 @@ def test_predicted_loss_is_the_true_one(ranking: Any, block_size: int, damp: flo
 @pytest.mark.parametrize("seed", range(3))
 def test_beats_magnitude_where_weights_are_correlated(seed: int) -> None:
     problem = Quadratic(SHAPES, seed=seed)
-    cap = CAP(200, damp=1e-6).path(problem.targets, problem.rows)
+    cap = CAP(block_size=200, damp=1e-6).path(problem.targets, problem.rows)
     magnitude = Magnitude().path(problem.targets)
     for sparsity in (0.3, 0.5, 0.7, 0.9):
         ours, theirs = (problem.increase(path.at(sparsity), 200) for path in (cap, magnitude))
@@ -81,7 +81,10 @@ def test_beats_magnitude_where_weights_are_correlated(seed: int) -> None:
 def test_marginal_ranking_predicts_no_more_than_cumulative(sparsity: float) -> None:
     problem = Quadratic(SHAPES)
     losses = {
-        ranking: CAP(8, damp=1e-6, ranking=ranking).path(problem.targets, problem.rows).at(sparsity).predicted_loss
+        ranking: CAP(block_size=8, damp=1e-6, ranking=ranking)
+        .path(problem.targets, problem.rows)
+        .at(sparsity)
+        .predicted_loss
         for ranking in ("marginal", "cumulative")
     }
     assert losses["marginal"] < losses["cumulative"]
@@ -91,7 +94,7 @@ def test_marginal_ranking_predicts_no_more_than_cumulative(sparsity: float) -> N
 def test_agrees_with_the_textbook_from_gradients_to_weights(pattern: NofM | None) -> None:
     """The whole way: gradients, Fisher, layout, elimination and reconstruction of a linear and a convolution weight."""
     problem = Quadratic({"linear": (3, 8), "conv": (2, 4, 1, 3)})
-    result = CAP(24, damp=1e-3, pattern=pattern).path(problem.targets, problem.rows).at(0.5)
+    result = CAP(block_size=24, damp=1e-3, pattern=pattern).path(problem.targets, problem.rows).at(0.5)
     zeros = 0
     for name, w0 in problem.w0.items():
         # inputs last where groups lie along them
@@ -114,7 +117,7 @@ def test_gradually_reached_sparsity_stays_exact() -> None:
     problem = Quadratic(SHAPES)
     targets, masks = problem.targets, None
     for sparsity in (0.3, 0.5, 0.8):
-        result = CAP(16, damp=1e-4).path(targets, problem.rows, masks).at(sparsity)
+        result = CAP(block_size=16, damp=1e-4).path(targets, problem.rows, masks).at(sparsity)
         assert result.sparsity == pytest.approx(sparsity, abs=1 / targets.numel)
         if masks is not None:
             assert not any((result.masks[n] & ~masks[n]).any() for n in masks)
@@ -129,7 +132,7 @@ def test_blocks_that_need_more_damp_are_reported() -> None:
     with pytest.warns(
         UserWarning, match=r"damp=0\.01: [1-4] of 5 Fisher blocks factored only with a larger one.*Raise damp"
     ):
-        path = CAP(8, damp=1e-2).path(targets, [rows])
+        path = CAP(block_size=8, damp=1e-2).path(targets, [rows])
     result = path.at(0.5)
     assert 1 <= result.stats["blocks_damping_increased"] <= 4
     assert result.stats["blocks_float64"] >= result.stats["blocks_damping_increased"]
@@ -158,11 +161,11 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], message: str) -> Non
 def test_bad_gradients() -> None:
     problem = Quadratic(SHAPES)
     with pytest.raises(GradientError, match="no gradient row"):
-        CAP(8).path(problem.targets, [])
+        CAP(block_size=8).path(problem.targets, [])
     broken = problem.rows
     broken[1]["a"][3, 2, 2] = float("nan")
     with pytest.raises(GradientError, match="first 'a', are not finite"):
-        CAP(8).path(problem.targets, broken)
+        CAP(block_size=8).path(problem.targets, broken)
     with pytest.raises(PatternError):
         CAP(pattern=124)
 
@@ -261,7 +264,7 @@ def test_losses_beyond_float32_still_give_the_exact_sparsity(backend: Any, gradi
     problem = Quadratic({"a": (10, 16)})
     targets = Targets({"a": problem.w0["a"] * weights})
     rows = [{name: gradients * r for name, r in chunk.items()} for chunk in problem.rows]
-    path = CAP(16, damp=1e-4, backend=backend).path(targets, rows)
+    path = CAP(block_size=16, damp=1e-4, backend=backend).path(targets, rows)
     for sparsity in (0.5, 0.9):
         result = path.at(sparsity)
         assert int((~result.masks["a"]).sum()) == int(160 * sparsity)
@@ -271,7 +274,7 @@ def test_losses_beyond_float32_still_give_the_exact_sparsity(backend: Any, gradi
 def test_fully_masked_blocks_take_no_memory() -> None:
     problem = Quadratic({"a": (60, 24), "b": (4, 4)})
     masks = {"a": torch.zeros(60, 24, dtype=torch.bool)}
-    path = CAP(24, damp=1e-3).path(problem.targets, problem.rows, masks)
+    path = CAP(block_size=24, damp=1e-3).path(problem.targets, problem.rows, masks)
     assert [len(group) for group in path.plan.groups] == [1]
     result = path.at(0.995)
     assert not result.weights["a"].any()

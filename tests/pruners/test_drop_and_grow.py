@@ -91,7 +91,7 @@ def check(
 def test_an_update_is_the_oracles(targets: Targets, rows: Rows, share: float, sparsity: float, fraction: float) -> None:
     masks = masks_of(targets, share)
     zeros = math.floor(sparsity * targets.numel + 0.5)
-    path = DropAndGrow(fraction).path(targets, rows, masks)
+    path = DropAndGrow(drop_fraction=fraction).path(targets, rows, masks)
     result = path.at(sparsity)
     check(result, targets, rows, masks, [(list(targets), zeros)], fraction)
     assert sum(int((~mask).sum()) for mask in result.masks.values()) == zeros
@@ -104,7 +104,7 @@ def test_an_update_is_the_oracles(targets: Targets, rows: Rows, share: float, sp
 
 def test_weights_are_exchanged_within_the_budgets(targets: Targets, rows: Rows) -> None:
     masks = masks_of(targets, 0.5)
-    result = DropAndGrow(0.4, allocation=Uniform()).path(targets, rows, masks).at(0.5)
+    result = DropAndGrow(drop_fraction=0.4, allocation=Uniform()).path(targets, rows, masks).at(0.5)
     groups = [([name], weight.numel() // 2) for name, weight in targets.items()]
     check(result, targets, rows, masks, groups, 0.4)
 
@@ -114,7 +114,7 @@ def test_the_first_event_drops_by_magnitude_and_reads_no_gradient(targets: Targe
         raise AssertionError("gradients were read")
         yield
 
-    result = DropAndGrow(0.5).path(targets, unread()).at(0.5)
+    result = DropAndGrow(drop_fraction=0.5).path(targets, unread()).at(0.5)
     values = flat(targets.weights(), list(targets))
     kept = np.zeros(len(values), dtype=bool)
     kept[np.argsort(-np.abs(values))[: len(values) // 2]] = True
@@ -125,7 +125,7 @@ def test_a_weight_that_was_dropped_a_moment_before_stays_as_it_was() -> None:
     targets = Targets({"w": nn.Parameter(torch.tensor([[0.1, 2.0, 3.0, 0.0]]))})
     masks = {"w": torch.tensor([[True, True, True, False]])}
     for gradient, weights, grown in (([9.0, 0, 0, 1], [0.1, 2, 3, 0], 0), ([1.0, 9, 9, 9], [0, 2, 3, 0], 1)):
-        result = DropAndGrow(0.5).path(targets, [{"w": torch.tensor([[gradient]])}], masks).at(0.25)
+        result = DropAndGrow(drop_fraction=0.5).path(targets, [{"w": torch.tensor([[gradient]])}], masks).at(0.25)
         assert result.weights["w"].tolist() == [pytest.approx(weights)]
         assert result.masks["w"].tolist() == [[not grown, True, True, bool(grown)]]
         assert result.stats == {"dropped": grown, "grown": grown}
@@ -134,7 +134,7 @@ def test_a_weight_that_was_dropped_a_moment_before_stays_as_it_was() -> None:
 def test_ties_go_to_the_earlier_weight() -> None:
     targets = Targets({"w": nn.Parameter(torch.zeros(1, 6))})
     masks = {"w": torch.zeros(1, 6, dtype=torch.bool)}
-    result = DropAndGrow(0.5).path(targets, [{"w": torch.ones(1, 1, 6)}], masks).at(0.5)
+    result = DropAndGrow(drop_fraction=0.5).path(targets, [{"w": torch.ones(1, 1, 6)}], masks).at(0.5)
     assert result.masks["w"].tolist() == [[True] * 3 + [False] * 3]
 
 
@@ -142,11 +142,13 @@ def test_the_sign_of_the_mean_gradient_does_not_matter_but_the_mean_does() -> No
     targets = Targets({"w": nn.Parameter(torch.zeros(1, 3))})
     masks = {"w": torch.zeros(1, 3, dtype=torch.bool)}
     rows = [{"w": torch.tensor([[[9.0, -1, 0.5]], [[-9.0, -1, 0.5]]])}]
-    assert DropAndGrow(0).path(targets, rows, masks).at(2 / 3).masks["w"].tolist() == [[False, True, False]]
+    assert DropAndGrow(drop_fraction=0).path(targets, rows, masks).at(2 / 3).masks["w"].tolist() == [
+        [False, True, False]
+    ]
 
 
 def test_fraction_falls_by_a_cosine() -> None:
-    pruner = DropAndGrow(0.4)
+    pruner = DropAndGrow(drop_fraction=0.4)
     fractions = []
     for done in (0.0, 0.25, 0.5, 1.0):
         pruner.begin_event(done)
@@ -217,7 +219,7 @@ def update_on_this_rank(samples: int) -> tuple[PruneResult, int]:
     targets = Targets.from_model(model)
     masks = masks_of(targets, 0.5)
     targets.restore({name: weight * masks[name] for name, weight in targets.weights().items()})
-    pruner = DropAndGrow(0.3, num_gradients=13, samples_per_gradient=samples)
+    pruner = DropAndGrow(drop_fraction=0.3, num_gradients=13, samples_per_gradient=samples)
     batches = CalibrationBatches(DataLoader(ToyData(), batch_size=8), 13 * samples, samples, 0, 0)
     chunks = 0
 

@@ -82,7 +82,7 @@ def test_the_sweep(
     generator = torch.Generator().manual_seed(8)
     masks = {n: torch.rand(math.prod(s) // size, 1, generator=generator).expand(-1, size).reshape(s)
              >= (0.2 if masked else 0.0) for n, s in SHAPES.items()}  # fmt: skip
-    pruner = FastCAP(B, 60, damp=damp, columns=columns, pattern=pattern, allocation=Uniform())
+    pruner = FastCAP(block_size=B, num_gradients=60, damp=damp, columns=columns, pattern=pattern, allocation=Uniform())
     path = pruner.path(targets, rows, masks)
     sparsity = 0.5 if isinstance(pattern, NofM) else 0.6
     result = path.at(sparsity)
@@ -131,7 +131,11 @@ def test_one_block_is_swept_to_the_optimum_of_the_columns_to_the_right(targets: 
     """Removing the first columns of a row by the sweep is OBS of them: nothing lies to their left."""
     with torch.no_grad():
         targets["b"][:, :4] = 1e-4  # so that they go
-    result = FastCAP(8, 60, damp=1e-2, pattern=BlockOf(4), allocation=Uniform()).path(targets, rows).at(0.5)
+    result = (
+        FastCAP(block_size=8, num_gradients=60, damp=1e-2, pattern=BlockOf(4), allocation=Uniform())
+        .path(targets, rows)
+        .at(0.5)
+    )
     assert not result.masks["b"][:, :4].any()
     fisher = _shared(rows, "b", 8)[0][0]
     for k, row in enumerate(targets["b"].detach().double().numpy()):
@@ -143,7 +147,9 @@ def test_blocks_of_equal_statistics_are_solved_as_cap_does(gradient_rows: Callab
     """With blocks of one weight there is nothing but the diagonal."""
     targets = Targets({"a": nn.Parameter(torch.randn(4, 6, generator=torch.Generator().manual_seed(0)))})
     rows = [{"a": chunk["a"][:, :1, :1].expand(-1, 4, 6).contiguous()} for chunk in gradient_rows(targets, 50)]
-    ours, caps = (pruner(1, num_gradients=50, damp=1e-2).path(targets, rows).at(0.5) for pruner in (FastCAP, CAP))
+    ours, caps = (
+        pruner(block_size=1, num_gradients=50, damp=1e-2).path(targets, rows).at(0.5) for pruner in (FastCAP, CAP)
+    )
     assert torch.equal(ours.masks["a"], caps.masks["a"])
     torch.testing.assert_close(ours.weights["a"], caps.weights["a"])
     assert ours.predicted_loss == pytest.approx(caps.predicted_loss, rel=1e-4)
@@ -157,12 +163,12 @@ def test_what_does_not_work_is_refused(targets: Targets, rows: Rows) -> None:
     with pytest.raises(PatternError, match=r"FastCAP works inside blocks"):
         FastCAP(pattern=OutputRows())
     with pytest.raises(GradientError, match="the source gave no gradient row"):
-        FastCAP(8).path(targets, [])
+        FastCAP(block_size=8).path(targets, [])
     with pytest.raises(GradientError, match=r"rows of 'a' have shape None, its weight has \(10, 12\)"):
-        FastCAP(8).path(targets, [{"b": rows[0]["b"]}])
+        FastCAP(block_size=8).path(targets, [{"b": rows[0]["b"]}])
     large = [{name: 1e8 * part for name, part in chunk.items()} for chunk in rows]
     with pytest.warns(UserWarning, match=r"damp=0\.01: 1 shared Fisher blocks factored only with a larger one"):
-        assert FastCAP(12, damp=1e-2).path(targets, large[:1]).stats["largest_damp"] > 1e-2
+        assert FastCAP(block_size=12, damp=1e-2).path(targets, large[:1]).stats["largest_damp"] > 1e-2
     rows[1]["b"][0, 0, 0] = torch.nan
     with pytest.raises(GradientError, match="those of 'b' are not finite"):
-        FastCAP(8).path(targets, rows)
+        FastCAP(block_size=8).path(targets, rows)

@@ -109,7 +109,7 @@ def test_n_of_m_by_hand(method: str, targets: Targets, rows: Rows) -> None:
 
 def test_obd_is_cap_with_blocks_of_one(targets: Targets, rows: Rows) -> None:
     one = DiagonalFisher(damp=1e-2).path(targets, rows)
-    two = CAP(1, damp=1e-2).path(targets, rows)
+    two = CAP(block_size=1, damp=1e-2).path(targets, rows)
     for sparsity in (0.3, 0.8):
         assert all(torch.equal(one.at(sparsity).masks[n], two.at(sparsity).masks[n]) for n in SHAPES)
     assert one.curve([0.3, 0.8]) == pytest.approx(two.curve([0.3, 0.8]), rel=1e-4)
@@ -125,29 +125,29 @@ def test_a_large_damp_is_magnitude(targets: Targets, rows: Rows) -> None:
 
 def test_random_lots_follow_the_seed_and_the_name(targets: Targets) -> None:
     def masks(seed: int, given: Targets = targets) -> dict[str, Tensor]:
-        return dict(Random(seed).path(given).at(0.5).masks)
+        return dict(Random(seed=seed).path(given).at(0.5).masks)
 
     assert all(torch.equal(masks(0)[n], masks(0)[n]) for n in SHAPES)
     assert any(not torch.equal(masks(0)[n], masks(1)[n]) for n in SHAPES)
     alone = Targets({"conv": targets["conv"]})
-    lots = Random(0).path(alone).at(0.5).masks["conv"]
-    again = Random(0).path(Targets({"conv": nn.Parameter(torch.randn(SHAPES["conv"]))})).at(0.5).masks["conv"]
+    lots = Random(seed=0).path(alone).at(0.5).masks["conv"]
+    again = Random(seed=0).path(Targets({"conv": nn.Parameter(torch.randn(SHAPES["conv"]))})).at(0.5).masks["conv"]
     assert torch.equal(lots, again), "the weights do not matter"
-    other = Random(0).path(Targets({"other": targets["conv"]})).at(0.5).masks["other"]
+    other = Random(seed=0).path(Targets({"other": targets["conv"]})).at(0.5).masks["other"]
     assert not torch.equal(lots, other)
 
 
 def test_random_events_of_one_run_are_nested(targets: Targets) -> None:
-    first = Random(2).path(targets).at(0.4)
+    first = Random(seed=2).path(targets).at(0.4)
     first.apply(targets)
-    second = Random(2).path(targets, masks=first.masks).at(0.7)
-    direct = Random(2).path(targets).at(0.7)
+    second = Random(seed=2).path(targets, masks=first.masks).at(0.7)
+    direct = Random(seed=2).path(targets).at(0.7)
     assert all(torch.equal(second.masks[n], direct.masks[n]) for n in SHAPES)
 
 
 def test_random_is_fair(targets: Targets) -> None:
     large = Targets({"w": nn.Parameter(torch.randn(100, 200))})
-    share = Random(0).path(large).at(0.3).masks["w"].float()
+    share = Random(seed=0).path(large).at(0.3).masks["w"].float()
     assert share.mean(0).std() < 0.06  # of 100 rows: about sqrt(0.21 / 100) = 0.046
     assert share.mean(1).std() < 0.05
 

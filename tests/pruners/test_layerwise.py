@@ -227,7 +227,7 @@ def test_a_linear_layer_is_pruned_row_by_row(block_size: int, damp: float) -> No
     inputs = [torch.randn(25, 12, generator=generator) @ mix for _ in range(3)]
     source = _collector(layer, inputs)
     targets = Targets({"weight": layer.weight})
-    path = LayerwiseOBS(block_size, 75, damp=damp).path(targets, source)
+    path = LayerwiseOBS(block_size=block_size, num_inputs=75, damp=damp).path(targets, source)
     result = path.at(0.6)
     assert int((~result.masks["weight"]).sum()) == round(0.6 * 84)
     _check_rows(path, result, layer.weight, _hessian(_total(source), 75, damp))
@@ -238,14 +238,16 @@ def test_convolutions_are_pruned_row_by_row(kind: str) -> None:
     layer, shape = _layer(kind)
     inputs = [torch.randn(30, *shape, generator=torch.Generator().manual_seed(2))]
     source = _collector(layer, inputs)
-    path = LayerwiseOBS(100, 30, damp=1e-3).path(Targets({"weight": layer.weight}), source)
+    path = LayerwiseOBS(block_size=100, num_inputs=30, damp=1e-3).path(Targets({"weight": layer.weight}), source)
     _check_rows(path, path.at(0.5), layer.weight, _hessian(_total(source), 30, 1e-3))
 
 
 def test_the_predicted_loss_is_the_change_of_the_output() -> None:
     layer = nn.Conv2d(4, 6, 3, padding=1)
     x = torch.randn(20, 4, 6, 6, generator=torch.Generator().manual_seed(3)) + 0.5
-    path = LayerwiseOBS(64, 20, damp=1e-7).path(Targets({"weight": layer.weight}), _collector(layer, [x]))
+    path = LayerwiseOBS(block_size=64, num_inputs=20, damp=1e-7).path(
+        Targets({"weight": layer.weight}), _collector(layer, [x])
+    )
     before = layer(x).detach()
     dense, predicted = layer.weight.detach().clone(), []
     for sparsity in (0.3, 0.6, 0.9):
@@ -267,7 +269,7 @@ def test_n_of_m_groups_lie_along_the_channels(kind: str) -> None:
     x = torch.randn(40, layer.in_channels, 4, 5, generator=torch.Generator().manual_seed(4))
     source = _collector(layer, [x])
     targets = Targets({"weight": layer.weight})
-    result = LayerwiseOBS(100, 40, damp=1e-3, pattern=NofM(2, 4)).path(targets, source).at(0.5)
+    result = LayerwiseOBS(block_size=100, num_inputs=40, damp=1e-3, pattern=NofM(2, 4)).path(targets, source).at(0.5)
     check_pattern(targets, NofM(2, 4), result.masks)
     order = np.arange(24).reshape(4, 2, 3).transpose(1, 2, 0).ravel()  # (I, kH, kW) -> channels last
     H = _hessian(_total(source), 40, 1e-3)
@@ -286,12 +288,16 @@ def test_masks_zero_inputs_and_several_targets() -> None:
     x[:, 3] = 0.0  # a dead input: its weights cost nothing
     targets = Targets.from_model(model, include=["*"])
     masks = {n: torch.rand(w.shape, generator=torch.Generator().manual_seed(6)) > 0.2 for n, w in targets.items()}
-    path = LayerwiseOBS(64, 50).path(targets, InputCollector(model, targets, loss, [(x,)], 50), masks)
+    path = LayerwiseOBS(block_size=64, num_inputs=50).path(
+        targets, InputCollector(model, targets, loss, [(x,)], 50), masks
+    )
     result = path.at(0.5)
     assert [int((~m).sum()) for m in result.masks.values()] == [40, 24]  # uniform
     assert all(not (result.masks[n] & ~masks[n]).any() for n in targets)
     assert not result.masks["0.weight"][:, 3].any()
-    flat = LayerwiseOBS(64, 50, allocation=Global()).path(targets, InputCollector(model, targets, loss, [(x,)], 50))
+    flat = LayerwiseOBS(block_size=64, num_inputs=50, allocation=Global()).path(
+        targets, InputCollector(model, targets, loss, [(x,)], 50)
+    )
     assert sum(int((~m).sum()) for m in flat.at(0.5).masks.values()) == 64
 
 
@@ -308,8 +314,8 @@ def test_sources_and_settings_that_do_not_work() -> None:
     with pytest.raises(ConfigError, match="num_inputs=0: give a whole number"):
         LayerwiseOBS(num_inputs=0)
     with pytest.raises(ConfigError, match="block_size=6 is not a multiple of the pattern's group of 4"):
-        LayerwiseOBS(6, pattern=NofM(2, 4)).check(targets)
-    LayerwiseOBS(192, pattern=BlockOf(4)).check(targets)
+        LayerwiseOBS(block_size=6, pattern=NofM(2, 4)).check(targets)
+    LayerwiseOBS(block_size=192, pattern=BlockOf(4)).check(targets)
 
 
 # In use
@@ -322,8 +328,8 @@ def test_prune_a_cnn(tiny_cnn: nn.Module, pattern: Any) -> None:
     before = [layer.weight.detach().clone() for layer in (tiny_cnn[2], tiny_cnn[6])]
     dense = torch.cat([tiny_cnn(x).detach() for (x,) in batches])
     steps = 1 if pattern == NofM(2, 4) else 2
-    result = prune(tiny_cnn, batches, loss, 0.5, LayerwiseOBS(64, 48, pattern=pattern), num_recomputations=steps,
-                   progress=False)  # fmt: skip
+    pruner = LayerwiseOBS(block_size=64, num_inputs=48, pattern=pattern)
+    result = prune(tiny_cnn, batches, loss, 0.5, pruner, num_recomputations=steps, progress=False)
     assert list(result.weights) == ["2.weight", "6.weight"]
     assert [int((layer.weight == 0).sum()) for layer in (tiny_cnn[2], tiny_cnn[6])] == [432, 96]
     check_pattern(Targets.from_model(tiny_cnn), LayerwiseOBS(pattern=pattern).pattern)
@@ -338,7 +344,7 @@ def test_prune_a_cnn(tiny_cnn: nn.Module, pattern: Any) -> None:
 
 def test_in_the_callback(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
     module = Toy()
-    hook = callback({1: 0.5, 2: 0.75}, pruner=LayerwiseOBS(16, 40), dirpath=str(tmp_path))
+    hook = callback({1: 0.5, 2: 0.75}, pruner=LayerwiseOBS(block_size=16, num_inputs=40), dirpath=str(tmp_path))
     with caplog.at_level("INFO"):
         trainer(tmp_path, hook, max_epochs=3).fit(module, **loaders())
     events = [json.loads(line) for line in (tmp_path / "events.jsonl").read_text().splitlines()]
@@ -360,7 +366,7 @@ def test_the_callback_refuses_before_training(tmp_path: Any) -> None:
             )  # fmt: skip
 
     module = Convs()
-    hook = callback({1: 0.5}, pruner=LayerwiseOBS(16, 40), include=["net.2.weight"])
+    hook = callback({1: 0.5}, pruner=LayerwiseOBS(block_size=16, num_inputs=40), include=["net.2.weight"])
     with pytest.raises(TargetError, match=r"'net\.2\.weight' belongs to a ConvTranspose2d"):
         trainer(tmp_path, hook).fit(module, train_dataloaders=DataLoader(ToyData(), batch_size=16))
     assert module.batches == []

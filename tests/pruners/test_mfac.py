@@ -59,7 +59,7 @@ def test_a_damp_that_float64_cannot_take_is_raised(gradient_rows: Callable[..., 
     targets = Targets({"a": nn.Parameter(weight)})
     rows = gradient_rows(targets, 90, scale=1e3)
     with pytest.warns(UserWarning, match=r"damp=1e-30: 1 of 1 Fisher blocks factored only with a larger one"):
-        path = MFAC(30, 90, damp=1e-30, mode=mode).path(targets, rows)
+        path = MFAC(block_size=30, num_gradients=90, damp=1e-30, mode=mode).path(targets, rows)
     damp = path.stats["largest_damp"]
     assert 1e-11 < damp < 1e-3
     scores = saliencies(np.linalg.inv(damped_fisher(matrix_of(rows, "a"), damp)), weight.double().numpy().ravel(),
@@ -86,7 +86,9 @@ def test_the_path(
     targets = Targets({n: nn.Parameter(torch.randn(s, generator=generator)) for n, s in shapes.items()})
     rows = gradient_rows(targets, num_rows)
     masks = {n: torch.rand(s, generator=generator) >= (0.2 if masked else 0.0) for n, s in shapes.items()}
-    path = MFAC(block_size, num_rows, damp=damp, mode=mode, pattern=pattern).path(targets, rows, masks)
+    path = MFAC(block_size=block_size, num_gradients=num_rows, damp=damp, mode=mode, pattern=pattern).path(
+        targets, rows, masks
+    )
     blocks = []
     for name, weight in targets.weights().items():
         G, alive = matrix_of(rows, name), masks[name].numpy().ravel()
@@ -134,14 +136,17 @@ def test_no_matrix_of_a_block_is_made(mode: Mode) -> None:
     targets = Targets({"a": nn.Parameter(torch.randn(40, 60, generator=generator))})
     rows = [{"a": torch.randn(8, 40, 60, generator=generator)} for _ in range(2)]
     with _Largest() as largest:
-        MFAC(2048, 16, damp=1e-4, mode=mode).path(targets, rows).at(0.5)
+        MFAC(block_size=2048, num_gradients=16, damp=1e-4, mode=mode).path(targets, rows).at(0.5)
     assert 0 < largest.numel <= 2 * 32 * 2048  # two blocks; a row chunk of the sums is 32
 
 
 def test_both_modes_give_the_same_at_every_sparsity(gradient_rows: Callable[..., Rows]) -> None:
     targets = Targets({"a": nn.Parameter(torch.randn(9, 14, generator=torch.Generator().manual_seed(3)))})
     rows = gradient_rows(targets, 40)
-    paths = [MFAC(64, 40, damp=1e-5, mode=mode).path(targets, rows) for mode in ("dynamic", "static")]
+    paths = [
+        MFAC(block_size=64, num_gradients=40, damp=1e-5, mode=mode).path(targets, rows)
+        for mode in ("dynamic", "static")
+    ]
     for sparsity in (0.1, 0.5, 0.9):
         one, two = (path.at(sparsity) for path in paths)
         assert torch.equal(one.masks["a"], two.masks["a"])

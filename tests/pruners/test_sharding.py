@@ -7,74 +7,47 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_cap.calibration.batches import CalibrationBatches
 from lightning_cap.calibration.gradients import GradientCollector, rows_at_once
 from lightning_cap.calibration.layer_inputs import InputCollector
 from lightning_cap.errors import GradientError
-from lightning_cap.pruners import (
-    CAP,
-    MFAC,
-    DiagonalFisher,
-    FastCAP,
-    GradientTimesWeight,
-    LayerwiseOBS,
-    Pruner,
-    Random,
-    Taylor,
-    WoodFisher,
-)
-from lightning_cap.sparsity.allocation import ERK, Global
-from lightning_cap.sparsity.patterns import BlockOf, NofM, OutputRows
+from lightning_cap.sparsity.allocation import ERK, Allocation, Global, Uniform
+from lightning_cap.sparsity.patterns import BlockOf, NofM, OutputRows, Pattern
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities import distributed
+from tests.support.pruners import METHODS, USUAL, Case, select
 from tests.support.ranks import on_ranks
-from tests.support.toy import ToyData
+from tests.support.toy import ToyData, loss, plain_net
 
 ROWS = 40
-GIVEN: dict[str, Any] = {"num_gradients": ROWS, "damp": 1e-3}
-CASES: dict[str, Pruner] = {
-    "woodfisher": WoodFisher(16, **GIVEN),
-    "woodfisher simple": WoodFisher(16, **GIVEN, update="simple"),
-    "woodfisher groups": WoodFisher(16, **GIVEN, pattern=BlockOf(4), allocation=Global(0.3)),
-    "cap groups": CAP(16, **GIVEN, pattern=BlockOf(4)),
-    "cap groups cumulative": CAP(16, **GIVEN, pattern=BlockOf(4), ranking="cumulative", allocation=Global(0.3)),
-    "cap floor": CAP(16, **GIVEN, allocation=Global(0.3)),
-    "cap erk": CAP(16, **GIVEN, allocation=ERK()),
-    "mfac": MFAC(64, **GIVEN),
-    "mfac static": MFAC(64, **GIVEN, mode="static"),
-    "mfac few blocks": MFAC(2048, **GIVEN),
-    "fast-cap": FastCAP(16, **GIVEN),
-    "fast-cap 2:4": FastCAP(16, **GIVEN, pattern=NofM(2, 4)),
-    "layerwise": LayerwiseOBS(12, ROWS),
-    "layerwise global": LayerwiseOBS(8, ROWS, allocation=Global(), pattern=BlockOf(4)),
-    "obd": DiagonalFisher(**GIVEN),
-    "obd rows": DiagonalFisher(**GIVEN, pattern=OutputRows()),
-    "grw": GradientTimesWeight(ROWS),
-    "taylor": Taylor(ROWS),
-    "random": Random(1),
+GIVEN: dict[str, Any] = {"block_size": 16, "num_gradients": ROWS, "num_inputs": ROWS, "damp": 1e-3}
+HOWS: dict[str, tuple[Pattern, Allocation]] = {
+    "groups": (BlockOf(4), Global(0.3)),
+    "2:4": (NofM(2, 4), Uniform()),
+    "rows": (OutputRows(), ERK()),
 }
-
-
-def _net() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 20), nn.ReLU(), nn.Linear(20, 4))
-
-
-def loss(model: nn.Module, batch: Any) -> Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+CASES: dict[str, tuple[Case, dict[str, Any]]] = {
+    **{name: (case, {}) for name, case in select(regrows=False).items()},
+    **{
+        f"{name}, {how}": (case, {"pattern": pattern, "allocation": allocation})
+        for name, case in USUAL.items()
+        for how, (pattern, allocation) in HOWS.items()
+        if case.takes(pattern)
+    },
+}
 
 
 def run_cases() -> dict[str, Any]:
     """Every case on this rank."""
     out: dict[str, Any] = {}
-    for name, pruner in CASES.items():
-        model = _net().eval()
+    for name, (case, how) in CASES.items():
+        pruner = case.pruner(**GIVEN, **how)
+        model = plain_net().eval()
         targets = Targets.from_model(model, include=["*1.weight", "*3.weight"])
         batches = CalibrationBatches(DataLoader(ToyData(), batch_size=8), ROWS, 1, 3, 0, rows_at_once(targets))
-        collector = InputCollector if pruner.num_inputs else GradientCollector
+        collector = InputCollector if case.reads == "inputs" else GradientCollector
         masks = {n: torch.ones(w.shape, dtype=torch.bool) for n, w in targets.items()}
         masks["1.weight"][:3] = False
         with warnings.catch_warnings():
@@ -93,8 +66,8 @@ def _without_rows() -> dict[str, Any]:
     weight = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
     rows = torch.randn(20, 6, 8, generator=torch.Generator().manual_seed(1))
     found: dict[str, Any] = {}
-    for pruner in (FastCAP(8, 20, damp=1e-2), DiagonalFisher(20), GradientTimesWeight(20)):
-        name, targets = type(pruner).__name__, Targets({"a": weight})
+    for name in ("FastCAP", "DiagonalFisher", "GradientTimesWeight"):
+        pruner, targets = METHODS[name].pruner(block_size=8, num_gradients=20), Targets({"a": weight})
         given = [{"a": rows}] if distributed.rank() == 0 else []
         found[name] = pruner.path(targets, given).at(0.5).weights["a"]
         try:

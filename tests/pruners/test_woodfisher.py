@@ -86,7 +86,7 @@ def test_saliencies_and_updates(
     damp: float,
 ) -> None:
     problem = Problem(gradient_rows, block_size, damp, masked)
-    path = problem.path(WoodFisher(block_size, damp=damp, update=update))
+    path = problem.path(WoodFisher(block_size=block_size, damp=damp, update=update))
     scores = [np.where(alive, saliencies(H, w, alive), np.inf) for _, _, H, w, alive in problem.blocks]
     flat = np.concatenate(scores)
     for sparsity in (0.3, 0.5, 0.8, 0.97):
@@ -99,7 +99,7 @@ def test_saliencies_and_updates(
 
 def test_the_joint_update_is_the_best_there_is(gradient_rows: Callable[..., Rows]) -> None:
     problem = Problem(gradient_rows, 16, 1e-3, masked=False)
-    result = problem.path(WoodFisher(16, damp=1e-3)).at(0.6)
+    result = problem.path(WoodFisher(block_size=16, damp=1e-3)).at(0.6)
     for (name, part, H, w, _), gone in zip(problem.blocks, problem.gone(result), strict=True):
         expected = best_weights(np.linalg.inv(H), w, ~gone, 0.0)
         np.testing.assert_allclose(result.weights[name].numpy().ravel()[part], expected, rtol=1e-3, atol=1e-4)
@@ -112,7 +112,7 @@ def test_groups(
     gradient_rows: Callable[..., Rows], update: Literal["joint", "simple"], masked: bool, size: int
 ) -> None:
     problem = Problem(gradient_rows, 16, 1e-3, masked)
-    path = problem.path(WoodFisher(16, damp=1e-3, update=update, pattern=BlockOf(size)))
+    path = problem.path(WoodFisher(block_size=16, damp=1e-3, update=update, pattern=BlockOf(size)))
     costs = np.concatenate([saliencies(H, w, alive, size) for _, _, H, w, alive in problem.blocks])
     members = np.concatenate([alive.reshape(-1, size).sum(-1) for *_, alive in problem.blocks])
     order = np.argsort(costs / np.maximum(members, 1), kind="stable")
@@ -132,7 +132,7 @@ def test_groups(
 @pytest.mark.parametrize("masked", [False, True])
 def test_n_of_m_takes_the_least_of_every_group(gradient_rows: Callable[..., Rows], masked: bool) -> None:
     problem = Problem(gradient_rows, 16, 1e-3, masked)
-    result = problem.path(WoodFisher(16, damp=1e-3, pattern=NofM(2, 4))).at(0.5)
+    result = problem.path(WoodFisher(block_size=16, damp=1e-3, pattern=NofM(2, 4))).at(0.5)
     for (_, _, H, w, alive), gone in zip(problem.blocks, problem.gone(result), strict=True):
         np.testing.assert_array_equal(gone, least_in_groups(saliencies(H, w, alive), alive, 2, 4))
     problem.check_weights(result, joint_update)
@@ -140,7 +140,7 @@ def test_n_of_m_takes_the_least_of_every_group(gradient_rows: Callable[..., Rows
 
 def test_one_weight_a_block_loses_as_cap_does(gradient_rows: Callable[..., Rows]) -> None:
     problem = Problem(gradient_rows, 1, 1e-2, masked=False)
-    ours, caps = (problem.path(pruner(1, damp=1e-2)).at(0.7) for pruner in (WoodFisher, CAP))
+    ours, caps = (problem.path(pruner(block_size=1, damp=1e-2)).at(0.7) for pruner in (WoodFisher, CAP))
     assert all(torch.equal(ours.weights[n], caps.weights[n]) for n in SHAPES)
     assert ours.predicted_loss == pytest.approx(caps.predicted_loss, rel=1e-5)
 

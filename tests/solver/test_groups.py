@@ -85,7 +85,9 @@ def test_the_path_cuts_at_whole_groups(
     if masked:  # as an earlier event left them
         masks = {n: (torch.rand(math.prod(s) // 4, 1, generator=generator) > 0.2).expand(-1, 4).reshape(s)
                  for n, s in shapes.items()}  # fmt: skip
-    path = CAP(16, num_gradients=80, damp=1e-2, ranking=ranking, pattern=BlockOf(4)).path(targets, rows, masks)
+    path = CAP(block_size=16, num_gradients=80, damp=1e-2, ranking=ranking, pattern=BlockOf(4)).path(
+        targets, rows, masks
+    )
     before = {name: torch.ones(s, dtype=torch.bool) for name, s in shapes.items()}
     for sparsity in (0.25, 0.31, 0.5, 0.77, 0.9, 0.99):
         result = path.at(sparsity)
