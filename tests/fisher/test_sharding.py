@@ -27,7 +27,7 @@ from lightning_cap.sparsity.patterns import NofM
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities import distributed
 from tests.support.memory import with_passes
-from tests.support.ranks import on_ranks
+from tests.support.processes import on_ranks
 from tests.support.toy import ToyData, loss, plain_net
 
 CASES: dict[str, dict[str, Any]] = {

@@ -17,8 +17,8 @@ from lightning_cap.sparsity.allocation import ERK, Allocation, Global, Uniform
 from lightning_cap.sparsity.patterns import BlockOf, NofM, OutputRows, Pattern
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities import distributed
+from tests.support.processes import on_ranks
 from tests.support.pruners import METHODS, USUAL, Case, select
-from tests.support.ranks import on_ranks
 from tests.support.toy import ToyData, loss, plain_net
 
 ROWS = 40
