@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 
@@ -7,6 +9,14 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+
+from tests.support import ROOT
+
+# Tests run side by side, one on each core (pytest-xdist), and some start processes: none may take more than its own core.
+# A test that needs two threads sets them. What a test starts finds the package and the tests wherever it runs.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(ROOT), *filter(None, sys.path)]))
+torch.set_num_threads(1)
 
 
 @pytest.fixture

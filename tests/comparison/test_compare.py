@@ -21,21 +21,11 @@ from lightning_cap.comparison import LossSurface, compare, runner
 from lightning_cap.comparison.results import digest, intersection_over_union, load_masks, save_masks
 from lightning_cap.comparison.variants import make_variants
 from lightning_cap.errors import ConfigError, GradientError, PatternError, TargetError
-from lightning_cap.pruners import (
-    MFAC,
-    DiagonalFisher,
-    FastCAP,
-    GradientTimesWeight,
-    LayerwiseOBS,
-    Magnitude,
-    Pruner,
-    Random,
-    Taylor,
-    WoodFisher,
-)
+from lightning_cap.pruners import LayerwiseOBS, Magnitude, Pruner
 from lightning_cap.sparsity.allocation import Global, PerTarget
 from lightning_cap.sparsity.patterns import NofM
 from tests.support import ROOT
+from tests.support.pruners import METHODS
 from tests.support.toy import Toy, ToyData, cap, trainer
 
 
@@ -267,23 +257,21 @@ def test_grids_change_one_setting_at_a_time(tmp_path: Path, monkeypatch: pytest.
 
 def test_all_pruners_share_what_they_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = collections(monkeypatch)
-    few = {"num_gradients": 32}
-    pruners = {
-        "CAP": cap(), "WF": WoodFisher(block_size=16, **few), "MFAC": MFAC(block_size=64, **few),
-        "fast": FastCAP(block_size=16, **few),
-        "OBD": DiagonalFisher(**few), "GrW": GradientTimesWeight(**few), "Taylor": Taylor(**few),
-        "layer": LayerwiseOBS(block_size=16, num_inputs=32),
-        "random": Random(), "GM": Magnitude(), "2:4": cap(pattern=NofM(2, 4)),
-    }  # fmt: skip
+    few = {"block_size": 16, "num_gradients": 32, "num_inputs": 32, "damp": 1e-8, "seed": 0}
+    pruners = {name: case.pruner(**few) for name, case in METHODS.items()}
+    pruners |= {"more": cap(), "2:4": cap(pattern=NofM(2, 4))}
     rows = run(tmp_path, pruners, [0.5], seeds=(0, 1), grids={"num_gradients": [16], "damp": [0.5]})
     assert counts == [48, 48]
     assert all(row["sparsity"] == 0.5 for row in rows[1:])
     solutions = {name: [row["solution"] for row in rows if row["label"] == name] for name in pruners}
-    assert [name for name, (one, other) in solutions.items() if one == other] == ["GM"]  # the others take a seed
+    unseeded = [name for name, case in METHODS.items() if case.reads == "nothing" and not case.takes("seed")]
+    assert [name for name, (one, other) in solutions.items() if one == other] == unseeded
     assert len({one for one, _ in solutions.values()}) == len(pruners)
-    changed = [row["label"] for row in rows if row["grid"] is not None and row["seed"] == 0]
-    assert "layer num_gradients=16" not in changed
-    assert {"layer damp=0.5", "MFAC num_gradients=16", "WF damp=0.5"} <= set(changed)
+    changed = {row["label"] for row in rows if row["grid"] is not None and row["seed"] == 0}
+    settings = [(name, case, text) for name, case in METHODS.items() for text in ("num_gradients=16", "damp=0.5")]
+    own = {f"{name} {text}" for name, case, text in settings if case.takes(text.partition("=")[0])}
+    assert own <= changed
+    assert changed - own == {f"{name} {text}" for name in ("more", "2:4") for text in ("num_gradients=16", "damp=0.5")}
 
 
 class Lots(Pruner):
@@ -342,7 +330,7 @@ def test_intersection_over_union_by_hand(tmp_path: Path) -> None:
     assert all(torch.equal(mask, one[name]) for name, mask in load_masks(tmp_path / "m.safetensors").items())
 
 
-HALF = Magnitude(allocation=PerTarget({"*": 0.5}))
+FLOOR, MAP = Magnitude(allocation=Global(0.3)), Magnitude(allocation=PerTarget({"*": 0.5}))
 
 
 @pytest.mark.parametrize(
@@ -375,11 +363,11 @@ HALF = Magnitude(allocation=PerTarget({"*": 0.5}))
         (ConfigError, "max_rows_memory='x'", {"max_rows_memory": "x"}),
         (TargetError, "pruner 'nm': target 'net.0.weight'", {"include": ["net.0.weight"], "sparsities": [0.6],
                                                              "pruners": {"nm": cap(block_size=15, pattern=NofM(2, 5))}}),
-        (ConfigError, "pruner 'floor': sparsity=0.9: min_density=0.3", {"pruners": {"floor": Magnitude(allocation=Global(0.3))},
+        (ConfigError, "pruner 'floor': sparsity=0.9: min_density=0.3", {"pruners": {"floor": FLOOR},
                                                           "sparsities": [0.5, 0.9]}),
-        (ConfigError, "pruner 'map': sparsity=.*: sparsities: the named", {"pruners": {"map": HALF},
+        (ConfigError, "pruner 'map': sparsity=.*: sparsities: the named", {"pruners": {"map": MAP},
                                                               "sparsities": [0.5, 0.6]}),
-        (ConfigError, "pruner 'map': sparsity=.*: sparsities: the named", {"pruners": {"map": HALF},
+        (ConfigError, "pruner 'map': sparsity=.*: sparsities: the named", {"pruners": {"map": MAP},
                                                               "num_recomputations": 2}),
     ],
 )  # fmt: skip

@@ -21,7 +21,7 @@ from lightning_cap.comparison.fingerprint import canonicalize
 from lightning_cap.comparison.variants import make_variants
 from lightning_cap.pruners import Magnitude, Pruner
 from tests.comparison.test_compare import paths
-from tests.support.ranks import on_ranks
+from tests.support.processes import on_ranks
 from tests.support.toy import Toy, ToyData, cap, trainer
 
 

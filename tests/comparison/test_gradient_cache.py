@@ -18,7 +18,7 @@ from lightning_cap.comparison.gradient_cache import InFile, InMemory, SharedRows
 from lightning_cap.errors import CAPError, ConfigError, DataError
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities import distributed
-from tests.support.ranks import on_ranks
+from tests.support.processes import on_ranks
 from tests.support.toy import Toy, ToyData
 
 

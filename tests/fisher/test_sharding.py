@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,9 @@ from lightning_cap.sparsity.block_layout import BlockLayout
 from lightning_cap.sparsity.patterns import NofM
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities import distributed
-from tests.support.ranks import on_ranks
-from tests.support.toy import ToyData
+from tests.support.memory import with_passes
+from tests.support.processes import on_ranks
+from tests.support.toy import ToyData, loss, plain_net
 
 CASES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -43,47 +45,26 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-def _net() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 20), nn.ReLU(), nn.Linear(20, 4))
-
-
-def loss(model: nn.Module, batch: Any) -> Tensor:
-    images, labels = batch
-    return nn.functional.cross_entropy(model(images), labels)
-
-
 class Poisoned(nn.Module):
     """A network whose output is not finite for some of the samples, whichever rank has them."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = _net()
+        self.net = plain_net()
 
     def forward(self, x: Tensor) -> Tensor:
         bad = (x[:, :1] * 1000).floor().remainder(7) == 0
         return self.net(x) * torch.where(bad, torch.nan, 1.0)
 
 
-def _limit_of(passes: int, targets: Targets, pruner: CAP, rows: int) -> int:
-    for limit in range(1000, 10**7, 250):
-        pruner.max_memory = limit
-        try:
-            plan = pruner.plan(targets, rows_bytes=rows)
-        except CAPError:
-            continue
-        if plan.passes <= passes:
-            return limit
-    raise AssertionError
-
-
 def run_cases() -> dict[str, Any]:
     """Every case on this rank; what must not depend on the number of ranks, and what shows that the work was shared."""
     out: dict[str, Any] = {}
     for name, settings in CASES.items():
-        model = (Poisoned() if name == "skipped" else _net()).eval()
+        model = (Poisoned() if name == "skipped" else plain_net()).eval()
         targets = Targets.from_model(model, include=["*1.weight", "*3.weight"])
-        pruner = CAP(**{"block_size": 32, "num_gradients": 50, "damp": 1e-3, **settings})
+        make = partial(CAP, **{"block_size": 32, "num_gradients": 50, "damp": 1e-3, **settings})
+        pruner = make()
         m = pruner.samples_per_gradient
         loader = DataLoader(ToyData(), batch_size=8)
         batches = CalibrationBatches(loader, 50 * m, m, 3, 0, rows_at_once(targets))
@@ -91,7 +72,7 @@ def run_cases() -> dict[str, Any]:
         if name == "ties":
             source = _Equal(targets)
         if name == "passes":
-            pruner.max_memory = _limit_of(2, targets, pruner, source.rows_bytes)
+            pruner = with_passes(2, make, targets, source.rows_bytes)
         masks = {"1.weight": torch.ones(24, 12, dtype=torch.bool)} if name == "plain" else None
         if masks:
             masks["1.weight"][:3] = False
@@ -221,7 +202,7 @@ def fail_on_rank_1(where: str) -> str:
     def broken(*_: Any, **__: Any) -> Any:
         raise RuntimeError("the lights went out")
 
-    model = _net().eval()
+    model = plain_net().eval()
     targets = Targets.from_model(model, include=["*1.weight", "*3.weight"])
     if distributed.rank() == 1:
         if where == "solve":

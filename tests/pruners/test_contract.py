@@ -1,11 +1,10 @@
-"""What every pruner must keep. A new one is added to `PRUNERS`."""
+"""What every pruner must keep. A new one is a line in `tests/support/pruners.py`."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -13,100 +12,27 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_cap.calibration.layer_inputs import LayerGrams
-from lightning_cap.calibration.statistics import LayerInputs
+from lightning_cap import pruners
 from lightning_cap.errors import CAPError, ConfigError, GradientError, PatternError
-from lightning_cap.pruners import (
-    CAP,
-    MFAC,
-    DiagonalFisher,
-    DropAndGrow,
-    FastCAP,
-    GradientTimesWeight,
-    LayerwiseOBS,
-    Magnitude,
-    Pruner,
-    PruneResult,
-    PruningPath,
-    Random,
-    Taylor,
-    WoodFisher,
-)
-from lightning_cap.sparsity.allocation import ERK, Global, Uniform
+from lightning_cap.pruners import CAP, Pruner, PruneResult, PruningPath
 from lightning_cap.sparsity.patterns import NofM
 from lightning_cap.sparsity.targets import Targets
+from tests.support.pruners import CASES, Case, select
 
 Rows = list[dict[str, Tensor]]
-
-
-@dataclass(frozen=True)
-class Case:
-    make: Callable[[], Pruner]
-    updates: bool = True  # the kept weights
-    owns_fisher: bool = True
-    uniform: bool = False  # every target has a budget of its own
-    signed: bool = False  # saliencies may be negative
-    blind: bool = False  # to the loss: zero gradients make no difference
-    regrows: bool = False  # masked weights may come back
-
-    def path(self, targets: Targets, rows: Any, masks: Any = None, **more: Any) -> Any:
-        pruner = self.make()
-        return pruner.path(
-            targets, layer_grams(rows) if isinstance(pruner.statistic, LayerInputs) else rows, masks, **more
-        )
-
-
-def layer_grams(rows: Rows) -> list[LayerGrams]:
-    """Layer statistics as if the first output row's part of each gradient row were an input."""
-    out = []
-    for chunk in rows:
-        flat = {name: row[:, 0].flatten(1).float() for name, row in chunk.items()}
-        out.append(LayerGrams({name: (x.T @ x).unsqueeze(0) for name, x in flat.items()}))
-        out[-1].count = len(next(iter(chunk.values())))
-    return out
-
-
-COMMON: dict[str, Any] = {"num_gradients": 40, "damp": 1e-2}
-
-PRUNERS = {
-    "cap": Case(lambda: CAP(block_size=7, **COMMON)),
-    "cap-cumulative": Case(lambda: CAP(block_size=7, **COMMON, ranking="cumulative")),
-    "cap-uniform": Case(lambda: CAP(block_size=7, **COMMON, allocation=Uniform()), uniform=True),
-    "cap-float64": Case(lambda: CAP(block_size=16, num_gradients=40, damp=1e-8)),
-    "cap-one-block-each": Case(lambda: CAP(block_size=100, **COMMON)),
-    "cap-diagonal": Case(lambda: CAP(block_size=1, **COMMON), updates=False),
-    "woodfisher": Case(lambda: WoodFisher(block_size=7, **COMMON)),
-    "woodfisher-simple": Case(lambda: WoodFisher(block_size=7, **COMMON, update="simple")),
-    "woodfisher-none": Case(lambda: WoodFisher(block_size=7, **COMMON, update="none"), updates=False),
-    "woodfisher-float64": Case(lambda: WoodFisher(block_size=16, num_gradients=40, damp=1e-8)),
-    "mfac": Case(lambda: MFAC(block_size=50, **COMMON)),
-    "mfac-static": Case(lambda: MFAC(block_size=50, **COMMON, mode="static")),
-    "fast-cap": Case(lambda: FastCAP(block_size=7, **COMMON, columns=3), owns_fisher=False),
-    "layerwise": Case(lambda: LayerwiseOBS(block_size=5, allocation=Global())),
-    "layerwise-uniform": Case(lambda: LayerwiseOBS(block_size=100), uniform=True),
-    "obd": Case(lambda: DiagonalFisher(**COMMON), updates=False, owns_fisher=False),
-    "gradient-times-weight": Case(lambda: GradientTimesWeight(num_gradients=40), updates=False, owns_fisher=False),
-    "taylor": Case(lambda: Taylor(num_gradients=40), updates=False, owns_fisher=False, signed=True),
-    "magnitude": Case(lambda: Magnitude(), updates=False, owns_fisher=False, blind=True),
-    "magnitude-uniform": Case(
-        lambda: Magnitude(allocation=Uniform()), updates=False, owns_fisher=False, uniform=True, blind=True
-    ),
-    "magnitude-erk": Case(
-        lambda: Magnitude(allocation=ERK()), updates=False, owns_fisher=False, uniform=True, blind=True
-    ),
-    "random": Case(lambda: Random(seed=3), updates=False, owns_fisher=False, blind=True),
-    "drop-and-grow": Case(lambda: DropAndGrow(), updates=False, owns_fisher=False, regrows=True),
-    "drop-and-grow-uniform": Case(
-        lambda: DropAndGrow(allocation=Uniform()), updates=False, owns_fisher=False, uniform=True, regrows=True
-    ),
-}
 SHAPES = {"linear": (6, 8), "tiny": (1, 4), "conv": (4, 4, 2, 3), "odd": (7, 12)}
 SPARSITIES = [0.0, 0.1, 0.33, 0.5, 0.75, 0.9, 0.99]
 
 
-@pytest.fixture(params=PRUNERS)
+@pytest.fixture(params=CASES)
 def case(request: pytest.FixtureRequest) -> Case:
-    return PRUNERS[request.param]
+    return CASES[request.param]
+
+
+@pytest.fixture(params=select(regrows=False))
+def lasting(request: pytest.FixtureRequest) -> Case:
+    """One whose masked weights never come back."""
+    return CASES[request.param]
 
 
 @pytest.fixture
@@ -118,6 +44,11 @@ def targets() -> Targets:
 @pytest.fixture
 def rows(targets: Targets, gradient_rows: Callable[..., Rows]) -> Rows:
     return gradient_rows(targets, 40)
+
+
+def test_every_pruner_is_in_the_table() -> None:
+    classes = [value for value in vars(pruners).values() if isinstance(value, type) and issubclass(value, Pruner)]
+    assert {case.kind for case in CASES.values()} == set(classes) - {Pruner}
 
 
 def _masks(targets: Targets, share: float = 0.2) -> dict[str, Tensor]:
@@ -150,21 +81,25 @@ def _check(result: PruneResult, targets: Targets, zeros: int, signed: bool = Fal
     assert result.predicted_loss >= 0 or signed
 
 
-@pytest.mark.parametrize("masked", [False, True])
-def test_counts_are_exact_and_masked_stays_masked(case: Case, targets: Targets, rows: Rows, masked: bool) -> None:
-    if masked and case.regrows:
-        pytest.skip("masked weights may come back; see test_drop_and_grow.py")
-    masks = _masks(targets) if masked else None
-    path = case.path(targets, rows, masks)
-    low = sum(int((~m).sum()) for m in (masks or {}).values())
+def test_counts_are_exact(case: Case, targets: Targets, rows: Rows) -> None:
+    path = case.path(targets, rows)
+    assert path.sparsity == 0
+    for sparsity in SPARSITIES:
+        _check(path.at(sparsity), targets, math.floor(sparsity * targets.numel + 0.5), case.signed)
+
+
+def test_masked_stays_masked(lasting: Case, targets: Targets, rows: Rows) -> None:
+    masks = _masks(targets)
+    path = lasting.path(targets, rows, masks)
+    low = sum(int((~m).sum()) for m in masks.values())
     assert path.sparsity == pytest.approx(low / targets.numel)
     for sparsity in SPARSITIES:
         zeros = math.floor(sparsity * targets.numel + 0.5)
         if zeros < low:
             continue
         result = path.at(sparsity)
-        _check(result, targets, zeros, case.signed)
-        for name, mask in (masks or {}).items():
+        _check(result, targets, zeros, lasting.signed)
+        for name, mask in masks.items():
             assert not (result.masks[name] & ~mask).any()
 
 
@@ -267,11 +202,9 @@ def test_zero_gradients(case: Case, targets: Targets, rows: Rows) -> None:
     assert all(torch.equal(result.weights[n], w * result.masks[n]) for n, w in targets.items())
 
 
-def test_more_zeros_than_asked_for_warns_and_changes_nothing(case: Case, targets: Targets, rows: Rows) -> None:
-    if case.regrows:
-        pytest.skip("masked weights come back; see test_drop_and_grow.py")
+def test_more_zeros_than_asked_for_warns_and_changes_nothing(lasting: Case, targets: Targets, rows: Rows) -> None:
     masks = _masks(targets, 0.4)
-    path = case.path(targets, rows, masks)
+    path = lasting.path(targets, rows, masks)
     with pytest.warns(UserWarning, match=r"sparsity=0\.2: the model is already at 0\.[34]\d+.*higher sparsity"):
         result = path.at(0.2)
     assert result.predicted_loss == 0
@@ -296,7 +229,7 @@ def test_exactly_the_zeros_that_are_there(case: Case, targets: Targets, rows: Ro
 
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.1, 50, float("nan")])
 def test_sparsity_outside_is_refused(case: Case, targets: Targets, rows: Rows, sparsity: float) -> None:
-    pruner = case.make()
+    pruner = case.pruner()
     path = case.path(targets, rows)
     for ask in (path.at, pruner.check_sparsity, lambda s: path.curve([0.5, s])):
         with pytest.raises(PatternError, match=r"sparsity=.*\[0, 1\)"):
@@ -333,6 +266,15 @@ def test_broken_weights_are_refused(case: Case, targets: Targets, rows: Rows, va
         case.path(targets, rows)
 
 
+@pytest.mark.parametrize("name", select(reads="nothing"))
+def test_what_needs_no_data_reads_none(name: str, targets: Targets) -> None:
+    def unread() -> Iterator[Any]:
+        raise AssertionError("gradients were read")
+        yield
+
+    CASES[name].path(targets, unread()).at(0.5)
+
+
 def test_closed_paths(case: Case, targets: Targets, rows: Rows) -> None:
     with case.path(targets, rows) as path:
         path.at(0.5)
@@ -350,7 +292,7 @@ def test_progress_ends_at_its_total(case: Case, targets: Targets, rows: Rows) ->
 
 
 def test_repr_and_copies(case: Case, targets: Targets, rows: Rows) -> None:
-    pruner = case.make()
+    pruner = case.pruner()
     assert repr(pruner).startswith(type(pruner).__name__)
     path = case.path(targets, rows)
     assert isinstance(path, PruningPath)

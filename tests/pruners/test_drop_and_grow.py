@@ -23,7 +23,7 @@ from lightning_cap.pruners import DropAndGrow, Pruner, PruneResult
 from lightning_cap.sparsity.allocation import Global, Uniform
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities import distributed
-from tests.support.ranks import on_ranks
+from tests.support.processes import on_ranks
 from tests.support.toy import Toy, ToyData, trainer
 
 SHAPES = {"linear": (6, 8), "tiny": (1, 4), "conv": (4, 4, 2, 3), "odd": (7, 12)}

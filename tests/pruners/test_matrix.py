@@ -2,53 +2,22 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_cap.calibration.statistics import LayerInputs
 from lightning_cap.errors import PatternError
-from lightning_cap.pruners import (
-    CAP,
-    MFAC,
-    DiagonalFisher,
-    FastCAP,
-    GradientTimesWeight,
-    LayerwiseOBS,
-    Magnitude,
-    Pruner,
-    PruneResult,
-    Random,
-    Taylor,
-    WoodFisher,
-)
+from lightning_cap.pruners import Pruner, PruneResult
 from lightning_cap.sparsity.allocation import ERK, Allocation, Global, PerTarget, Uniform
 from lightning_cap.sparsity.patterns import BlockOf, NofM, OutputRows, Pattern, Unstructured, check_pattern
 from lightning_cap.sparsity.targets import Targets
-from tests.pruners.test_contract import layer_grams
+from tests.support.pruners import USUAL, Case
 
-Make = Callable[..., Pruner]
-COMMON: dict[str, Any] = {"num_gradients": 24, "damp": 1e-2}
-PRUNERS: dict[str, Make] = {
-    "cap": partial(CAP, 12, **COMMON),
-    "cap-cumulative": partial(CAP, 12, **COMMON, ranking="cumulative"),
-    "woodfisher": partial(WoodFisher, 12, **COMMON),
-    "woodfisher-simple": partial(WoodFisher, 12, **COMMON, update="simple"),
-    "mfac": partial(MFAC, 40, **COMMON),
-    "mfac-static": partial(MFAC, 40, **COMMON, mode="static"),
-    "fast-cap": partial(FastCAP, 12, **COMMON, columns=4),
-    "layerwise": partial(LayerwiseOBS, 4),
-    "obd": partial(DiagonalFisher, **COMMON),
-    "grw": partial(GradientTimesWeight, 24),
-    "taylor": partial(Taylor, 24),
-    "magnitude": Magnitude,
-    "random": partial(Random, 3),
-}
 PATTERNS: list[Pattern] = [Unstructured(), NofM(2, 4), NofM(1, 4), BlockOf(4), BlockOf(2), OutputRows()]
 ALLOCATIONS: dict[str, Allocation] = {
     "global": Global(),
@@ -59,7 +28,6 @@ ALLOCATIONS: dict[str, Allocation] = {
     "erk-floor": ERK(0.3),
 }
 SHAPES = {"a": (8, 8), "tiny": (1, 4), "conv": (4, 8, 1, 2), "b": (6, 12)}  # 4 weights: less than a block
-BLOCKWISE = {"cap", "cap-cumulative", "woodfisher", "woodfisher-simple", "mfac", "mfac-static", "fast-cap", "layerwise"}
 
 
 def _targets(dtype: torch.dtype = torch.float32) -> Targets:
@@ -70,17 +38,11 @@ def _targets(dtype: torch.dtype = torch.float32) -> Targets:
     return Targets({name: nn.Parameter(weight) for name, weight in weights.items()})
 
 
-def _path(pruner: Pruner, targets: Targets, rows: Any, masks: Any = None) -> Any:
-    return pruner.path(targets, layer_grams(rows) if isinstance(pruner.statistic, LayerInputs) else rows, masks)
+def _pruner(case: Case, **settings: Any) -> Pruner:
+    return case.pruner(**{"block_size": 12, "num_gradients": 24, **settings})
 
 
-def _refused(name: str, pattern: Pattern) -> bool:
-    return (name in BLOCKWISE and isinstance(pattern, OutputRows)) or (
-        name.startswith("mfac") and isinstance(pattern, BlockOf)
-    )
-
-
-TAKEN = [(name, pattern) for name in PRUNERS for pattern in PATTERNS if not _refused(name, pattern)]
+TAKEN = [(name, pattern) for name, case in USUAL.items() for pattern in PATTERNS if case.takes(pattern)]
 
 
 def _unit(pattern: Pattern, name: str) -> int:
@@ -112,29 +74,38 @@ def _same(one: PruneResult, two: PruneResult) -> bool:
     return all(torch.equal(one.masks[n], two.masks[n]) and torch.equal(one.weights[n], two.weights[n]) for n in SHAPES)
 
 
-VARIANTS = {"woodfisher-simple", "mfac-static"}  # that differ in the update, or in how it is computed
-MATRIX = [(n, a) for n in PRUNERS for a in ALLOCATIONS if n not in VARIANTS or a in ("uniform", "floor")]
+def _thinned(*factors: Any) -> Any:
+    """Parametrizes a test by a product. Quick are as many as take every pair of values of two factors; the rest is slow.
+
+    They are a Latin square: all but the last factor at any value, and the last one at that which follows from them.
+    """
+    numbered = [list(enumerate(factor)) for factor in factors]
+    cases = []
+    for places in itertools.product(*numbered):
+        marks = [pytest.mark.slow] if sum(i for i, _ in places) % len(numbered[-1]) else []
+        values = [value for _, value in places]
+        cases.append(pytest.param(*values, id="-".join(map(str, values)), marks=marks))
+    return cases
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-@pytest.mark.parametrize(("name", "allocation"), MATRIX)
+@pytest.mark.parametrize(("name", "pattern", "allocation"), _thinned(USUAL, PATTERNS, ALLOCATIONS))
 def test_matrix(name: str, pattern: Pattern, allocation: str, gradient_rows: Callable[..., Any]) -> None:
-    if _refused(name, pattern):
+    case, how = USUAL[name], ALLOCATIONS[allocation]
+    if not case.takes(pattern):
         with pytest.raises(PatternError, match=rf"pattern={str(pattern)[:5]}.*Use [A-Z]\w+"):
-            PRUNERS[name](pattern=pattern)
+            case.pruner(pattern=pattern)
         return
-    how = ALLOCATIONS[allocation]
     targets = _targets()
     rows = gradient_rows(targets, 24)
-    pruner = PRUNERS[name](pattern=pattern, allocation=how)
+    pruner = _pruner(case, pattern=pattern, allocation=how)
     pruner.check(targets)
-    path = _path(pruner, targets, rows)
+    path = case.path(targets, rows, pruner=pruner)
     masks = {n: torch.ones(s, dtype=torch.bool) for n, s in SHAPES.items()}
     if isinstance(pattern, NofM):
         result = path.at(pattern.sparsity)
         assert result.sparsity == pytest.approx(pattern.sparsity)
         check_pattern(targets, pattern, result.masks)
-        assert _same(result, _path(pruner, targets, rows).at(pattern.sparsity))
+        assert _same(result, case.path(targets, rows, pruner=pruner).at(pattern.sparsity))
         return
     results = [path.at(sparsity) for sparsity in (0.45, 0.6)]
     for result, sparsity in zip(results, (0.45, 0.6), strict=True):
@@ -143,8 +114,8 @@ def test_matrix(name: str, pattern: Pattern, allocation: str, gradient_rows: Cal
         assert path.curve([sparsity]) == [result.predicted_loss]
     less, more = results
     assert not path.nested or all(not (more.masks[n] & ~less.masks[n]).any() for n in SHAPES)
-    assert _same(results[1], _path(pruner, targets, rows).at(0.6)), "deterministic"
-    later = _path(pruner, targets, rows, results[0].masks).at(0.6)  # the next event of a run
+    assert _same(results[1], case.path(targets, rows, pruner=pruner).at(0.6)), "deterministic"
+    later = case.path(targets, rows, results[0].masks, pruner=pruner).at(0.6)  # the next event of a run
     _check_counts(later, pattern, how, results[0].masks, 0.6)
     check_pattern(targets, pattern, later.masks)
     assert all(not (later.masks[n] & ~results[0].masks[n]).any() for n in SHAPES), "masked stay masked"
@@ -157,7 +128,8 @@ def test_floors_where_whole_units_leave_a_remainder(
 ) -> None:
     """The floors leave room for 153 zeros, but only for 148 in groups, and for less in rows: those go, and no more."""
     targets = _targets()
-    path = _path(PRUNERS[name](pattern=pattern, allocation=Global(0.25)), targets, gradient_rows(targets, 24))
+    pruner = _pruner(USUAL[name], pattern=pattern, allocation=Global(0.25))
+    path = USUAL[name].path(targets, gradient_rows(targets, 24), pruner=pruner)
     zeros = _zeros(path.at(0.745).masks)
     assert sum(zeros.values()) < math.floor(0.745 * targets.numel + 0.5)
     most = {n: math.floor(0.75 * math.prod(s)) // _unit(pattern, n) * _unit(pattern, n) for n, s in SHAPES.items()}
@@ -170,8 +142,9 @@ def test_masks_that_break_groups_stay(name: str, pattern: Pattern, gradient_rows
     rows = gradient_rows(targets, 24)
     generator = torch.Generator().manual_seed(3)
     masks = {n: torch.rand(s, generator=generator) >= 0.25 for n, s in SHAPES.items()}
-    pruner = PRUNERS[name](pattern=pattern, allocation=Global())
-    result = _path(pruner, targets, rows, masks).at(pattern.sparsity or 0.6)
+    case = USUAL[name]
+    pruner = _pruner(case, pattern=pattern, allocation=Global())
+    result = case.path(targets, rows, masks, pruner=pruner).at(pattern.sparsity or 0.6)
     zeros, total = sum(_zeros(result.masks).values()), targets.numel
     assert all(not (result.masks[n] & ~masks[n]).any() for n in SHAPES)
     assert all(torch.equal(result.weights[n] != 0, result.masks[n]) for n in SHAPES)
@@ -188,19 +161,20 @@ def test_masks_that_break_groups_stay(name: str, pattern: Pattern, gradient_rows
             assert ((before == after).all(-1) | ~after.any(-1)).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-@pytest.mark.parametrize(("name", "pattern"), TAKEN)
+@pytest.mark.parametrize(("taken", "dtype"), _thinned(TAKEN, [torch.bfloat16, torch.float64]))
 def test_dtypes_zero_targets_and_zero_gradients(
-    name: str, pattern: Pattern, dtype: torch.dtype, gradient_rows: Callable[..., Any]
+    taken: tuple[str, Pattern], dtype: torch.dtype, gradient_rows: Callable[..., Any]
 ) -> None:
+    name, pattern = taken
     targets = _targets(dtype)
     rows = gradient_rows(targets, 24)
     sparsity = pattern.sparsity or 0.6
-    pruner = PRUNERS[name](pattern=pattern, allocation=Global())
+    case = USUAL[name]
+    pruner = _pruner(case, pattern=pattern, allocation=Global())
     every = {n: torch.ones(s, dtype=torch.bool) for n, s in SHAPES.items()}
     blank = [{n: torch.zeros_like(g) for n, g in chunk.items()} for chunk in rows]
     for given in (rows, blank):
-        result = _path(pruner, targets, given).at(sparsity)
+        result = case.path(targets, given, pruner=pruner).at(sparsity)
         check_pattern(targets, pattern, result.masks)
         assert all(result.weights[n].dtype == dtype and result.weights[n].isfinite().all() for n in SHAPES)
         assert all(torch.equal(result.weights[n] != 0, result.masks[n]) for n in SHAPES)
@@ -209,38 +183,38 @@ def test_dtypes_zero_targets_and_zero_gradients(
     assert all(torch.equal(result.weights[n], targets[n] * result.masks[n]) for n in SHAPES), "no gradient, no update"
     with torch.no_grad():
         targets["b"].zero_()
-    result = _path(pruner, targets, rows).at(sparsity)
+    result = case.path(targets, rows, pruner=pruner).at(sparsity)
     check_pattern(targets, pattern, result.masks)
     assert not result.weights["b"].any()
     assert all(w.isfinite().all() for w in result.weights.values())
     if not isinstance(pattern, NofM):
         _check_counts(result, pattern, Global(), every, sparsity)
-        if name not in ("taylor",):
+        if not case.signed:
             assert not result.masks["b"].any(), "what is zero costs nothing and goes first"
 
 
 def _permuted(value: Tensor, order: Tensor) -> Tensor:
-    """Blocks of ``(..., 6, 12)``, an output row each, in another order."""
+    """Output rows ``(..., O, I)`` in another order."""
     return value[..., order, :]
 
 
-@pytest.mark.parametrize(("name", "pattern"), [(n, p) for n, p in TAKEN if n != "random"])  # lots are drawn by place
+@pytest.mark.parametrize(
+    ("name", "pattern"), [(n, p) for n, p in TAKEN if not USUAL[n].takes("seed")]
+)  # lots go by place
 def test_the_order_of_blocks_does_not_matter(name: str, pattern: Pattern, gradient_rows: Callable[..., Any]) -> None:
+    case = USUAL[name]
+    inputs = case.own.get("block_size", 12)  # an output row is a block
     generator = torch.Generator().manual_seed(9)
-    weights = {"a": torch.randn(7, 12, generator=generator), "b": torch.randn(5, 12, generator=generator)}
+    weights = {"a": torch.randn(7, inputs, generator=generator), "b": torch.randn(5, inputs, generator=generator)}
     rows = gradient_rows(weights, 24)
     orders = {n: torch.randperm(len(w), generator=generator) for n, w in weights.items()}
     turned = {n: _permuted(w, orders[n]) for n, w in weights.items()}
     turned_rows = [{n: _permuted(g, orders[n]) for n, g in chunk.items()} for chunk in rows]
-    make = PRUNERS[name]
-    if name.startswith("mfac"):
-        make = partial(make.func, 12, **COMMON)  # type: ignore[attr-defined]
-    pruner = make(pattern=pattern, allocation=Global())
-    statistics = (
-        layer_grams(rows) if isinstance(pruner.statistic, LayerInputs) else None
-    )  # those of a layer are of all its rows
-    one = pruner.path(Targets(weights), statistics or rows).at(pattern.sparsity or 0.6)
-    two = pruner.path(Targets(turned), statistics or turned_rows).at(pattern.sparsity or 0.6)
+    if case.reads == "inputs":
+        turned_rows = rows  # those of a layer are of all its output rows
+    pruner = _pruner(case, pattern=pattern, allocation=Global())
+    one = case.path(Targets(weights), rows, pruner=pruner).at(pattern.sparsity or 0.6)
+    two = case.path(Targets(turned), turned_rows, pruner=pruner).at(pattern.sparsity or 0.6)
     for n, order in orders.items():
         assert torch.equal(two.masks[n], _permuted(one.masks[n], order))
         torch.testing.assert_close(two.weights[n], _permuted(one.weights[n], order), rtol=1e-4, atol=1e-5)

@@ -7,81 +7,52 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from lightning_cap.calibration.batches import CalibrationBatches
-from lightning_cap.calibration.gradients import rows_at_once
+from lightning_cap.calibration.gradients import GradientCollector, rows_at_once
+from lightning_cap.calibration.layer_inputs import InputCollector
 from lightning_cap.errors import GradientError
-from lightning_cap.pruners import (
-    CAP,
-    MFAC,
-    DiagonalFisher,
-    FastCAP,
-    GradientTimesWeight,
-    LayerwiseOBS,
-    Pruner,
-    Random,
-    Taylor,
-    WoodFisher,
-)
-from lightning_cap.sparsity.allocation import ERK, Global
-from lightning_cap.sparsity.patterns import BlockOf, NofM, OutputRows
+from lightning_cap.sparsity.allocation import ERK, Allocation, Global, Uniform
+from lightning_cap.sparsity.patterns import BlockOf, NofM, OutputRows, Pattern
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities import distributed
-from tests.support.ranks import on_ranks
-from tests.support.toy import ToyData
+from tests.support.processes import on_ranks
+from tests.support.pruners import METHODS, USUAL, Case, select
+from tests.support.toy import ToyData, loss, plain_net
 
 ROWS = 40
-GIVEN: dict[str, Any] = {"num_gradients": ROWS, "damp": 1e-3}
-CASES: dict[str, Pruner] = {
-    "woodfisher": WoodFisher(block_size=16, **GIVEN),
-    "woodfisher simple": WoodFisher(block_size=16, **GIVEN, update="simple"),
-    "woodfisher groups": WoodFisher(block_size=16, **GIVEN, pattern=BlockOf(4), allocation=Global(0.3)),
-    "cap groups": CAP(block_size=16, **GIVEN, pattern=BlockOf(4)),
-    "cap groups cumulative": CAP(
-        block_size=16, **GIVEN, pattern=BlockOf(4), ranking="cumulative", allocation=Global(0.3)
-    ),
-    "cap floor": CAP(block_size=16, **GIVEN, allocation=Global(0.3)),
-    "cap erk": CAP(block_size=16, **GIVEN, allocation=ERK()),
-    "mfac": MFAC(block_size=64, **GIVEN),
-    "mfac static": MFAC(block_size=64, **GIVEN, mode="static"),
-    "mfac few blocks": MFAC(block_size=2048, **GIVEN),
-    "fast-cap": FastCAP(block_size=16, **GIVEN),
-    "fast-cap 2:4": FastCAP(block_size=16, **GIVEN, pattern=NofM(2, 4)),
-    "layerwise": LayerwiseOBS(block_size=12, num_inputs=ROWS),
-    "layerwise global": LayerwiseOBS(block_size=8, num_inputs=ROWS, allocation=Global(), pattern=BlockOf(4)),
-    "obd": DiagonalFisher(**GIVEN),
-    "obd rows": DiagonalFisher(**GIVEN, pattern=OutputRows()),
-    "grw": GradientTimesWeight(num_gradients=ROWS),
-    "taylor": Taylor(num_gradients=ROWS),
-    "random": Random(seed=1),
+GIVEN: dict[str, Any] = {"block_size": 16, "num_gradients": ROWS, "num_inputs": ROWS, "damp": 1e-3}
+HOWS: dict[str, tuple[Pattern, Allocation]] = {
+    "groups": (BlockOf(4), Global(0.3)),
+    "2:4": (NofM(2, 4), Uniform()),
+    "rows": (OutputRows(), ERK()),
 }
-
-
-def _net() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Flatten(), nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 20), nn.ReLU(), nn.Linear(20, 4))
-
-
-def loss(model: nn.Module, batch: Any) -> Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+CASES: dict[str, tuple[Case, dict[str, Any]]] = {
+    **{name: (case, {}) for name, case in select(regrows=False).items()},
+    **{
+        f"{name}, {how}": (case, {"pattern": pattern, "allocation": allocation})
+        for name, case in USUAL.items()
+        for how, (pattern, allocation) in HOWS.items()
+        if case.takes(pattern)
+    },
+}
 
 
 def run_cases() -> dict[str, Any]:
     """Every case on this rank."""
     out: dict[str, Any] = {}
-    for name, pruner in CASES.items():
-        model = _net().eval()
+    for name, (case, how) in CASES.items():
+        pruner = case.pruner(**GIVEN, **how)
+        model = plain_net().eval()
         targets = Targets.from_model(model, include=["*1.weight", "*3.weight"])
         batches = CalibrationBatches(DataLoader(ToyData(), batch_size=8), ROWS, 1, 3, 0, rows_at_once(targets))
+        collector = InputCollector if case.reads == "inputs" else GradientCollector
         masks = {n: torch.ones(w.shape, dtype=torch.bool) for n, w in targets.items()}
         masks["1.weight"][:3] = False
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            statistic = pruner.statistic
-            source = () if statistic is None else statistic.collector(model, targets, loss, batches)
-            path = pruner.path(targets, source, masks)
+            path = pruner.path(targets, collector(model, targets, loss, batches, ROWS), masks)
         result = path.at(pruner.pattern.sparsity or 0.6)
         curve = [] if pruner.pattern.sparsity else path.curve([0.4, 0.65])
         out[name] = {"weights": dict(result.weights), "masks": dict(result.masks), "loss": result.predicted_loss,
@@ -95,12 +66,8 @@ def _without_rows() -> dict[str, Any]:
     weight = torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
     rows = torch.randn(20, 6, 8, generator=torch.Generator().manual_seed(1))
     found: dict[str, Any] = {}
-    for pruner in (
-        FastCAP(block_size=8, num_gradients=20, damp=1e-2),
-        DiagonalFisher(num_gradients=20),
-        GradientTimesWeight(num_gradients=20),
-    ):
-        name, targets = type(pruner).__name__, Targets({"a": weight})
+    for name in ("FastCAP", "DiagonalFisher", "GradientTimesWeight"):
+        pruner, targets = METHODS[name].pruner(block_size=8, num_gradients=20), Targets({"a": weight})
         given = [{"a": rows}] if distributed.rank() == 0 else []
         found[name] = pruner.path(targets, given).at(0.5).weights["a"]
         try:

@@ -12,9 +12,10 @@ from torch import nn
 
 from lightning_cap import prune
 from lightning_cap.errors import ConfigError, PatternError, TargetError
-from lightning_cap.pruners import CAP, MFAC, DiagonalFisher, FastCAP, LayerwiseOBS, Magnitude, Pruner, WoodFisher
+from lightning_cap.pruners import CAP, DiagonalFisher, FastCAP, Magnitude, Pruner
 from lightning_cap.sparsity.patterns import BlockOf, NofM, OutputRows, Pattern, Unstructured, as_pattern, check_pattern
 from lightning_cap.sparsity.targets import Targets
+from tests.support.pruners import METHODS
 
 HOW = r"in YAML \{class_path: lightning_cap\.sparsity\.NofM, init_args: \{n: 2, m: 4\}\}"
 
@@ -213,14 +214,14 @@ def test_checker_counts_and_shortens() -> None:
     check_pattern(Targets(weights), OutputRows())
 
 
-@pytest.mark.parametrize("make", [CAP, WoodFisher, FastCAP, MFAC, LayerwiseOBS])
-def test_who_refuses_what_and_names_another(make: Any) -> None:
+@pytest.mark.parametrize("name", [name for name, case in METHODS.items() if OutputRows in case.refuses])
+def test_who_refuses_what_and_names_another(name: str) -> None:
     with pytest.raises(
         PatternError, match=r"works inside blocks.*Use DiagonalFisher, GradientTimesWeight, Taylor, Magn"
     ):
-        make(pattern=OutputRows())
-    if make is not MFAC:
-        assert make(pattern=BlockOf(4)).pattern == BlockOf(4)
+        METHODS[name].pruner(pattern=OutputRows())
+    if METHODS[name].takes(BlockOf(4)):
+        assert METHODS[name].pruner(pattern=BlockOf(4), block_size=12).pattern == BlockOf(4)
 
 
 def test_groups_and_rows_from_yaml() -> None:

@@ -1,11 +1,8 @@
-"""For `test_crash.py`: starts the runs of `crash_run.py`, and says whether what they leave is whole and the same."""
+"""For `test_crash.py`: whether what the runs of `crash_run.py` leave is whole and the same."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,51 +14,21 @@ from lightning_cap.export.records import EXPORTS, ExportRecord
 from lightning_cap.trainer.records import EVENTS, EventRecord
 from lightning_cap.utilities.bits import unpack_bits
 from lightning_cap.utilities.records import read_records
-from tests.support import ROOT
-from tests.support.crash_run import SCHEDULE
-
-
-class Server:
-    """Starts fits in forked processes."""
-
-    def __init__(self) -> None:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.crash_run"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]), "OMP_NUM_THREADS": "1"},
-        )
-
-    def __call__(self, folder: Path, ranks: int = 1, **order: Any) -> list[int | None]:
-        """Exit code of each rank: 0, 1 after an exception, -9 after a kill, None for one that hung."""
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps({"folder": str(folder), "ranks": ranks, **order}) + "\n")
-        self._process.stdin.flush()
-        answer = json.loads(self._process.stdout.readline())
-        self.seconds: list[float] = answer["seconds"]
-        codes: list[int | None] = answer["codes"]
-        return codes
-
-    def end(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(20)
+from tests.support.crash_run import SCHEDULE, run_trial
 
 
 class Whole:
     """Runs that are never killed, one of each kind."""
 
-    def __init__(self, server: Server, folder: Path) -> None:
-        self._server, self._folder = server, folder
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
         self._runs: dict[str, Path] = {}
 
     def __call__(self, ranks: int = 1, **order: Any) -> Path:
         kind = json.dumps([ranks, order], sort_keys=True)
         if kind not in self._runs:
             folder = self._folder / str(len(list(self._folder.iterdir())))
-            assert self._server(folder, ranks, **order) == [0] * ranks, log(folder)
+            assert run_trial(folder, ranks, **order) == [0] * ranks, log(folder)
             self._runs[kind] = folder
         return self._runs[kind]
 

@@ -36,10 +36,10 @@ class Moments:
     Args:
         phase: Of the planned moment, empty for none.
         nth: Which of its moments, from 1.
-        everyone: Kill all processes of the trial at once.
+        everyone: Folder of the trial, to kill all of its processes at once; None for this one alone.
     """
 
-    def __init__(self, phase: str, nth: int, everyone: bool) -> None:
+    def __init__(self, phase: str, nth: int, everyone: Path | None) -> None:
         self.counts: Counter[str] = Counter()
         self._phase, self._nth, self._everyone = phase, nth, everyone
 
@@ -52,8 +52,9 @@ class Moments:
             self.die()
 
     def die(self) -> NoReturn:
-        if self._everyone:
-            os.killpg(0, signal.SIGKILL)
+        everyone = {int(file.read_text()) for file in self._everyone.glob("pid-*.txt")} if self._everyone else set()
+        for pid in everyone - {os.getpid()}:
+            os.kill(pid, signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError("unreachable")
 

@@ -1,9 +1,4 @@
-"""Runs tiny fits in forked processes and kills them at planned moments. `test_crash.py` starts it once and sends it orders.
-
-An order is one line of JSON on the standard input, the answer one on the standard output. Every trial is forked from this
-process, which has imported everything and loaded the compiled solver, but has computed no gradient (autograd does not survive
-a fork).
-"""
+"""A tiny fit in a forked process, which is killed at a planned moment. `test_crash.py` starts it and looks at what it leaves."""
 
 from __future__ import annotations
 
@@ -11,11 +6,8 @@ import json
 import os
 import resource
 import signal
-import socket
-import sys
 import threading
-import time
-import traceback
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +17,13 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_cap.schedules import OneShot, SparsitySteps
-from lightning_cap.solver import eliminate, reconstruct
-from lightning_cap.sparsity.patterns import Unstructured
 from tests.support.crash_moments import Moments, install, limit_memory
+from tests.support.processes import FORKED, be_ordinary, free_port, torchrun_environment
 from tests.support.toy import Toy, ToyData, callback, loaders, trainer
 
 TARGETS = ["net.0.weight", "net.4.weight", "net.6.weight"]
 SCHEDULE = {0: 0.3, 1: 0.5, 2: 0.75}
+HANGS, HANGS_ALONE = 120, 60  # seconds after which a run, or a process that another one has left alone, must have ended
 
 
 class DyingData(ToyData):
@@ -115,20 +107,22 @@ def fit(order: dict[str, Any], folder: Path) -> None:
     torch.save(end, folder / f"end-{t.global_rank}.pt")
 
 
-def trial(order: dict[str, Any], rank: int, port: int) -> None:
-    """In the forked process."""
-    folder = Path(order["folder"])
+def trial(order: dict[str, Any], folder: Path, rank: int, port: int) -> None:
+    """What one process of a run does, from its start to its end or its death."""
+    be_ordinary()
+    os.fsync = lambda _: None  # a kill is no power cut, and a busy disk would hold the trials up
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"pid-{rank}.txt").write_text(str(os.getpid()))
     log = os.open(folder / f"log-{rank}.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
     if order["ranks"] > 1:
-        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0,
-                 "WORLD_SIZE": order["ranks"], "LOCAL_WORLD_SIZE": order["ranks"], "TORCHELASTIC_RUN_ID": "trial"}  # fmt: skip
-        os.environ.update({name: str(value) for name, value in place.items()})  # as torchrun does
+        os.environ.update(torchrun_environment(rank, order["ranks"], port))
     kill = order.get("kill") or {}
     mine = rank in kill.get("ranks", [0])
-    moments = Moments(kill.get("phase", "") if mine else "", kill.get("nth", 0), kill.get("everyone", False))
+    moments = Moments(
+        kill.get("phase", "") if mine else "", kill.get("nth", 0), folder if kill.get("everyone") else None
+    )
     install(moments, folder, order.get("elsewhere", False))
     if mine and "seconds" in kill:
         timer = threading.Timer(kill["seconds"], moments.die)
@@ -144,64 +138,17 @@ def trial(order: dict[str, Any], rank: int, port: int) -> None:
     (folder / f"counts-{rank}.json").write_text(json.dumps(moments.counts))
 
 
-def run(order: dict[str, Any]) -> dict[str, Any]:
-    """Fork the ranks of a trial and wait for them: exit codes and seconds of each, ``None`` for one that hung."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    started, group, children = time.monotonic(), 0, []
-    for rank in range(order["ranks"]):
-        pid = os.fork()
-        if pid == 0:
-            code = 1
-            try:
-                os.setpgid(0, group)
-                trial(order, rank, port)
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                sys.stderr.flush()
-                os._exit(code)
-        group = group or pid
-        os.setpgid(pid, group)
-        children.append(pid)
-    ended: dict[int, tuple[int, float]] = {}
-    while len(ended) < len(children) and time.monotonic() - started < order.get("limit", 120):
-        for rank, pid in enumerate(children):
-            if rank not in ended:
-                done, status = os.waitpid(pid, os.WNOHANG)
-                if done:
-                    ended[rank] = os.waitstatus_to_exitcode(status), time.monotonic() - started
-        time.sleep(0.005)
-    for rank, pid in enumerate(children):
-        if rank not in ended:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-    both = [ended.get(rank, (None, order.get("limit", 120))) for rank in range(len(children))]
-    return {"codes": [code for code, _ in both], "seconds": [seconds for _, seconds in both]}
-
-
-def warm() -> None:
-    """Load the compiled solver."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(2, 32, 16, generator=generator)
-    fisher, weights, alive = rows.mT @ rows / 32, torch.randn(2, 16, generator=generator), torch.ones(2, 16).bool()
-    out = eliminate(fisher, weights, alive, 1e-4, Unstructured())
-    reconstruct(fisher, weights, alive, out.rank < 4, out.damp, out.use_float64)
-
-
-def main() -> None:
-    """Answer orders until the standard input ends."""
-    torch.set_num_threads(1)
-    os.fsync = lambda _: None  # a kill is no power cut, and a busy disk would hold the trials up
-    warm()
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # nothing else goes to the answers
-    for line in sys.stdin:
-        answers.write(json.dumps(run(json.loads(line))) + "\n")
-        answers.flush()
-
-
-if __name__ == "__main__":
-    main()
+def run_trial(folder: Path, ranks: int = 1, **order: Any) -> list[int | None]:
+    """Exit code of each rank: 0, 1 after an exception, -9 after a kill, None for one that hung."""
+    given, port = {"ranks": ranks, **order}, free_port()
+    processes = [FORKED.Process(target=trial, args=(given, folder, rank, port)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    running = {process.sentinel for process in processes}
+    for patience in (HANGS, *[HANGS_ALONE] * (ranks - 1)):  # for the first to end, and then for the others
+        running -= set(wait(running, patience)) if running else set()
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    return codes

@@ -114,6 +114,18 @@ def loaders(size: int = 64, workers: int = 0, batch_size: int = 16) -> dict[str,
     }
 
 
+def plain_net() -> nn.Module:
+    """A plain model for the features of `ToyData`, always the same; `loss` is that of its outputs."""
+    torch.manual_seed(0)
+    layers = [nn.Linear(FEATURES, 24), nn.ReLU(), nn.Linear(24, 20), nn.ReLU(), nn.Linear(20, CLASSES)]
+    return nn.Sequential(nn.Flatten(), *layers)
+
+
+def loss(model: nn.Module, batch: Any) -> torch.Tensor:
+    """Of a plain model, as `prune` and the collectors take it."""
+    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+
 def cap(**kwargs: Any) -> CAP:
     return CAP(**{"block_size": 16, "num_gradients": 48, "damp": 1e-4, **kwargs})
 

@@ -1,0 +1,135 @@
+"""The table of pruners. Every suite takes its cases from here, by what they promise: a new pruner is one line in `CASES`."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from torch import Tensor
+
+from lightning_cap.calibration.layer_inputs import LayerGrams
+from lightning_cap.pruners import (
+    CAP,
+    MFAC,
+    DiagonalFisher,
+    DropAndGrow,
+    FastCAP,
+    GradientTimesWeight,
+    LayerwiseOBS,
+    Magnitude,
+    Pruner,
+    Random,
+    Taylor,
+    WoodFisher,
+)
+from lightning_cap.sparsity.allocation import ERK, Global, Uniform
+from lightning_cap.sparsity.patterns import BlockOf, OutputRows, Pattern
+
+SMALL: dict[str, Any] = {"block_size": 7, "num_gradients": 40, "num_inputs": 40, "damp": 1e-2}
+
+
+@dataclass(frozen=True)
+class Case:
+    """A pruner with settings, and what it promises.
+
+    Attributes:
+        kind: Its class.
+        own: Settings of the case. They go before those of a suite.
+        reads: What it wants to see of the data.
+        updates: Whether kept weights move.
+        owns_fisher: Whether its path holds the Fisher, and cannot be used once it is closed.
+        uniform: Whether every target has a budget of its own.
+        signed: Whether saliencies may be negative.
+        regrows: Whether masked weights may come back.
+        refuses: Kinds of patterns that it refuses.
+        edge: Whether the settings are at the edge of what the method takes. Suites with sizes of their own leave it out.
+    """
+
+    kind: type[Pruner]
+    own: Mapping[str, Any] = field(default_factory=dict)
+    reads: Literal["gradients", "inputs", "nothing"] = "gradients"
+    updates: bool = True
+    owns_fisher: bool = True
+    uniform: bool = False
+    signed: bool = False
+    regrows: bool = False
+    refuses: Sequence[type[Pattern]] = ()
+    edge: bool = False
+
+    def pruner(self, **settings: Any) -> Pruner:
+        """A new pruner. What the class does not take is left out of ``settings``."""
+        suited = {name: value for name, value in {**SMALL, **settings}.items() if self.takes(name)}
+        return self.kind(**{**suited, **self.own})
+
+    def takes(self, setting: str | Pattern) -> bool:
+        """Whether the class has a setting of this name, or takes this pattern."""
+        if isinstance(setting, Pattern):
+            return self.takes("pattern") and not isinstance(setting, tuple(self.refuses))
+        return setting in inspect.signature(self.kind).parameters
+
+    def path(self, targets: Any, rows: Any, masks: Any = None, *, pruner: Pruner | None = None, **more: Any) -> Any:
+        """The path from gradient rows, or from the layer statistics made of them."""
+        source = layer_grams(rows) if self.reads == "inputs" else rows
+        return (pruner or self.pruner()).path(targets, source, masks, **more)
+
+
+def layer_grams(rows: Sequence[Mapping[str, Tensor]]) -> list[LayerGrams]:
+    """Layer statistics as if the first output row's part of each gradient row were an input."""
+    out = []
+    for chunk in rows:
+        flat = {name: row[:, 0].flatten(1).float() for name, row in chunk.items()}
+        out.append(LayerGrams({name: (x.T @ x).unsqueeze(0) for name, x in flat.items()}))
+        out[-1].count = len(next(iter(chunk.values())))
+    return out
+
+
+SCORED: dict[str, Any] = {"updates": False, "owns_fisher": False}
+BLOCKS: dict[str, Any] = {"refuses": [OutputRows]}
+DIAGONAL_BLOCKS: dict[str, Any] = {"refuses": [OutputRows, BlockOf]}
+FINE: dict[str, Any] = {"block_size": 16, "damp": 1e-8}  # needs float64
+
+CASES: dict[str, Case] = {
+    "cap": Case(CAP, **BLOCKS),
+    "cap-cumulative": Case(CAP, {"ranking": "cumulative"}, **BLOCKS),
+    "cap-uniform": Case(CAP, {"allocation": Uniform()}, uniform=True, edge=True, **BLOCKS),
+    "cap-float64": Case(CAP, FINE, edge=True, **BLOCKS),
+    "cap-one-block-each": Case(CAP, {"block_size": 100}, edge=True, **BLOCKS),
+    "cap-diagonal": Case(CAP, {"block_size": 1}, updates=False, edge=True, **BLOCKS),
+    "woodfisher": Case(WoodFisher, **BLOCKS),
+    "woodfisher-simple": Case(WoodFisher, {"update": "simple"}, **BLOCKS),
+    "woodfisher-none": Case(WoodFisher, {"update": "none"}, updates=False, edge=True, **BLOCKS),
+    "woodfisher-float64": Case(WoodFisher, FINE, edge=True, **BLOCKS),
+    "mfac": Case(MFAC, {"block_size": 48}, **DIAGONAL_BLOCKS),
+    "mfac-static": Case(MFAC, {"block_size": 48, "mode": "static"}, **DIAGONAL_BLOCKS),
+    "mfac-one-block": Case(MFAC, {"block_size": 2048}, edge=True, **DIAGONAL_BLOCKS),
+    "fast-cap": Case(FastCAP, {"columns": 4}, owns_fisher=False, **BLOCKS),
+    "layerwise": Case(LayerwiseOBS, reads="inputs", uniform=True, **BLOCKS),
+    "layerwise-global": Case(LayerwiseOBS, {"allocation": Global()}, reads="inputs", edge=True, **BLOCKS),
+    "layerwise-whole-rows": Case(LayerwiseOBS, {"block_size": 100}, reads="inputs", uniform=True, edge=True, **BLOCKS),
+    "obd": Case(DiagonalFisher, **SCORED),
+    "gradient-times-weight": Case(GradientTimesWeight, **SCORED),
+    "taylor": Case(Taylor, signed=True, **SCORED),
+    "magnitude": Case(Magnitude, reads="nothing", **SCORED),
+    "magnitude-uniform": Case(Magnitude, {"allocation": Uniform()}, reads="nothing", uniform=True, edge=True, **SCORED),
+    "magnitude-erk": Case(Magnitude, {"allocation": ERK()}, reads="nothing", uniform=True, edge=True, **SCORED),
+    "random": Case(Random, {"seed": 3}, reads="nothing", **SCORED),
+    "drop-and-grow": Case(DropAndGrow, regrows=True, **SCORED),
+    "drop-and-grow-uniform": Case(
+        DropAndGrow, {"allocation": Uniform()}, regrows=True, uniform=True, edge=True, **SCORED
+    ),
+}
+
+
+def select(**promises: Any) -> dict[str, Case]:
+    """The cases whose attributes are these."""
+    return {n: case for n, case in CASES.items() if all(getattr(case, k) == v for k, v in promises.items())}
+
+
+#: What prunes once and for all, at settings in the middle: for suites with sizes, patterns or allocations of their own.
+USUAL = select(edge=False, regrows=False)
+#: The first of them of each class, by its name.
+METHODS: dict[str, Case] = {}
+for _case in USUAL.values():
+    METHODS.setdefault(_case.kind.__name__, _case)
