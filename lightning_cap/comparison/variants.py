@@ -6,9 +6,9 @@ import copy
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from torch import Tensor
 
@@ -19,6 +19,9 @@ from lightning_cap.errors import CAPError, ConfigError
 from lightning_cap.pruners.base import Pruner, refuse_regrowth
 from lightning_cap.sparsity.cost import steps_to
 from lightning_cap.sparsity.targets import Targets
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 #: Setting -> values to try, one setting at a time, the others as given.
 Grids = Mapping[str, Sequence[Any]]
@@ -224,7 +227,7 @@ def changed(pruner: Pruner, setting: str, value: Any) -> Pruner:
     Raises:
         CAPError: The pruner refuses the value.
     """
-    if is_dataclass(pruner):
+    if _made_from_fields(pruner):
         return replace(pruner, **{setting: value})
     other = copy.copy(pruner)
     setattr(other, setting, value)
@@ -233,9 +236,15 @@ def changed(pruner: Pruner, setting: str, value: Any) -> Pruner:
 
 def _settings(pruner: Pruner) -> list[str]:
     """What a grid may change: the fields of a dataclass, else every public attribute."""
-    if is_dataclass(pruner):
+    if _made_from_fields(pruner):
         return [field.name for field in fields(pruner) if field.init]
     return [name for name in vars(pruner) if not name.startswith("_")]
+
+
+def _made_from_fields(pruner: Any) -> TypeGuard[DataclassInstance]:
+    """Whether the pruner is a dataclass, and no subclass of one with an ``__init__`` of its own."""
+    maker = next(kind for kind in type(pruner).__mro__ if "__init__" in vars(kind))
+    return "__dataclass_fields__" in vars(maker)
 
 
 def _seeded(pruner: Pruner, seed: int) -> Pruner:
