@@ -63,8 +63,8 @@ def run_seed(seed: int, folder: Path) -> dict[str, Any]:
     for name, pruner in (("CAP", pruning.pruner), ("magnitude", Magnitude())):
         cli.model.load_state_dict(dense.state)
         trainer = CAPTrainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
-        rows = compare(trainer, cli.model, pruner, ONESHOT, datamodule=cli.datamodule, loss_samples=0)
-        out[name] = {f"{row['target']:g}": row["metrics"]["val/acc"] for row in rows}
+        records = compare(trainer, cli.model, pruner, ONESHOT, datamodule=cli.datamodule, loss_samples=0)
+        out[name] = {f"{record.goal:g}": record.metrics["val/acc"] for record in records}
     assert isinstance(pruning.pruner, CAP)
     out["pruner"] = repr(pruning.pruner)
     return out
@@ -77,8 +77,8 @@ def table(runs: list[dict[str, Any]]) -> str:
     ]
     for title, key in (("gradual CAP", "gradual"), ("one-shot CAP", "CAP"), ("one-shot global magnitude", "magnitude")):
         cells = []
-        for target in ("0", *(f"{s:g}" for s in ONESHOT)):
-            values = [100 * run[key][target] for run in runs]
+        for goal in ("0", *(f"{s:g}" for s in ONESHOT)):
+            values = [100 * run[key][goal] for run in runs]
             cells.append(f"{sum(values) / len(values):.2f} ({', '.join(f'{v:.2f}' for v in values)})")
         lines.append(f"| {title} | {' | '.join(cells)} |")
     return "\n".join(lines)

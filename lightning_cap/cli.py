@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveCon
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_cap.comparison import LossSurface, compare
+from lightning_cap.comparison.records import RESULTS
 from lightning_cap.errors import CAPError, ConfigError
 from lightning_cap.pruners import Pruner
 from lightning_cap.report import print_comparison, report
@@ -41,7 +42,7 @@ class CAPTrainer(pl.Trainer):
     ) -> None:
         """Prune a trained model in one shot, by one pruner or several, at several sparsities; compare what they give.
 
-        Writes ``results.json``, ``results.md`` and pictures into ``output_dir``. Started again, it does what is missing there.
+        Writes ``results.jsonl``, ``results.md`` and pictures into ``output_dir``. Started again, it does what is missing there.
 
         Args:
             model: The module to prune.
@@ -65,7 +66,7 @@ class CAPTrainer(pl.Trainer):
         if (pruner is None) == (pruners is None):
             given = "both" if pruner is not None else "neither"
             raise ConfigError(f"pruner/pruners: {given} given. Give pruner, one method, or pruners, several by name.")
-        rows = compare(
+        records = compare(
             self,
             model,
             pruner if pruner is not None else pruners or {},
@@ -85,9 +86,9 @@ class CAPTrainer(pl.Trainer):
             max_rows_memory=max_rows_memory,
         )
         if self.is_global_zero:
-            written = report(rows, Path(output_dir))
-            print_comparison(rows)
-            rank_zero_info(f"Written to {output_dir}: results.json, {', '.join(written)}.")
+            written = report(records, Path(output_dir))
+            print_comparison(records)
+            rank_zero_info(f"Written to {output_dir}: {RESULTS}, {', '.join(written)}.")
 
 
 class _SaveConfig(SaveConfigCallback):

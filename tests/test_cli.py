@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -13,6 +12,8 @@ import pytest
 import yaml
 
 from lightning_cap.cli import CAPCLI, CAPTrainer, main
+from lightning_cap.comparison import ComparisonRecord
+from lightning_cap.utilities.records import read_records
 from tests.support import ROOT
 
 GRADUAL = str(ROOT / "configs/digits_gradual.yaml")
@@ -93,12 +94,12 @@ def test_oneshot_with_one_pruner(tmp_path: Path, capsys: pytest.CaptureFixture[s
     out = capsys.readouterr().out
     assert "predicted loss" in out
     assert "0.90" in out
-    rows = json.loads((tmp_path / "out/results.json").read_text())
-    assert [row["target"] for row in rows] == [0.0, 0.6, 0.9]
-    assert rows[0]["sparsity"] == 0.5  # the checkpoint was sparse already
-    assert rows[1]["predicted_loss"] < rows[2]["predicted_loss"]
+    records = read_records(tmp_path / "out/results.jsonl", ComparisonRecord)
+    assert [record.goal for record in records] == [0.0, 0.6, 0.9]
+    assert records[0].sparsity == 0.5  # the checkpoint was sparse already
+    assert records[1].predicted_loss < records[2].predicted_loss
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        "results.json", "results.md", "accuracy.png", "layers.png", "losses.png", "masks", "sparsity=0.60.safetensors",
+        "results.jsonl", "results.md", "accuracy.png", "layers.png", "losses.png", "masks", "sparsity=0.60.safetensors",
         "sparsity=0.90.safetensors", "exports.jsonl",
     }  # fmt: skip
 
@@ -119,11 +120,11 @@ def test_oneshot_compares_pruners(tmp_path: Path, capsys: pytest.CaptureFixture[
     for text in ("val/acc at each sparsity", "CAP damp=0.0001", "magnitude", "dense", "90 %"):
         assert text in out
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
-        "results.json", "results.md", "accuracy.png", "layers.png", "losses.png", "iou.json", "iou.png", "grid-damp.png",
+        "results.jsonl", "results.md", "accuracy.png", "layers.png", "losses.png", "iou.json", "iou.png", "grid-damp.png",
         "surface.json", "surface.png", "fisher_block.safetensors", "fisher_block.png", "masks",
     }  # fmt: skip
-    rows = json.loads((tmp_path / "out/results.json").read_text())
-    assert len(rows) == 1 + 3 * 2 * 2
+    records = read_records(tmp_path / "out/results.jsonl", ComparisonRecord)
+    assert len(records) == 1 + 3 * 2 * 2
     before = (tmp_path / "out/results.md").read_text()
     main(
         [*arguments, "--pruners.CAP.num_gradients=32", "--save_weights=true"]

@@ -116,7 +116,7 @@ def test_dense_then_oneshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     oneshot = ["oneshot", f"--config={ROOT / 'configs' / 'digits_oneshot.yaml'}", "--pruner.num_gradients=8"]
     main([*oneshot, *limits, "--sparsities=[0.5]"])
     written = {path.name for path in (tmp_path / "runs/digits_oneshot").iterdir()}
-    assert {"results.json", "results.md", "accuracy.png", "sparsity=0.50.safetensors"} <= written
+    assert {"results.jsonl", "results.md", "accuracy.png", "sparsity=0.50.safetensors"} <= written
     comparison = [
         "oneshot",
         f"--config={ROOT / 'configs' / 'digits_compare.yaml'}",

@@ -98,6 +98,13 @@ def test_imports_go_down(name: str) -> None:
     assert not upward, f"{name} imports from {upward}; {room} may import from {sorted(_reach(room))}"
 
 
+def test_report_reads_records_and_nothing_else() -> None:
+    """Of what runs, trains and prunes, the tables and pictures know only what it leaves behind."""
+    used = {other for name, others in GRAPH.items() if name.startswith("report.") for other in others}
+    free = ("report", "utilities", "errors")
+    assert {other for other in used if other.split(".")[0] not in free} == {"comparison.records"}
+
+
 def test_no_files_import_each_other_in_a_circle() -> None:
     assert len(list(TopologicalSorter(GRAPH).static_order())) == len(FILES)
 

@@ -1,10 +1,11 @@
-"""What a comparison draws beside its rows: the loss surface of two solutions, and the average Fisher block."""
+"""What a comparison makes beside its records: the loss surface of two solutions, and the average Fisher block."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from torch import Tensor
 
 from lightning_cap.calibration.sources import GradientSource
 from lightning_cap.comparison.fisher_block import average_blocks
+from lightning_cap.comparison.records import SURFACE, SurfaceRecord
 from lightning_cap.comparison.surface import measure_surface
 from lightning_cap.comparison.variants import Request, Variant
+from lightning_cap.errors import DataError
 from lightning_cap.export.safetensors import save_plain_weights
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities import distributed
-from lightning_cap.utilities.files import save_json
+from lightning_cap.utilities.records import read_record, write_records
 
 
 class Artifacts:
@@ -28,16 +31,16 @@ class Artifacts:
     Args:
         request: What to compare.
         targets: The weights.
-        prints: Fingerprints of the rows.
+        fingerprints: Of the records, by the variant's slug and the sparsity.
     """
 
-    def __init__(self, request: Request, targets: Targets, prints: Mapping[tuple[str, float], str]) -> None:
+    def __init__(self, request: Request, targets: Targets, fingerprints: Mapping[tuple[str, float], str]) -> None:
         self._request, self._targets = request, targets
         first = request.variants[0].seed
-        self._plain = [v for v in request.variants if v.setting is None and v.seed == first]
-        self._prints = prints
-        self._surface_print = self._block_print = self._block_of = ""
-        self._surface_of: list[str] = []  # fingerprints of the rows
+        self._as_given = [v for v in request.variants if v.setting is None and v.seed == first]
+        self._fingerprints = fingerprints
+        self._surface_fingerprint = self._block_fingerprint = self._block_of = ""
+        self._surface_of: tuple[str, ...] = ()  # fingerprints of the records
         self.surface_wanted = self._surface_missing()
         self._block = self._block_missing()
 
@@ -51,16 +54,16 @@ class Artifacts:
         with distributed.raise_on_all_ranks("Saving the Fisher block"):
             if self._request.folder is not None and distributed.rank() == 0:
                 path = self._request.folder / "fisher_block.safetensors"
-                save_plain_weights(path, blocks, {"fingerprint": self._block_print, "of": self._block_of})
+                save_plain_weights(path, blocks, {"fingerprint": self._block_fingerprint, "of": self._block_of})
 
     def solution_file(self, variant: Variant, sparsity: float) -> str:
         """Where the weights of a solution are kept until the surface is drawn; empty for those that it does not need."""
         surface = self._request.surface
-        if surface is None or not self.surface_wanted or variant not in self._plain:
+        if surface is None or not self.surface_wanted or variant not in self._as_given:
             return ""
         if variant.name not in surface.pruners or sparsity != surface.sparsity:
             return ""
-        return f".work/surface-{self._prints[variant.slug, sparsity]}.safetensors"
+        return f".work/surface-{self._fingerprints[variant.slug, sparsity]}.safetensors"
 
     def save_surface(self, loss: Callable[[], float], progress: Callable[[int, int], None]) -> None:
         """Take the loss over the plane; every process must call it."""
@@ -71,8 +74,8 @@ class Artifacts:
         found = measure_surface(self._targets, (one, two), loss, surface, progress)
         with distributed.raise_on_all_ranks("Saving the loss surface"):
             if distributed.rank() == 0:
-                prints = {"fingerprint": self._surface_print, "of": self._surface_of}
-                save_json(folder / "surface.json", {**found, **prints})
+                record = replace(found, of=self._surface_of, fingerprint=self._surface_fingerprint)
+                write_records(folder / SURFACE, [record])
         self.surface_wanted = False
 
     def _solution(self, folder: Path, variant: Variant) -> dict[str, Tensor]:
@@ -88,33 +91,33 @@ class Artifacts:
         return weights
 
     def _of(self, name: str) -> Variant:
-        return next(variant for variant in self._plain if variant.name == name)
+        return next(variant for variant in self._as_given if variant.name == name)
 
     def _surface_missing(self) -> bool:
         surface, folder = self._request.surface, self._request.folder
         if surface is None or folder is None:
             return False
-        self._surface_of = [self._prints[self._of(name).slug, surface.sparsity] for name in surface.pruners]
-        self._surface_print = _short_hash([self._surface_of, surface.points, surface.batches, surface.margin])
+        self._surface_of = tuple(self._fingerprints[self._of(name).slug, surface.sparsity] for name in surface.pruners)
+        self._surface_fingerprint = _short_hash([self._surface_of, surface.points, surface.batches, surface.margin])
         try:
-            known = json.loads((folder / "surface.json").read_text())["fingerprint"]
-        except (OSError, ValueError, KeyError):
+            known = read_record(folder / SURFACE, SurfaceRecord).fingerprint
+        except DataError:  # there is none, or it is to be made anew
             known = ""
-        return bool(distributed.gather_objects(known != self._surface_print)[0])
+        return bool(distributed.gather_objects(known != self._surface_fingerprint)[0])
 
     def _block_missing(self) -> Variant | None:
         folder, size = self._request.folder, self._request.fisher_block
-        reader = next((variant for variant in self._plain if variant.gradients is not None), None)
+        reader = next((variant for variant in self._as_given if variant.gradients is not None), None)
         if not size or folder is None or reader is None:
             return None
-        self._block_of = self._prints[reader.slug, self._request.sparsities[0]]
-        self._block_print = _short_hash([self._block_of, size])
+        self._block_of = self._fingerprints[reader.slug, self._request.sparsities[0]]
+        self._block_fingerprint = _short_hash([self._block_of, size])
         try:
             with safe_open(folder / "fisher_block.safetensors", "pt") as file:
                 known = (file.metadata() or {}).get("fingerprint", "")
         except (OSError, SafetensorError):
             known = ""
-        return reader if distributed.gather_objects(known != self._block_print)[0] else None
+        return reader if distributed.gather_objects(known != self._block_fingerprint)[0] else None
 
 
 def _short_hash(value: Any) -> str:

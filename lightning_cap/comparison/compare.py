@@ -10,13 +10,14 @@ import torch
 from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lightning_cap.calibration.statistics import GradientSamples
-from lightning_cap.comparison.results import Row, load_rows
+from lightning_cap.comparison.records import RESULTS, ComparisonRecord
 from lightning_cap.comparison.runner import ComparisonRunner
 from lightning_cap.comparison.surface import LossSurface
 from lightning_cap.comparison.variants import Grids, Request, check_sparsities, file_name, make_variants
 from lightning_cap.errors import ConfigError
 from lightning_cap.pruners.base import Pruner
 from lightning_cap.utilities.memory import parse_bytes
+from lightning_cap.utilities.records import read_records
 
 
 def compare(
@@ -37,13 +38,13 @@ def compare(
     save_weights: bool | None = None,
     loss_samples: int = 1024,
     max_rows_memory: int | str | None = None,
-) -> list[Row]:
+) -> list[ComparisonRecord]:
     """Prune a trained model by each pruner to each sparsity, with each seed, and validate each result.
 
     Each path is solved once for all sparsities. Gradients are collected once for a seed and ``samples_per_gradient`` and read
     by all pruners that want them (the first ``num_gradients`` of them), from main memory, or from a file in ``folder``; only
     where there is room for neither does each pruner collect its own. A comparison with a ``folder`` that is started
-    again does what is missing: rows are not computed again whose weights, settings (of the pruner; public attributes and
+    again does what is missing: records are not made again whose weights, settings (of the pruner; public attributes and
     hyperparameters of module and datamodule), data (by its size and its first calibration batch) and version are the same.
 
     Args:
@@ -62,19 +63,17 @@ def compare(
             too, the others as given. ``num_recomputations`` is a setting of all.
         surface: Take the loss in the plane of two solutions; needs a ``folder`` and a validation loss.
         fisher_block: Average the blocks of the Fisher, of this size, 0 for not; needs a ``folder``.
-        save_weights: Write the weights of every row but those of grids. Default: only of a single pruner.
+        save_weights: Write the weights of every record but those of grids. Default: only of a single pruner.
         loss_samples: Calibration samples whose loss is measured beside that of the validation data, 0 for none.
         max_rows_memory: Main memory for shared gradients of a process, as ``"20GB"`` or bytes. Default: a quarter of the free.
 
     Returns:
-        A row for the dense model, then one for each pruner, each value of the grids, seed and sparsity, as in ``results.json``:
-        ``pruner``, ``label``, ``grid``, ``seed``, ``target``, ``sparsity`` (measured), ``sparsities`` of the targets,
-        ``predicted_loss``, ``loss_increase`` (measured, on ``validation`` and ``calibration`` data), ``metrics``, ``seconds``,
-        ``settings``, ``parameters``, ``predicts_loss`` (whether the prediction is one of the loss), ``stats``, the files
-        ``masks`` and ``weights`` in ``folder``, and ``fingerprint``.
+        A record for the dense model, then one for each pruner, each value of the grids, seed and sparsity, as in
+        ``results.jsonl``.
 
     Raises:
         ConfigError: An argument cannot work. Nothing has run then.
+        DataError: The ``results.jsonl`` or ``exports.jsonl`` in ``folder`` holds something else. Nothing has run then.
     """
     single = isinstance(pruners, Pruner)
     named = {type(pruners).__name__: pruners} if isinstance(pruners, Pruner) else dict(pruners)
@@ -86,7 +85,9 @@ def compare(
         raise ConfigError("folder=None: surface, fisher_block and save_weights need a folder to write to.")
     spawned = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
     if folder is None and spawned:
-        raise ConfigError("folder=None: the strategy spawns processes, which take their rows with them. Give a folder.")
+        raise ConfigError(
+            "folder=None: the strategy spawns processes, which take their records with them. Give a folder."
+        )
     _check_numbers(named, fisher_block, loss_samples, max_rows_memory)
     keep = single if save_weights is None else save_weights
     request = Request(
@@ -108,8 +109,8 @@ def compare(
     finally:
         trainer.callbacks.remove(hook)  # type: ignore[attr-defined]
     if spawned and request.folder is not None:
-        return list(load_rows(request.folder / "results.json").values())
-    return hook.rows
+        return read_records(request.folder / RESULTS, ComparisonRecord)
+    return hook.records
 
 
 def _check_numbers(
@@ -130,16 +131,16 @@ class CompareInValidation(pl.Callback):
 
     def __init__(self, request: Request) -> None:
         self._request = request
-        self._rows: list[Row] | None = None
+        self._records: list[ComparisonRecord] | None = None
 
     @property
-    def rows(self) -> list[Row]:
+    def records(self) -> list[ComparisonRecord]:
         """Of the comparison."""
-        if self._rows is None:
+        if self._records is None:
             raise ConfigError("limit_val_batches=0: a comparison validates every result. Give it validation data.")
-        return self._rows
+        return self._records
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Before the Trainer's own pass, which then sees the model as it was."""
         with torch.inference_mode(False):
-            self._rows = ComparisonRunner(trainer, pl_module, self._request).run()
+            self._records = ComparisonRunner(trainer, pl_module, self._request).run()

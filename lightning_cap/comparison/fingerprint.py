@@ -1,4 +1,4 @@
-"""What all rows of a comparison depend on: weights, settings, data, version. So that rows of other ones are not taken up."""
+"""What all records of a comparison depend on: weights, settings, data, version; those of other ones are not taken up."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _DEPTH = 6  # of objects in objects
 
 
 def identity_of(trainer: pl.Trainer, module: pl.LightningModule, targets: Targets, calibrates: bool) -> dict[str, Any]:
-    """What all rows of a comparison depend on, as far as it can be known; rank 0's on every process, which all must call it.
+    """What all records of a comparison depend on, as far as it can be known; rank 0's on every process, which all must call it.
 
     Of the module (with all in it) and the datamodule: public attributes and hyperparameters. Names that begin with ``_`` are for
     what does not matter.

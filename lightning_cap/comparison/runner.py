@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 import lightning.pytorch as pl
 from torch import Tensor
@@ -16,10 +17,12 @@ from lightning_cap.comparison.artifacts import Artifacts
 from lightning_cap.comparison.fingerprint import checksum, identity_of
 from lightning_cap.comparison.gradient_cache import SharedRows, find, share
 from lightning_cap.comparison.measure import Measure, loss_name
-from lightning_cap.comparison.results import Results, Row, digest, save_masks
+from lightning_cap.comparison.records import ComparisonRecord, save_masks
+from lightning_cap.comparison.results import Results, digest
 from lightning_cap.comparison.variants import Request, Variant, check_targets, naming
 from lightning_cap.errors import ConfigError
-from lightning_cap.export.safetensors import save_plain_weights, save_weights, sparsity_stem
+from lightning_cap.export.records import EXPORTS, ExportRecord
+from lightning_cap.export.safetensors import save_plain_weights, save_weights
 from lightning_cap.pruners.paths import PruneResult
 from lightning_cap.sparsity.cost import steps_to
 from lightning_cap.sparsity.masks import MaskSet
@@ -31,6 +34,7 @@ from lightning_cap.trainer.progress_bar import event_progress
 from lightning_cap.utilities import distributed, rng
 from lightning_cap.utilities.distributed import check_equal_on_all_ranks
 from lightning_cap.utilities.progress import Progress
+from lightning_cap.utilities.records import known_records
 
 _WORK = ".work"  # folder in the folder, gone in the end
 
@@ -61,36 +65,38 @@ class ComparisonRunner:
         }
         self._measure = Measure(trainer, module, self._targets, request.loss_samples if calibrates else 0)
         wanted = [(v, s) for v in request.variants for s in request.sparsities]
-        prints = {(v.slug, s): v.fingerprint(s, identity) for v, s in wanted}
-        self._prints: dict[tuple[str, float], str] = distributed.gather_objects(prints)[0]
-        self._dense_print = checksum(identity)
-        self._results = Results(request.folder, [self._dense_print, *self._prints.values()])
-        self._extras = Artifacts(request, self._targets, self._prints)
-        for row in self._results.rows():
-            self._measure.cache(row["solution"], row["metrics"])
+        own = {(v.slug, s): v.fingerprint(s, identity) for v, s in wanted}
+        self._fingerprints: dict[tuple[str, float], str] = distributed.gather_objects(own)[0]
+        self._dense_fingerprint = checksum(identity)
+        self._results = Results(request.folder, [self._dense_fingerprint, *self._fingerprints.values()])
+        self._refuse_foreign_exports()
+        self._artifacts = Artifacts(request, self._targets, self._fingerprints)
+        for record in self._results.records():
+            self._measure.cache(record.solution, record.metrics)
         self._todo: dict[Variant, list[float]] = {}
         self._started = 0
         self._dense_losses: dict[int, float | None] = {}
 
-    def run(self) -> list[Row]:
-        """Do what is missing; the rows in the order of the request, the dense model's first."""
+    def run(self) -> list[ComparisonRecord]:
+        """Do what is missing; the records in the order of the request, the dense model's first."""
         try:
             self._todo = {v: left for v in self._request.variants if (left := self._missing(v))}
             self._dry_run()
-            self._dense = self._dense_row()
+            self._dense = self._dense_record()
             for seed in {variant.seed for variant in self._todo}:
-                self._dense_losses[seed] = self._measure.calibration_loss(self._dense["solution"], seed)
+                self._dense_losses[seed] = self._measure.calibration_loss(self._dense.solution, seed)
             for seed in dict.fromkeys(v.seed for v in self._request.variants):
                 self._run_seed(seed)
-            if self._extras.surface_wanted:
+            if self._artifacts.surface_wanted:
                 with event_progress(self._trainer, "Loss surface") as progress:
-                    self._extras.save_surface(self._surface_loss(), lambda done, total: progress("loss", done, total))
+                    loss = self._surface_loss()
+                    self._artifacts.save_surface(loss, lambda done, total: progress("loss", done, total))
         finally:
             self._targets.restore(self._before)
         self._results.save()
         if self._request.folder is not None and distributed.gather_objects(None):  # when all have come here
             shutil.rmtree(self._request.folder / _WORK, ignore_errors=True)
-        return self._results.rows()
+        return self._results.records()
 
     def _dry_run(self) -> None:
         """Compute one batch for each kind of source, and throw it away: what cannot work is to fail before anything runs."""
@@ -102,7 +108,7 @@ class ComparisonRunner:
     def _run_seed(self, seed: int) -> None:
         """Pruners without gradients first, then those that read the same rows together."""
         here = [variant for variant in self._todo if variant.seed == seed]
-        block = self._extras.block_reader(seed)
+        block = self._artifacts.block_reader(seed)
         readers = [variant for variant in here if variant.gradients is not None] + (
             [block] if block is not None else []
         )
@@ -111,7 +117,7 @@ class ComparisonRunner:
             group = [variant for variant in readers if _kind(variant) == kind]
             rows = self._shared(group)
             if block is not None and block in group:
-                self._extras.save_block(_first(rows, block) or self._own_rows(block))
+                self._artifacts.save_block(_first(rows, block) or self._own_rows(block))
             self._run([variant for variant in here if variant in group], rows)
             if rows is not None:
                 rows.chunks.close()
@@ -121,15 +127,15 @@ class ComparisonRunner:
         return TimedSource(source if source is not None else (), lambda: calibrating(self._trainer, self._module))
 
     def _missing(self, variant: Variant) -> list[float]:
-        """Sparsities whose row, or a file of it, is not there yet."""
+        """Sparsities whose record, or a file of it, is not there yet."""
         return [s for s in self._request.sparsities if not self._has(variant, s)]
 
     def _has(self, variant: Variant, sparsity: float) -> bool:
         keys = ["masks"] if self._request.folder is not None else []
-        keys += ["weights"] if self._weights_file(variant, sparsity) else []
-        kept = self._extras.solution_file(variant, sparsity)
-        row = self._results.get(self._prints[variant.slug, sparsity], keys)
-        return row is not None and (not kept or self._results.exists(kept))
+        keys += ["weights"] if self._request.weights_file(variant, sparsity) else []
+        kept = self._artifacts.solution_file(variant, sparsity)
+        record = self._results.get(self._fingerprints[variant.slug, sparsity], keys)
+        return record is not None and (not kept or self._results.exists(kept))
 
     def _shared(self, readers: Sequence[Variant]) -> SharedRows | None:
         """The rows for pruners of one seed and ``samples_per_gradient``, if there is more than one."""
@@ -137,7 +143,7 @@ class ComparisonRunner:
         largest = max(wanted, key=lambda v: wanted[v].n)
         m, most = wanted[largest].per_sample, wanted[largest].n
         folder = None if request.folder is None else request.folder / _WORK / f"rows-seed={largest.seed}-m={m}"
-        key = f"{self._dense_print} {largest.seed} {m}"
+        key = f"{self._dense_fingerprint} {largest.seed} {m}"
         found = find(self._targets, most, folder, key)
         if found is not None or len(readers) < 2:
             return found
@@ -195,83 +201,79 @@ class ComparisonRunner:
     def _record(
         self, variant: Variant, sparsity: float, result: PruneResult, predicted: float, seconds: dict[str, float]
     ) -> None:
-        """Apply, measure, keep the row and its files, put the weights back."""
+        """Apply, measure, keep the record and its files, put the weights back."""
         result.apply(self._targets)
         try:
-            weights = self._targets.weights()
-            check_equal_on_all_ranks({"the weights": weights, "the masks": result.masks})
+            check_equal_on_all_ranks({"the weights": self._targets.weights(), "the masks": result.masks})
             started = time.perf_counter()
-            row = {
-                **_description(variant, sparsity),
-                **self._measured(digest(weights), variant.seed),
-                "predicted_loss": predicted,
-                "stats": dict(result.stats),
-                "fingerprint": self._prints[variant.slug, sparsity],
-            }
-            row["seconds"] = {**seconds, "evaluate": time.perf_counter() - started}
-            self._save_files(variant, row, result)
-            self._results.add(row)
+            measured = self._measured()
+            increase = self._loss_increase(measured["metrics"], measured["solution"], variant.seed)
+            record = ComparisonRecord(
+                **variant.describe(sparsity),
+                **measured,
+                predicted_loss=predicted,
+                loss_increase=increase,
+                seconds={**seconds, "evaluate": time.perf_counter() - started},
+                stats=dict(result.stats),
+                masks=self._request.masks_file(variant, sparsity),
+                weights=self._request.weights_file(variant, sparsity),
+                fingerprint=self._fingerprints[variant.slug, sparsity],
+            )
+            self._save_files(variant, record, result)
+            self._results.add(record)
         finally:
             self._targets.restore(self._before)
 
-    def _measured(self, solution: str, seed: int) -> Row:
-        metrics = self._measure.metrics(solution)
-        name = loss_name(metrics)
-        now = {"validation": metrics.get(name or ""), "calibration": self._measure.calibration_loss(solution, seed)}
+    def _measured(self) -> dict[str, Any]:
+        """Of the weights as they are."""
+        weights = self._targets.weights()
+        solution = digest(weights)
         return {
             "sparsity": measured_sparsity(self._targets),
-            "sparsities": {n: 1 - int(w.count_nonzero()) / w.numel() for n, w in self._targets.weights().items()},
-            "metrics": metrics,
-            "loss_increase": {kind: _less(now[kind], self._dense_loss(kind, seed)) for kind in now},
+            "sparsities": {name: 1 - int(w.count_nonzero()) / w.numel() for name, w in weights.items()},
+            "metrics": self._measure.metrics(solution),
             "solution": solution,
         }
 
-    def _dense_loss(self, kind: str, seed: int) -> float | None:
-        if kind == "calibration":
-            return self._dense_losses.get(seed)
-        metrics: dict[str, float] = self._dense["metrics"]
-        return metrics.get(loss_name(metrics) or "")
+    def _loss_increase(self, metrics: Mapping[str, float], solution: str, seed: int) -> dict[str, float | None]:
+        now, dense = (each.get(loss_name(each) or "") for each in (metrics, self._dense.metrics))
+        calibration = self._measure.calibration_loss(solution, seed)
+        return {"validation": _less(now, dense), "calibration": _less(calibration, self._dense_losses.get(seed))}
 
-    def _dense_row(self) -> Row:
-        row = self._results.get(self._dense_print)
-        if row is None:
-            solution = digest(self._targets.weights())
-            metrics = self._measure.metrics(solution)
-            row = {
-                **{
-                    "pruner": "dense",
-                    "label": "dense",
-                    "grid": None,
-                    "seed": None,
-                    "target": 0.0,
-                    "predicted_loss": 0.0,
-                },
-                **{"sparsity": measured_sparsity(self._targets), "metrics": metrics, "solution": solution},
-                **{"settings": "", "weights": "", "masks": "", "fingerprint": self._dense_print},
-            }
-            self._results.add(row)
-        return row
+    def _dense_record(self) -> ComparisonRecord:
+        record = self._results.get(self._dense_fingerprint)
+        if record is None:
+            record = ComparisonRecord(
+                pruner="dense",
+                label="dense",
+                seed=None,
+                goal=0.0,
+                predicted_loss=0.0,
+                fingerprint=self._dense_fingerprint,
+                **self._measured(),
+            )
+            self._results.add(record)
+        return record
 
-    def _save_files(self, variant: Variant, row: Row, result: PruneResult) -> None:
-        folder, stem = self._request.folder, sparsity_stem(row["target"])
-        row["masks"] = "" if folder is None else f"masks/{variant.slug}-{stem}.safetensors"
-        row["weights"] = self._weights_file(variant, row["target"])
-        kept = self._extras.solution_file(variant, row["target"])
+    def _save_files(self, variant: Variant, record: ComparisonRecord, result: PruneResult) -> None:
+        folder, kept = self._request.folder, self._artifacts.solution_file(variant, record.goal)
         with distributed.raise_on_all_ranks("Saving the masks and weights"):
             if folder is not None and distributed.rank() == 0:
-                save_masks(folder / row["masks"], result.masks)
-                if row["weights"]:
-                    path = folder / row["weights"]
-                    save_weights(self._module, self._targets, path, sparsity=row["sparsity"], goal=row["target"])
+                save_masks(folder / record.masks, result.masks)
+                if record.weights:
+                    path = folder / record.weights
+                    save_weights(self._module, self._targets, path, sparsity=record.sparsity, goal=record.goal)
                 if kept:
                     save_plain_weights(folder / kept, self._targets.weights(), {})
 
-    def _weights_file(self, variant: Variant, sparsity: float) -> str:
-        place = self._request.weights_in.get(variant.name)
-        if place is None or variant.setting is not None or self._request.folder is None:
-            return ""
-        several = len({v.seed for v in self._request.variants}) > 1
-        return f"{place}{f'seed={variant.seed}/' if several else ''}{sparsity_stem(sparsity)}.safetensors"
+    def _refuse_foreign_exports(self) -> None:
+        """Refuse to write weights beside an ``exports.jsonl`` that holds something else."""
+        request = self._request
+        with distributed.raise_on_all_ranks(f"Reading {EXPORTS}"):
+            if request.folder is not None and distributed.rank() == 0:
+                files = {request.weights_file(v, s) for v in request.variants for s in request.sparsities}
+                for folder in {(request.folder / file).parent for file in files if file}:
+                    known_records(folder / EXPORTS, ExportRecord)
 
     def _event(self, variant: Variant, progress: Progress | None = None) -> PruningEvent:
         args = self._trainer, self._module, variant.pruner, self._targets, self._masks, variant.seed
@@ -279,32 +281,14 @@ class ComparisonRunner:
 
     def _surface_loss(self) -> Callable[[], float]:
         """The validation loss, of as many batches as the surface wants."""
-        name = loss_name(self._dense["metrics"])
+        name = loss_name(self._dense.metrics)
         batches = self._request.surface.batches if self._request.surface is not None else None
         if name is None:
             raise ConfigError(
-                f"surface: the module logs no loss in validation, but only {list(self._dense['metrics'])}. Log one, under a name "
+                f"surface: the module logs no loss in validation, but only {list(self._dense.metrics)}. Log one, under a name "
                 "with 'loss' in it."
             )
         return lambda: evaluate(self._trainer, self._module, batches)[name]
-
-
-def _description(variant: Variant, sparsity: float) -> Row:
-    plain = {
-        k: v
-        for k, v in vars(variant.pruner).items()
-        if isinstance(v, (bool, int, float, str)) and not k.startswith("_")
-    }
-    return {
-        "pruner": variant.name,
-        "label": variant.label,
-        "grid": None if variant.setting is None else {"setting": variant.setting, "value": variant.value},
-        "seed": variant.seed,
-        "target": sparsity,
-        "settings": variant.settings,
-        "predicts_loss": variant.pruner.predicts_loss,
-        "parameters": {**plain, "num_recomputations": variant.num_recomputations},
-    }
 
 
 def _kind(variant: Variant) -> tuple[type, int | None]:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from lightning_cap.comparison.records import SurfaceRecord
 from lightning_cap.errors import ConfigError
 from lightning_cap.sparsity.targets import Targets
 
@@ -55,7 +55,7 @@ def measure_surface(
     loss: Callable[[], float],
     surface: LossSurface,
     progress: Callable[[int, int], None],
-) -> dict[str, Any]:
+) -> SurfaceRecord:
     """Take the loss on a grid over the plane; the targets are afterwards as before.
 
     Args:
@@ -66,8 +66,7 @@ def measure_surface(
         progress: ``progress(done, total)``.
 
     Returns:
-        ``axis``: the values of ``α`` and of ``β``; ``loss``: ``loss[j][i]`` at ``α = axis[i]``, ``β = axis[j]``; ``corners``: the
-        loss of the dense weights, of ``w1`` and of ``w2`` as they are; ``pruners`` and ``sparsity``.
+        The record, without fingerprints.
     """
     dense = targets.copies()
     axis = torch.linspace(-surface.margin, 1 + surface.margin, surface.points, dtype=torch.float64).tolist()
@@ -77,22 +76,22 @@ def measure_surface(
         for weights in (dense, *solutions):
             targets.restore(weights)
             corners.append(loss())
-        rows: list[list[float]] = []
+        plane: list[list[float]] = []
         for b in axis:
-            rows.append([])
+            plane.append([])
             for a in axis:
                 targets.restore(_point(dense, solutions, a, b))
-                rows[-1].append(loss())
-                progress(len(axis) * (len(rows) - 1) + len(rows[-1]), total)
+                plane[-1].append(loss())
+                progress(len(axis) * (len(plane) - 1) + len(plane[-1]), total)
     finally:
         targets.restore(dense)
-    return {
-        "pruners": list(surface.pruners),
-        "sparsity": surface.sparsity,
-        "axis": axis,
-        "loss": rows,
-        "corners": dict(zip(("dense", *surface.pruners), corners, strict=True)),
-    }
+    return SurfaceRecord(
+        pruners=tuple(surface.pruners),
+        sparsity=surface.sparsity,
+        axis=tuple(axis),
+        loss=tuple(map(tuple, plane)),
+        corners=dict(zip(("dense", *surface.pruners), corners, strict=True)),
+    )
 
 
 def _point(

@@ -8,20 +8,20 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeGuard
+from typing import Any
 
 from torch import Tensor
 
 from lightning_cap.calibration.statistics import GradientSamples
 from lightning_cap.comparison.fingerprint import ADDRESS, canonicalize, checksum
+from lightning_cap.comparison.records import GridPoint
 from lightning_cap.comparison.surface import LossSurface
 from lightning_cap.errors import CAPError, ConfigError
+from lightning_cap.export.safetensors import sparsity_stem
 from lightning_cap.pruners.base import Pruner, refuse_regrowth
 from lightning_cap.sparsity.cost import steps_to
 from lightning_cap.sparsity.targets import Targets
-
-if TYPE_CHECKING:
-    from _typeshed import DataclassInstance
+from lightning_cap.utilities.records import Plain
 
 #: Setting -> values to try, one setting at a time, the others as given.
 Grids = Mapping[str, Sequence[Any]]
@@ -71,8 +71,27 @@ class Variant:
         given = self.pruner.statistic
         return given if isinstance(given, GradientSamples) else None
 
+    def describe(self, goal: float) -> dict[str, Any]:
+        """The fields of a `ComparisonRecord` that are known before it runs."""
+        own = {name: value for name, value in vars(self.pruner).items() if not name.startswith("_")}
+        changed = {} if self.setting is None else {self.setting: _plain(self.value)}
+        return {
+            "pruner": self.name,
+            "label": self.label,
+            "grid": None if self.setting is None else GridPoint(self.setting, _plain(self.value)),
+            "seed": self.seed,
+            "goal": goal,
+            "settings": self.settings,
+            "parameters": {
+                **{name: value for name, value in own.items() if isinstance(value, (bool, int, float, str))},
+                RECOMPUTATIONS: self.num_recomputations,
+                **changed,
+            },
+            "predicts_loss": self.pruner.predicts_loss,
+        }
+
     def fingerprint(self, sparsity: float, identity: Mapping[str, Any]) -> str:
-        """Of everything that the row at a sparsity depends on, as far as it is known."""
+        """Of everything that the record at a sparsity depends on, as far as it is known."""
         settings = self.settings, canonicalize(vars(self.pruner))
         return checksum([settings, self.seed, self.num_recomputations, sparsity, dict(identity)])
 
@@ -91,6 +110,18 @@ class Request:
     fisher_block: int
     loss_samples: int
     max_rows_memory: int | str | None
+
+    def masks_file(self, variant: Variant, goal: float) -> str:
+        """Name of the file of masks in the folder, empty without a folder."""
+        return "" if self.folder is None else f"masks/{variant.slug}-{sparsity_stem(goal)}.safetensors"
+
+    def weights_file(self, variant: Variant, goal: float) -> str:
+        """Name of the file of pruned weights in the folder, empty if none is wanted."""
+        place = self.weights_in.get(variant.name)
+        if place is None or variant.setting is not None or self.folder is None:
+            return ""
+        several = len({v.seed for v in self.variants}) > 1
+        return f"{place}{f'seed={variant.seed}/' if several else ''}{sparsity_stem(goal)}.safetensors"
 
 
 def make_variants(
@@ -228,7 +259,8 @@ def changed(pruner: Pruner, setting: str, value: Any) -> Pruner:
         CAPError: The pruner refuses the value.
     """
     if _made_from_fields(pruner):
-        return replace(pruner, **{setting: value})
+        other: Pruner = replace(pruner, **{setting: value})  # type: ignore[type-var]
+        return other
     other = copy.copy(pruner)
     setattr(other, setting, value)
     return other
@@ -237,11 +269,11 @@ def changed(pruner: Pruner, setting: str, value: Any) -> Pruner:
 def _settings(pruner: Pruner) -> list[str]:
     """What a grid may change: the fields of a dataclass, else every public attribute."""
     if _made_from_fields(pruner):
-        return [field.name for field in fields(pruner) if field.init]
+        return [field.name for field in fields(pruner) if field.init]  # type: ignore[arg-type]
     return [name for name in vars(pruner) if not name.startswith("_")]
 
 
-def _made_from_fields(pruner: Any) -> TypeGuard[DataclassInstance]:
+def _made_from_fields(pruner: Pruner) -> bool:
     """Whether the pruner is a dataclass, and no subclass of one with an ``__init__`` of its own."""
     maker = next(kind for kind in type(pruner).__mro__ if "__init__" in vars(kind))
     return "__dataclass_fields__" in vars(maker)
@@ -256,3 +288,8 @@ def _seeded(pruner: Pruner, seed: int) -> Pruner:
 def _short(value: Any) -> str:
     """As few digits as tell it from any other."""
     return f"{value:g}" if isinstance(value, float) and float(f"{value:g}") == value else str(value)
+
+
+def _plain(value: Any) -> Plain:
+    """For a record: what is no plain value, as text."""
+    return value if value is None or isinstance(value, (bool, int, float, str)) else ADDRESS.sub("", str(value))

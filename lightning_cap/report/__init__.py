@@ -1,4 +1,4 @@
-"""Tables and plots of results; reads results, never trains."""
+"""Tables and plots of results; reads records, never trains."""
 
 from lightning_cap.report.comparison import markdown, print_comparison, report
 

@@ -3,60 +3,65 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from lightning_cap.comparison.records import ComparisonRecord
 from lightning_cap.report.figures import draw_all
-from lightning_cap.report.rows import (
-    Row,
+from lightning_cap.report.records import (
+    Records,
     accuracy_name,
+    as_given,
     by_label,
-    dense_row,
+    dense_record,
+    goals_of,
+    grid_settings,
+    in_grid,
     mean_and_deviation,
     metric_values,
     number_first,
     percent,
-    plain_rows,
-    targets_of,
+    value_of,
 )
 from lightning_cap.utilities.files import atomic
 
-_Cell = Callable[[Sequence[Row]], str]
+_Cell = Callable[[Records], str]
 
 
-def report(rows: Sequence[Row], folder: Path) -> list[str]:
-    """Write ``results.md`` and the pictures of a comparison into the folder that has its ``results.json``.
+def report(records: Records, folder: Path) -> list[str]:
+    """Write ``results.md`` and the pictures of a comparison into the folder that has its ``results.jsonl``.
 
     Args:
-        rows: What `lightning_cap.comparison.compare` returned.
+        records: What `lightning_cap.comparison.compare` returned.
         folder: Its folder.
 
     Returns:
         The names of the files.
     """
     with atomic(folder / "results.md") as path:
-        path.write_text(markdown(rows))
-    return ["results.md", *draw_all(rows, folder)]
+        path.write_text(markdown(records))
+    return ["results.md", *draw_all(records, folder)]
 
 
-def print_comparison(rows: Sequence[Row], console: Console | None = None) -> None:
+def print_comparison(records: Records, console: Console | None = None) -> None:
     """Print mean accuracies, a line for each pruner; with a single pruner, all metrics, a line for each sparsity.
 
     Args:
-        rows: What `lightning_cap.comparison.compare` returned.
+        records: What `lightning_cap.comparison.compare` returned.
         console: Where to. Default: standard output.
     """
-    labels = by_label(rows)
+    labels = by_label(records)
     table = (
-        _one_pruner(rows)
+        _one_pruner(records)
         if len(labels) == 1
-        else Table(title=f"{accuracy_name(rows) or 'no metric'} at each sparsity", padding=(0, 0))
+        else Table(title=f"{accuracy_name(records) or 'no metric'} at each sparsity", padding=(0, 0))
     )
     if len(labels) > 1:
         table.add_column("pruner", overflow="fold")
-        header, *lines = _by_sparsity(rows, rows, _mean(rows))
+        header, *lines = _by_sparsity(records, records, _mean(records))
         for name in header[1:]:
             table.add_column(name, justify="right", no_wrap=True)
         for line in lines:
@@ -64,28 +69,28 @@ def print_comparison(rows: Sequence[Row], console: Console | None = None) -> Non
     (console or Console()).print(table)
 
 
-def _one_pruner(rows: Sequence[Row]) -> Table:
-    metrics = list(rows[0]["metrics"])
-    (label, targets), dense = next(iter(by_label(rows).items())), dense_row(rows)
+def _one_pruner(records: Records) -> Table:
+    metrics = list(records[0].metrics)
+    (label, goals), dense = next(iter(by_label(records).items())), dense_record(records)
     table = Table(title=f"One-shot pruning by {label}")
     for name in ("sparsity", "predicted loss", *metrics):
         table.add_column(name, justify="right")
-    for target, seeds in {**({0.0: [dense]} if dense else {}), **targets}.items():
-        name = "dense" if target == 0 else f"{seeds[0]['sparsity']:.4f}"
-        predicted = _number(mean_and_deviation([row["predicted_loss"] for row in seeds]), ".4g")
+    for goal, seeds in {**({0.0: [dense]} if dense else {}), **goals}.items():
+        name = "dense" if goal == 0 else f"{seeds[0].sparsity:.4f}"
+        predicted = _number(mean_and_deviation([record.predicted_loss for record in seeds]), ".4g")
         table.add_row(name, predicted, *(_number(mean_and_deviation(metric_values(seeds, m))) for m in metrics))
     return table
 
 
-def markdown(rows: Sequence[Row]) -> str:
+def markdown(records: Records) -> str:
     """All results as Markdown: accuracies, losses, seconds, grids, and the settings of every pruner.
 
     Args:
-        rows: What `lightning_cap.comparison.compare` returned.
+        records: What `lightning_cap.comparison.compare` returned.
     """
-    plain, name = plain_rows(rows), accuracy_name(rows)
-    seeds = sorted({row["seed"] for row in plain})
-    dense = dense_row(rows)
+    given, name = as_given(records), accuracy_name(records)
+    seeds = sorted({record.seed for record in given if record.seed is not None})
+    dense = dense_record(records)
     parts = [
         "# Comparison of pruners",
         f"Mean ± standard deviation over {len(seeds)} seeds ({', '.join(map(str, seeds))})."
@@ -93,44 +98,44 @@ def markdown(rows: Sequence[Row]) -> str:
         else f"Seed {seeds[0]}.",
         f"## {name or 'Metric'}",
         "" if dense is None else f"Dense: {_number(mean_and_deviation(metric_values([dense], name)))}.",
-        _table(_by_sparsity(rows, plain, _accuracy(rows))),
+        _table(_by_sparsity(records, given, _accuracy(records))),
         "## Increase of the loss",
         "Predicted by the pruner (in its own unit, where it has no model of the loss):",
-        _table(_by_sparsity(rows, plain, _predicted, with_dense=False)),
+        _table(_by_sparsity(records, given, _predicted, with_dense=False)),
         "Measured on calibration samples:",
-        _table(_by_sparsity(rows, plain, _increase("calibration"), with_dense=False)),
+        _table(_by_sparsity(records, given, _increase("calibration"), with_dense=False)),
         "Measured on the validation data:",
-        _table(_by_sparsity(rows, plain, _increase("validation"), with_dense=False)),
+        _table(_by_sparsity(records, given, _increase("validation"), with_dense=False)),
         "## Seconds",
         "To collect gradients (as if each pruner did so by itself) and to solve, then to read one sparsity.",
-        _table(_by_sparsity(rows, plain, _seconds, with_dense=False)),
+        _table(_by_sparsity(records, given, _seconds, with_dense=False)),
     ]
-    for setting in dict.fromkeys(row["grid"]["setting"] for row in rows if row["grid"] is not None):
-        grid = [row for row in rows if row["grid"] is not None and row["grid"]["setting"] == setting]
+    for setting in grid_settings(records):
         parts += [
             f"## Grid over `{setting}`",
-            _table(_by_sparsity(rows, _labelled(plain, grid, setting), _accuracy(rows))),
+            _table(_by_sparsity(records, _labelled(records, setting), _accuracy(records))),
         ]
-    settings = {row["label"]: row["settings"] for row in reversed(plain)}
-    steps = {row["label"]: row["parameters"]["num_recomputations"] for row in plain}
+    settings = {record.label: record.settings for record in reversed(given)}
+    steps = {record.label: record.parameters["num_recomputations"] for record in given}
     parts += ["## Settings", "\n".join(f"- {label}: `{settings[label]}`, {steps[label]} step(s)" for label in steps)]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _labelled(plain: Sequence[Row], grid: Sequence[Row], setting: str) -> list[Row]:
-    """The rows of a grid and of its pruners as given, each with its value in the label, in order."""
-    names = list(dict.fromkeys(row["pruner"] for row in grid))
-    every = [row for row in plain if row["pruner"] in names] + list(grid)
-    every.sort(key=lambda row: (names.index(row["pruner"]), number_first(row["parameters"][setting])))
-    return [{**row, "label": f"{row['pruner']} {setting}={row['parameters'][setting]}"} for row in every]
+def _labelled(records: Records, setting: str) -> list[ComparisonRecord]:
+    """The records of a grid and of its pruners as given, each with its value in the label, in order."""
+    grid = in_grid(records, setting)
+    names = list(dict.fromkeys(record.pruner for record in grid))
+    every = [record for record in as_given(records) if record.pruner in names] + grid
+    every.sort(key=lambda record: (names.index(record.pruner), number_first(value_of(record, setting))))
+    return [replace(record, label=f"{record.pruner} {setting}={value_of(record, setting)}") for record in every]
 
 
-def _by_sparsity(rows: Sequence[Row], chosen: Sequence[Row], cell: _Cell, with_dense: bool = True) -> list[list[str]]:
+def _by_sparsity(records: Records, chosen: Records, cell: _Cell, with_dense: bool = True) -> list[list[str]]:
     """Header and lines: a line for each label, a column for each sparsity."""
-    targets, dense = targets_of(rows), dense_row(rows)
-    lines = [["pruner", *(percent(target) for target in targets)]]
+    goals, dense = goals_of(records), dense_record(records)
+    lines = [["pruner", *(percent(goal) for goal in goals)]]
     for label, found in by_label(chosen).items():
-        lines.append([label, *(cell(found[target]) if target in found else "-" for target in targets)])
+        lines.append([label, *(cell(found[goal]) if goal in found else "-" for goal in goals)])
     if with_dense and dense is not None:
         lines[0].insert(1, "dense")
         for line in lines[1:]:
@@ -138,27 +143,27 @@ def _by_sparsity(rows: Sequence[Row], chosen: Sequence[Row], cell: _Cell, with_d
     return lines
 
 
-def _accuracy(rows: Sequence[Row]) -> _Cell:
-    name = accuracy_name(rows)
+def _accuracy(records: Records) -> _Cell:
+    name = accuracy_name(records)
     return lambda seeds: _number(mean_and_deviation(metric_values(seeds, name)))
 
 
-def _mean(rows: Sequence[Row]) -> _Cell:
+def _mean(records: Records) -> _Cell:
     """Short, for the console."""
-    name = accuracy_name(rows)
+    name = accuracy_name(records)
     return lambda seeds: "-" if (v := mean_and_deviation(metric_values(seeds, name))) is None else f"{v[0]:.4f}"
 
 
-def _predicted(seeds: Sequence[Row]) -> str:
-    return _number(mean_and_deviation([row["predicted_loss"] for row in seeds]), ".3g")
+def _predicted(seeds: Records) -> str:
+    return _number(mean_and_deviation([record.predicted_loss for record in seeds]), ".3g")
 
 
 def _increase(kind: str) -> _Cell:
-    return lambda seeds: _number(mean_and_deviation([row["loss_increase"][kind] for row in seeds]), ".3g")
+    return lambda seeds: _number(mean_and_deviation([record.loss_increase.get(kind) for record in seeds]), ".3g")
 
 
-def _seconds(seeds: Sequence[Row]) -> str:
-    columns = ([row["seconds"][phase] for row in seeds] for phase in ("collect", "solve", "apply"))
+def _seconds(seeds: Records) -> str:
+    columns = ([record.seconds.get(phase) for record in seeds] for phase in ("collect", "solve", "apply"))
     found = [mean_and_deviation(values) for values in columns]
     return " / ".join("-" if value is None else f"{value[0]:.3g}" for value in found)
 

@@ -3,41 +3,44 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_cap.report.rows import (
-    Row,
+from lightning_cap.comparison.records import ComparisonRecord
+from lightning_cap.report.records import (
+    Records,
     accuracy_name,
+    as_given,
     by_label,
-    dense_row,
+    dense_record,
+    goals_of,
+    in_grid,
     mean_and_deviation,
     metric_values,
     number_first,
     percent,
-    plain_rows,
-    targets_of,
+    value_of,
 )
 from lightning_cap.report.style import grid, legend, panels, save, styles
 
 
-def plot_accuracy(rows: Sequence[Row], path: Path) -> None:
+def plot_accuracy(records: Records, path: Path) -> None:
     """Accuracy (or the first metric) over sparsity, a line for each pruner, with the deviation over seeds (figures 3, 7, 8).
 
     Args:
-        rows: What `lightning_cap.comparison.compare` returned.
+        records: What `lightning_cap.comparison.compare` returned.
         path: A ``.png``, ``.svg`` or ``.pdf`` file.
     """
-    name, dense, found = accuracy_name(rows), dense_row(rows), by_label(plain_rows(rows))
+    name, dense, found = accuracy_name(records), dense_record(records), by_label(as_given(records))
     looks = styles(list(found))
     figure, (axes,) = panels(1, 5.2, 3.8)
     if dense is not None and name is not None:
-        axes.axhline(dense["metrics"][name], color="0.5", linewidth=1, linestyle=(0, (4, 3)), label="dense")
-    for label, targets in found.items():
+        axes.axhline(dense.metrics[name], color="0.5", linewidth=1, linestyle=(0, (4, 3)), label="dense")
+    for label, goals in found.items():
         points = [
-            (100 * seeds[0]["sparsity"], value)
-            for seeds in targets.values()
+            (100 * seeds[0].sparsity, value)
+            for seeds in goals.values()
             if (value := mean_and_deviation(metric_values(seeds, name))) is not None
         ]
         _line(axes, [x for x, _ in points], [value for _, value in points], label, looks[label])
@@ -57,33 +60,34 @@ def _line(axes: Any, x: Sequence[Any], values: Sequence[tuple[float, float]], la
         axes.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
 
 
-def plot_losses(rows: Sequence[Row], path: Path) -> bool:
-    """The measured increase of the loss over the predicted one, for each pruner that predicts it; a point for each row.
+def plot_losses(records: Records, path: Path) -> bool:
+    """The measured increase of the loss over the predicted one, for each pruner that predicts it; a point for each record.
 
     Measured on calibration samples where that is known, else on the validation data.
 
     Args:
-        rows: What `lightning_cap.comparison.compare` returned.
+        records: What `lightning_cap.comparison.compare` returned.
         path: A ``.png``, ``.svg`` or ``.pdf`` file.
 
     Returns:
         Whether there was anything to draw.
     """
-    reading = [row for row in plain_rows(rows) if row["predicts_loss"]]
-    kind = "calibration" if any(row["loss_increase"]["calibration"] is not None for row in reading) else "validation"
-    known = [row for row in reading if row["loss_increase"][kind] is not None]
-    shown = [row for row in known if all(0 < v < math.inf for v in (row["predicted_loss"], row["loss_increase"][kind]))]
+    predicting = [record for record in as_given(records) if record.predicts_loss]
+    kind = "calibration" if any(r.loss_increase.get("calibration") is not None for r in predicting) else "validation"
+    known = [record for record in predicting if record.loss_increase.get(kind) is not None]
+    shown = [record for record in known if all(0 < value < math.inf for value in _increases(record, kind))]
     if not shown:
         return False
-    looks = styles(list(by_label(plain_rows(rows))))
+    looks = styles(list(by_label(as_given(records))))
     figure, (axes,) = panels(1, 5.0, 4.2)
-    for label, targets in by_label(shown).items():
-        points = [(row["predicted_loss"], row["loss_increase"][kind]) for seeds in targets.values() for row in seeds]
+    for label, goals in by_label(shown).items():
+        found = [record for seeds in goals.values() for record in seeds]
+        points = [_increases(record, kind) for record in found]
         axes.plot(*zip(*points, strict=True), label=label, **{**looks[label], "linestyle": "none"}, alpha=0.85)
-        for seed in set(_seeds(targets)):
-            line = [point for point, own in zip(points, _seeds(targets), strict=True) if own == seed]
+        for seed in {record.seed for record in found}:
+            line = [_increases(record, kind) for record in found if record.seed == seed]
             axes.plot(*zip(*line, strict=True), color=looks[label]["color"], linewidth=0.8, alpha=0.5)
-    values = [v for row in shown for v in (row["predicted_loss"], row["loss_increase"][kind])]
+    values = [value for record in shown for value in _increases(record, kind)]
     ends = [(min(values), min(values)), (max(values), max(values))]
     axes.plot(*zip(*ends, strict=True), color="0.5", linewidth=1, linestyle=(0, (4, 3)), label="equal")
     axes.set_xscale("log")
@@ -99,35 +103,36 @@ def plot_losses(rows: Sequence[Row], path: Path) -> bool:
     return True
 
 
-def _seeds(targets: Mapping[float, Sequence[Row]]) -> list[int]:
-    return [row["seed"] for seeds in targets.values() for row in seeds]
+def _increases(record: ComparisonRecord, kind: str) -> tuple[float, float]:
+    """The predicted increase of the loss and the measured one, NaN if that is not known."""
+    measured = record.loss_increase.get(kind)
+    return record.predicted_loss, math.nan if measured is None else measured
 
 
-def plot_grid(rows: Sequence[Row], setting: str, path: Path) -> None:
+def plot_grid(records: Records, setting: str, path: Path) -> None:
     """Accuracy over the values of one setting, a panel for each sparsity, a line for each pruner (figures 10 to 13).
 
     The pruner as given is a point of its line.
 
     Args:
-        rows: What `lightning_cap.comparison.compare` returned.
+        records: What `lightning_cap.comparison.compare` returned.
         setting: Of the grids.
         path: A ``.png``, ``.svg`` or ``.pdf`` file.
     """
-    in_grid = [row for row in rows if row["grid"] is not None and row["grid"]["setting"] == setting]
-    pruners = list(dict.fromkeys(row["pruner"] for row in in_grid))
-    used = [row for row in plain_rows(rows) if row["pruner"] in pruners] + in_grid
-    values = sorted({row["parameters"][setting] for row in used}, key=number_first)
+    changed, given = in_grid(records, setting), as_given(records)
+    pruners = list(dict.fromkeys(record.pruner for record in changed))
+    used = [record for record in given if record.pruner in pruners] + changed
+    values = sorted({value_of(record, setting) for record in used}, key=number_first)
     positions, logarithmic = _positions(values)
-    name, targets, looks = accuracy_name(rows), targets_of(rows), styles(list(by_label(plain_rows(rows))))
-    figure, every = panels(len(targets), 3.1, 2.7)
-    for axes, target in zip(every, targets, strict=True):
+    name, goals, looks = accuracy_name(records), goals_of(records), styles(list(by_label(given)))
+    figure, every = panels(len(goals), 3.1, 2.7)
+    for axes, goal in zip(every, goals, strict=True):
         for pruner in pruners:
+            own = [record for record in used if (record.pruner, record.goal) == (pruner, goal)]
             points = []
             for value in values:
-                here = [
-                    r for r in used if (r["pruner"], r["target"], r["parameters"][setting]) == (pruner, target, value)
-                ]
-                if here and (found := mean_and_deviation(metric_values(here, name))) is not None:
+                here = [record for record in own if value_of(record, setting) == value]
+                if (found := mean_and_deviation(metric_values(here, name))) is not None:
                     points.append((positions[value], found))
             _line(axes, [x for x, _ in points], [value for _, value in points], pruner, looks[pruner])
         if logarithmic:
@@ -135,7 +140,7 @@ def plot_grid(rows: Sequence[Row], setting: str, path: Path) -> None:
         axes.set_xticks(list(positions.values()), [_text(value) for value in values], fontsize=8)
         axes.minorticks_off()
         _at_least(axes, 0.02)
-        axes.set_title(f"{percent(target)} sparsity", fontsize=9)
+        axes.set_title(f"{percent(goal)} sparsity", fontsize=9)
         axes.set_xlabel(setting)
         axes.set_ylabel(name or "no metric")
         grid(axes)

@@ -4,26 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from matplotlib.colors import BoundaryNorm, LogNorm
 from torch import Tensor
 
-from lightning_cap.report.rows import percent
+from lightning_cap.comparison.records import SurfaceRecord
+from lightning_cap.report.records import percent
 from lightning_cap.report.style import panels, save
 
 
-def plot_surface(surface: Mapping[str, Any], path: Path) -> None:
+def plot_surface(surface: SurfaceRecord, path: Path) -> None:
     """Contours of the loss in the plane of the dense weights and two pruned ones, the three marked (figure 4).
 
     Args:
-        surface: The contents of ``surface.json``.
+        surface: The record in ``surface.json``.
         path: A ``.png``, ``.svg`` or ``.pdf`` file.
     """
-    axis, loss = np.array(surface["axis"]), np.array(surface["loss"], dtype=float)
-    one, two = surface["pruners"]
+    axis, loss = np.array(surface.axis), np.array(surface.loss, dtype=float)
+    one, two = surface.pruners
     figure, (axes,) = panels(1, 5.4, 4.4)
     finite = loss[np.isfinite(loss)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
@@ -38,13 +38,13 @@ def plot_surface(surface: Mapping[str, Any], path: Path) -> None:
     for name, x, y, marker in (("dense", 0, 0, "*"), (one, 1, 0, "o"), (two, 0, 1, "s")):
         place = {"color": "#D55E00", "marker": marker, "markersize": 9, "linestyle": "none", "clip_on": False}
         axes.plot([x], [y], markeredgecolor="white", zorder=5, **place)
-        text = f"{name} ({surface['corners'][name]:.3g})"
+        text = f"{name} ({surface.corners[name]:.3g})"
         box = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "boxstyle": "round,pad=0.2"}
         shift, side = ((-7, 8), "right") if x else ((7, 8), "left")
         axes.annotate(text, (x, y), shift, textcoords="offset points", fontsize=8, zorder=6, ha=side, bbox=box)
     axes.set_xlabel(f"dense to {one}")
     axes.set_ylabel(f"dense to {two}")
-    axes.set_title(f"{percent(surface['sparsity'])} sparsity", fontsize=9)
+    axes.set_title(f"{percent(surface.sparsity)} sparsity", fontsize=9)
     axes.set_aspect("equal")
     save(figure, path)
 

@@ -6,34 +6,34 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lightning_cap.comparison.results import intersection_over_union, load_masks
-from lightning_cap.report.rows import Row, by_label, first_seed, percent, plain_rows, targets_of
+from lightning_cap.comparison.records import intersection_over_union, load_masks
+from lightning_cap.report.records import Records, as_given, by_label, first_seed, goals_of, percent
 from lightning_cap.report.style import NUM_COLORS, grid, legend, panels, save, styles
 
 _MOST_BARS = 120
 
 
-def plot_layers(rows: Sequence[Row], path: Path) -> None:
+def plot_layers(records: Records, path: Path) -> None:
     """The sparsity of each target as bars, a panel for each sparsity of the model (up to four), a colour for each pruner.
 
     Where the bars would be too many to tell apart, lines are drawn.
 
     Args:
-        rows: What `lightning_cap.comparison.compare` returned; of the first seed are drawn.
+        records: What `lightning_cap.comparison.compare` returned; of the first seed are drawn.
         path: A ``.png``, ``.svg`` or ``.pdf`` file.
     """
-    found, targets = by_label(first_seed(plain_rows(rows))), _spread(targets_of(rows))
+    found, goals = by_label(first_seed(as_given(records))), _spread(goals_of(records))
     looks = styles(list(found))
-    names = list(next(iter(next(iter(found.values())).values()))[0]["sparsities"])
+    names = list(next(iter(next(iter(found.values())).values()))[0].sparsities)
     width = min(22.0, max(5.0, 1.2 + len(names) * max(0.28, 0.09 * len(found))))
-    figure, every = panels(len(targets), width, 1.75, columns=1)
+    figure, every = panels(len(goals), width, 1.75, columns=1)
     bar = 0.84 / len(found)
     as_lines = len(names) * len(found) > _MOST_BARS
-    for axes, target in zip(every, targets, strict=True):
-        for i, (label, rows_of) in enumerate(found.items()):
-            if target not in rows_of:
+    for axes, goal in zip(every, goals, strict=True):
+        for i, (label, having) in enumerate(found.items()):
+            if goal not in having:
                 continue
-            heights = [100 * rows_of[target][0]["sparsities"][name] for name in names]
+            heights = [100 * having[goal][0].sparsities[name] for name in names]
             if as_lines:
                 axes.plot(
                     range(len(names)), heights, label=label, **{**looks[label], "linewidth": 0.7, "markersize": 4}
@@ -51,13 +51,13 @@ def plot_layers(rows: Sequence[Row], path: Path) -> None:
                     linewidth=0,
                     hatch=hatch,
                 )
-        axes.axhline(100 * target, color="0.3", linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.axhline(100 * goal, color="0.3", linewidth=0.8, linestyle=(0, (4, 3)))
         axes.set_ylim(0, 102)
         axes.set_xlim(-0.7, len(names) - 0.3)
         axes.set_xticks(range(len(names)), [""] * len(names))
         axes.tick_params(axis="x", length=0)
         axes.set_ylabel("sparsity (%)", fontsize=8)
-        axes.set_title(f"model: {percent(target)}", fontsize=9, loc="left")
+        axes.set_title(f"model: {percent(goal)}", fontsize=9, loc="left")
         grid(axes)
         axes.grid(visible=as_lines, axis="x")
     short = [name.removesuffix(".weight") for name in _without_common_start(names)]
@@ -82,23 +82,23 @@ def _without_common_start(names: Sequence[str]) -> list[str]:
     return [".".join(p[common:]) for p in parts]
 
 
-def mask_agreement(rows: Sequence[Row], folder: Path) -> dict[str, Any]:
+def mask_agreement(records: Records, folder: Path) -> dict[str, Any]:
     """Intersection over union of the kept weights, of every two pruners, at each sparsity (section 4.1).
 
     Args:
-        rows: What `lightning_cap.comparison.compare` returned; of the first seed are taken.
+        records: What `lightning_cap.comparison.compare` returned; of the first seed are taken.
         folder: Which has their masks.
 
     Returns:
         ``{sparsity: {"pruners": names, "iou": matrix}}``, for sparsities that more than one pruner has.
     """
     out: dict[str, Any] = {}
-    for target in targets_of(rows):
-        here = {row["label"]: row for row in first_seed(plain_rows(rows)) if row["target"] == target and row["masks"]}
-        if len(here) > 1:
-            masks = [load_masks(folder / row["masks"]) for row in here.values()]
+    for goal in goals_of(records):
+        chosen = [record for record in first_seed(as_given(records)) if record.goal == goal and record.masks]
+        if len(chosen) > 1:
+            masks = [load_masks(folder / record.masks) for record in chosen]
             matrix = [[intersection_over_union(one, other) for other in masks] for one in masks]
-            out[f"{target:g}"] = {"pruners": list(here), "iou": matrix}
+            out[f"{goal:g}"] = {"pruners": [record.label for record in chosen], "iou": matrix}
     return out
 
 

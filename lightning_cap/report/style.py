@@ -38,11 +38,11 @@ def styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
 
 
 def panels(count: int, width: float, height: float, columns: int | None = None) -> tuple[Figure, list[Any]]:
-    """A figure with ``count`` axes of the given size in inches, row by row, four or three in a row."""
+    """A figure with ``count`` axes of the given size in inches, line by line, four or three in a line."""
     columns = min(count, columns or (4 if count in (4, 7, 8) else 3))
-    rows = -(-count // columns)
-    figure = Figure(figsize=(width * columns + 0.3, height * rows + 0.2), layout="constrained")
-    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    lines = -(-count // columns)
+    figure = Figure(figsize=(width * columns + 0.3, height * lines + 0.2), layout="constrained")
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     for empty in axes[count:]:
         empty.remove()
     return figure, axes[:count]

@@ -1,4 +1,4 @@
-"""A comparison takes up rows of an earlier run only where nothing has changed that they depend on."""
+"""A comparison takes up records of an earlier run only where nothing has changed that they depend on."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def run(
         {"kind": WithHparams, "config": {"mixup": [0.1]}},
     ],
 )
-def test_what_the_module_is_set_to_makes_other_rows(
+def test_what_the_module_is_set_to_makes_other_records(
     tmp_path: Path, change: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = dict.fromkeys(("kind",), change["kind"]) if "kind" in change else {}

@@ -1,8 +1,9 @@
-"""Tables and pictures of a comparison, from rows made by hand."""
+"""Tables and pictures of a comparison, from records made by hand."""
 
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,49 +13,49 @@ from matplotlib.image import imread
 from rich.console import Console
 from safetensors.torch import save_file
 
-from lightning_cap.comparison.results import save_masks
+from lightning_cap.comparison.records import ComparisonRecord, GridPoint, SurfaceRecord, save_masks
 from lightning_cap.report import curves, markdown, mask_plots, print_comparison, report, style
 from lightning_cap.report import heatmaps as planes
-from lightning_cap.utilities.files import save_json
+from lightning_cap.utilities.records import write_records
 
-DENSE = {"pruner": "dense", "label": "dense", "grid": None, "seed": None, "target": 0.0, "sparsity": 0.0,
-         "metrics": {"val_loss": 0.1, "val_acc": 0.99}, "predicted_loss": 0.0, "masks": "", "fingerprint": "d"}  # fmt: skip
-
-
-def row(
-    pruner: str, target: float, seed: int, acc: float, grid: Any = None, loss: float | None = 0.1
-) -> dict[str, Any]:
-    damp = grid[1] if grid else 1e-6
-    return {
-        "pruner": pruner,
-        "label": pruner if grid is None else f"{pruner} {grid[0]}={grid[1]:g}",
-        "grid": None if grid is None else {"setting": grid[0], "value": grid[1]},
-        "seed": seed,
-        "target": target,
-        "sparsity": target,
-        "sparsities": {"net.0.weight": target - 0.1, "net.1.weight": target + 0.05},
-        "metrics": {"val_loss": 0.2, "val_acc": acc},
-        "predicted_loss": target / 100,
-        "loss_increase": {"validation": 0.1, "calibration": loss},
-        "seconds": {"collect": 1.0, "solve": 2.0, "apply": 0.5, "evaluate": 1.0},
-        "settings": f"mine.{pruner}: {pruner}(damp={damp:g})",
-        "predicts_loss": True,
-        "parameters": {"num_gradients": 16, "damp": damp, "num_recomputations": 1},
-        "masks": "",
-        "weights": "",
-        "fingerprint": f"{pruner}{target}{seed}{damp}",
-    }
+DENSE = ComparisonRecord(pruner="dense", label="dense", seed=None, goal=0.0, sparsity=0.0, sparsities={}, predicted_loss=0.0,
+                         metrics={"val_loss": 0.1, "val_acc": 0.99}, solution="", fingerprint="d")  # fmt: skip
 
 
-def rows() -> list[dict[str, Any]]:
+def record(
+    pruner: str, goal: float, seed: int, acc: float, grid: GridPoint | None = None, loss: float | None = 0.1
+) -> ComparisonRecord:
+    damp = grid.value if grid else 1e-6
+    return ComparisonRecord(
+        pruner=pruner,
+        label=pruner if grid is None else f"{pruner} {grid.setting}={grid.value:g}",
+        grid=grid,
+        seed=seed,
+        goal=goal,
+        sparsity=goal,
+        sparsities={"net.0.weight": goal - 0.1, "net.1.weight": goal + 0.05},
+        metrics={"val_loss": 0.2, "val_acc": acc},
+        predicted_loss=goal / 100,
+        loss_increase={"validation": 0.1, "calibration": loss},
+        seconds={"collect": 1.0, "solve": 2.0, "apply": 0.5, "evaluate": 1.0},
+        settings=f"mine.{pruner}: {pruner}(damp={damp:g})",
+        predicts_loss=True,
+        parameters={"num_gradients": 16, "damp": damp, "num_recomputations": 1},
+        solution="",
+        fingerprint=f"{pruner}{goal}{seed}{damp}",
+    )
+
+
+def records() -> list[ComparisonRecord]:
     every = [(name, s, seed) for name in ("A", "B") for s in (0.5, 0.9) for seed in (0, 1)]
-    found = [row(name, s, seed, 0.9 - s / 10 - seed / 50, loss=0.08 + seed / 25) for name, s, seed in every]
-    found += [row("A", s, seed, 0.8, ("damp", value)) for value in (1e-8, 1e-4) for s in (0.5, 0.9) for seed in (0, 1)]
+    found = [record(name, s, seed, 0.9 - s / 10 - seed / 50, loss=0.08 + seed / 25) for name, s, seed in every]
+    grid = [GridPoint("damp", value) for value in (1e-8, 1e-4)]
+    found += [record("A", s, seed, 0.8, point) for point in grid for s in (0.5, 0.9) for seed in (0, 1)]
     return [DENSE, *found]
 
 
 def test_markdown_has_means_deviations_and_settings() -> None:
-    text = markdown(rows())
+    text = markdown(records())
     lines = text.splitlines()
     assert "Mean ± standard deviation over 2 seeds (0, 1)." in lines
     assert "| pruner | dense | 50 % | 90 % |" in lines
@@ -69,11 +70,11 @@ def test_markdown_has_means_deviations_and_settings() -> None:
         "| A damp=1e-08", "| A damp=1e-06", "| A damp=0.0001",
     ]  # fmt: skip
     assert "- B: `mine.B: B(damp=1e-06)`, 1 step(s)" in lines
-    assert text.count("damp=0.0001") == 1  # a grid's rows are in its own table alone
+    assert text.count("damp=0.0001") == 1  # a grid's records are in its own table alone
 
 
 def test_what_is_not_known_is_a_dash() -> None:
-    some = [DENSE, row("A", 0.5, 0, 0.9, loss=None), row("B", 0.9, 0, 0.8)]
+    some = [DENSE, record("A", 0.5, 0, 0.9, loss=None), record("B", 0.9, 0, 0.8)]
     lines = markdown(some).splitlines()
     assert "Seed 0." in lines
     assert {"| A | 0.005 | - |", "| A | - | - |", "| A | 0.1 | - |"} <= set(lines)
@@ -87,28 +88,31 @@ def printed(some: Any) -> str:
 
 
 def test_the_console_has_a_line_for_each_pruner_or_for_each_sparsity_of_one() -> None:
-    text = printed(rows())
+    text = printed(records())
     assert "val_acc at each sparsity" in text
     assert "0.8400" in text
     assert "A damp=1e-08" in text
-    one = printed([DENSE, row("A", 0.5, 0, 0.9), row("A", 0.9, 0, 0.8)])
+    one = printed([DENSE, record("A", 0.5, 0, 0.9), record("A", 0.9, 0, 0.8)])
     assert "One-shot pruning by A" in one
     assert all(word in one for word in ("dense", "predicted loss", "val_loss", "0.9000", "0.005"))
 
 
 def test_a_report_draws_what_there_is(tmp_path: Path) -> None:
-    some = rows()
+    some = records()
     masks = {"A": torch.tensor([1, 1, 0, 0]).bool(), "B": torch.tensor([1, 0, 1, 0]).bool()}
-    for each in some[1:]:
-        if each["grid"] is None:
-            each["masks"] = f"masks/{each['fingerprint']}.safetensors"
-            save_masks(tmp_path / each["masks"], {"net.0.weight": masks[each["pruner"]]})
+    some = [replace(r, masks=f"masks/{r.fingerprint}.safetensors" if r.grid is None else "") for r in some]
+    some[0] = DENSE
+    for each in some:
+        if each.masks:
+            save_masks(tmp_path / each.masks, {"net.0.weight": masks[each.pruner]})
     agreement = mask_plots.mask_agreement(some, tmp_path)
     third = 1 / 3
     assert agreement["0.5"] == {"pruners": ["A", "B"], "iou": [[1.0, third], [third, 1.0]]}
-    surface = {"pruners": ["A", "B"], "sparsity": 0.5, "axis": [0.0, 0.5, 1.0], "loss": [[1.0, 2, 3], [2, 3, 4], [3, 4, 5]],
-               "corners": {"dense": 1.0, "A": 3.0, "B": 3.0}}  # fmt: skip
-    save_json(tmp_path / "surface.json", {**surface, "of": [some[1]["fingerprint"]]})
+    surface = SurfaceRecord(
+        pruners=("A", "B"), sparsity=0.5, axis=(0.0, 0.5, 1.0), loss=((1.0, 2.0, 3.0), (2.0, 3.0, 4.0), (3.0, 4.0, 5.0)),
+        corners={"dense": 1.0, "A": 3.0, "B": 3.0}, of=(some[1].fingerprint,),
+    )  # fmt: skip
+    write_records(tmp_path / "surface.json", [surface])
     block = torch.eye(4) + 0.1
     save_file({"all": block}, tmp_path / "fisher_block.safetensors", {"of": "another comparison"})
     written = report(some, tmp_path)
@@ -126,15 +130,18 @@ def test_a_report_draws_what_there_is(tmp_path: Path) -> None:
 
 
 def test_flat_surfaces_zero_blocks_and_losses_that_fell_can_be_drawn(tmp_path: Path) -> None:
-    flat = {"pruners": ["A", "B"], "sparsity": 0.5, "axis": [0.0, 1.0], "loss": [[1.0, 1.0], [1.0, 1.0]],
-            "corners": {"dense": 1.0, "A": 1.0, "B": 1.0}}  # fmt: skip
+    flat = SurfaceRecord(
+        pruners=("A", "B"), sparsity=0.5, axis=(0.0, 1.0), loss=((1.0, 1.0), (1.0, 1.0)),
+        corners={"dense": 1.0, "A": 1.0, "B": 1.0},
+    )  # fmt: skip
     planes.plot_surface(flat, tmp_path / "surface.png")
-    nowhere = {**flat, "loss": [[math.nan, math.nan], [math.nan, math.inf]]}
-    planes.plot_surface(nowhere, tmp_path / "surface.png")
+    planes.plot_surface(replace(flat, loss=((math.nan, math.nan), (math.nan, math.inf))), tmp_path / "surface.png")
     planes.plot_fisher_block({"all": torch.zeros(3, 3)}, tmp_path / "block.png")
-    assert not curves.plot_losses([DENSE, row("A", 0.5, 0, 0.9, loss=-0.1)], tmp_path / "losses.png")
-    assert curves.plot_losses([DENSE, row("A", 0.5, 0, 0.9, loss=-0.1), row("A", 0.9, 0, 0.9)], tmp_path / "losses.png")
-    lost = [DENSE, row("A", 0.5, 0, math.nan, loss=math.nan), row("A", 0.9, 0, 0.9, loss=math.inf)]
+    assert not curves.plot_losses([DENSE, record("A", 0.5, 0, 0.9, loss=-0.1)], tmp_path / "losses.png")
+    assert curves.plot_losses(
+        [DENSE, record("A", 0.5, 0, 0.9, loss=-0.1), record("A", 0.9, 0, 0.9)], tmp_path / "losses.png"
+    )
+    lost = [DENSE, record("A", 0.5, 0, math.nan, loss=math.nan), record("A", 0.9, 0, 0.9, loss=math.inf)]
     assert not curves.plot_losses(lost, tmp_path / "losses.png")
     curves.plot_accuracy(lost, tmp_path / "losses.png")
     assert "| A | 0.9900 | nan | 0.9000 |" in markdown(lost)
@@ -153,3 +160,9 @@ def test_axes_of_grids(values: list[float], logarithmic: bool) -> None:
 
 def test_values_that_are_no_numbers_are_counted() -> None:
     assert curves._positions(["marginal", "cumulative"]) == ({"marginal": 0.0, "cumulative": 1.0}, False)
+
+
+def test_a_surface_that_cannot_be_read_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "surface.json").write_text('{\n  "pruners": []\n}\n')
+    assert "surface.png" not in report(records(), tmp_path)
+    assert "surface.json, line 1" in caplog.text

@@ -44,7 +44,7 @@ def test_events_in_passes_give_the_same_run(tmp_path: Path) -> None:
         assert torch.equal(value, weights[1][name])
 
 
-def test_a_comparison_in_passes_gives_the_same_rows(tmp_path: Path) -> None:
+def test_a_comparison_in_passes_gives_the_same_records(tmp_path: Path) -> None:
     class Data(pl.LightningDataModule):
         def train_dataloader(self) -> object:
             return loaders()["train_dataloaders"]
@@ -58,7 +58,7 @@ def test_a_comparison_in_passes_gives_the_same_rows(tmp_path: Path) -> None:
         module = Toy()
         pruner = cap(max_memory=memory)
         found.append(compare(trainer(tmp_path), module, pruner, [0.5, 0.8], datamodule=Data(), loss_samples=0))
-    assert [rows[1]["stats"]["passes"] for rows in found] == [1, 2]
+    assert [records[1].stats["passes"] for records in found] == [1, 2]
     for one, other in zip(*found, strict=True):
-        assert one["predicted_loss"] == pytest.approx(other["predicted_loss"], rel=1e-6)
-        assert one["metrics"] == pytest.approx(other["metrics"], rel=1e-5)
+        assert one.predicted_loss == pytest.approx(other.predicted_loss, rel=1e-6)
+        assert one.metrics == pytest.approx(other.metrics, rel=1e-5)

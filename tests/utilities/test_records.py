@@ -9,7 +9,11 @@ from typing import Any, ClassVar
 
 import pytest
 
+from lightning_cap.callbacks.cycle import CycleRecord
+from lightning_cap.comparison.records import ComparisonRecord, GridPoint, SurfaceRecord
 from lightning_cap.errors import DataError
+from lightning_cap.export.records import ExportRecord
+from lightning_cap.trainer.records import EventRecord
 from lightning_cap.utilities.records import (
     Plain,
     Record,
@@ -164,3 +168,44 @@ def test_what_is_no_plain_value_is_not_written(tmp_path: Path) -> None:
         write_records(tmp_path / "r.jsonl", [Sample(1, 0.5, values={"a": object()})])  # type: ignore[dict-item]
     assert [path.name for path in tmp_path.iterdir()] == ["r.jsonl"]
     assert read_records(tmp_path / "r.jsonl", Sample) == [Sample(1, 0.5)]
+
+
+EVENT = EventRecord(
+    epoch=3, goal=0.5, sparsity=0.5, predicted_loss=0.1, unit="gradients", samples=48, skipped=1, grown_back=0,
+    peak_bytes=100, seconds={"plan": 0.1, "solve": 2}, stats={"passes": 1}, before={"val_acc": 0.9},
+    after={"val_acc": math.inf}, sparsities={"net.4.weight": 0.5},
+)  # fmt: skip
+RECORDS: list[Record] = [
+    EVENT,
+    ExportRecord(format="safetensors", path="a.safetensors", goal=0.5, sparsity=0.5, architecture="", bytes=10),
+    CycleRecord(0.5, 3, None, 0.5).with_files(Path("folder")),
+    SurfaceRecord(pruners=("a", "b"), sparsity=0.5, axis=(0.0,), loss=((1.0,),), corners={"dense": 1.0}, of=("f",)),
+    ComparisonRecord(
+        pruner="CAP", label="CAP damp=1", grid=GridPoint("damp", 1), seed=0, goal=0.5, sparsity=0.5, sparsities={"w": 0.5},
+        metrics={"val_acc": 0.5}, predicted_loss=0.1, loss_increase={"validation": 0.1, "calibration": None},
+        seconds={"solve": 1.0}, settings="CAP()", parameters={"damp": 1, "backend": "numba", "flag": True, "limit": None},
+        predicts_loss=True, stats={"passes": 1}, masks="m", weights="", solution="s", fingerprint="f",
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("record", RECORDS, ids=lambda record: record.kind)
+def test_every_kind_of_record_comes_back_as_it_was(tmp_path: Path, record: Record) -> None:
+    write_records(tmp_path / "r.jsonl", [record])
+    again = read_record(tmp_path / "r.jsonl", type(record))
+    assert again == record
+    assert again.to_json() == record.to_json()
+
+
+def test_kinds_are_told_apart() -> None:
+    assert len({record.kind for record in RECORDS}) == len(RECORDS)
+    assert {record.version for record in RECORDS} == {1}
+
+
+def test_loggers_get_an_event_under_the_names_that_they_have_always_had() -> None:
+    assert EVENT.logged() == {
+        "cap/sparsity": 0.5, "cap/predicted_loss": 0.1, "cap/gradients": 48.0, "cap/gradients_skipped": 1.0,
+        "cap/grown_back": 0.0, "cap/peak_bytes": 100.0, "cap/passes": 1.0, "cap/seconds/plan": 0.1, "cap/seconds/solve": 2.0,
+        "cap/before/val_acc": 0.9, "cap/after/val_acc": math.inf, "cap/sparsity/net.4.weight": 0.5,
+    }  # fmt: skip
+    assert {"cap/inputs", "cap/inputs_skipped"} <= replace(EVENT, unit="inputs").logged().keys()

@@ -1,0 +1,129 @@
+"""The records of a comparison, one line of ``results.jsonl`` each, and the files that belong to them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from lightning_cap.export.safetensors import save_plain_weights
+from lightning_cap.utilities.bits import pack_bits, unpack_bits
+from lightning_cap.utilities.records import Plain, Record
+
+RESULTS = "results.jsonl"
+SURFACE = "surface.json"
+
+
+@dataclass(frozen=True)
+class GridPoint:
+    """The setting that was changed for a grid, and its value there."""
+
+    setting: str
+    value: Plain
+
+
+@dataclass(frozen=True, kw_only=True)
+class ComparisonRecord(Record):
+    """What a pruner with a seed gave at a sparsity; or the dense model.
+
+    Attributes:
+        pruner: Its name; ``"dense"`` for the dense model, whose ``seed`` is None and whose ``predicted_loss`` is 0.
+        label: The name, and what was changed for a grid.
+        grid: What was changed, None for the pruner as given.
+        seed: Key of the calibration samples.
+        goal: Sparsity that was asked for.
+        sparsity: Measured: zeros over all weights of the targets.
+        sparsities: Measured, per target.
+        metrics: What the module logs in validation.
+        predicted_loss: Predicted increase of the loss.
+        loss_increase: Measured increase on the ``validation`` and on ``calibration`` data, None where it is not known.
+        seconds: Per phase: collect, solve, apply, evaluate.
+        settings: All settings of the pruner, for people.
+        parameters: Those of its settings that are plain values, what was changed for a grid, and ``num_recomputations``.
+        predicts_loss: Whether ``predicted_loss`` is one of the loss.
+        stats: The pruner's own numbers.
+        masks: File of the masks, in the folder of the results; empty if there is none.
+        weights: File of the pruned weights, likewise.
+        solution: Checksum of the targets' weights.
+        fingerprint: Of everything that the record depends on.
+    """
+
+    kind: ClassVar[str] = "comparison"
+    version: ClassVar[int] = 1
+
+    pruner: str
+    label: str
+    grid: GridPoint | None = None
+    seed: int | None
+    goal: float
+    sparsity: float
+    sparsities: Mapping[str, float]
+    metrics: Mapping[str, float]
+    predicted_loss: float
+    loss_increase: Mapping[str, float | None] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    settings: str = ""
+    parameters: Mapping[str, Plain] = field(default_factory=dict)
+    predicts_loss: bool = False
+    stats: Mapping[str, float] = field(default_factory=dict)
+    masks: str = ""
+    weights: str = ""
+    solution: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class SurfaceRecord(Record):
+    """The loss on a grid over the plane ``w0 + α (w1 - w0) + β (w2 - w0)``, the one record of ``surface.json``.
+
+    Attributes:
+        pruners: Names of the two that gave ``w1`` and ``w2``.
+        sparsity: Of both.
+        axis: The values of ``α`` and of ``β``.
+        loss: ``loss[j][i]`` at ``α = axis[i]``, ``β = axis[j]``.
+        corners: The loss of the dense weights (``"dense"``), of ``w1`` and of ``w2`` as they are, by the pruners' names.
+        of: Fingerprints of the records of ``w1`` and ``w2``.
+        fingerprint: Of everything that the surface depends on.
+    """
+
+    kind: ClassVar[str] = "surface"
+    version: ClassVar[int] = 1
+
+    pruners: tuple[str, ...]
+    sparsity: float
+    axis: tuple[float, ...]
+    loss: tuple[tuple[float, ...], ...]
+    corners: Mapping[str, float]
+    of: tuple[str, ...] = ()
+    fingerprint: str = ""
+
+
+def save_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
+    """Write masks bit-packed, eight weights per byte."""
+    shapes = {name: list(mask.shape) for name, mask in masks.items()}
+    save_plain_weights(
+        path, {n: pack_bits(mask.flatten().cpu()) for n, mask in masks.items()}, {"shapes": json.dumps(shapes)}
+    )
+
+
+def load_masks(path: Path) -> dict[str, Tensor]:
+    """What `save_masks` wrote: ``{target: bool (*shape)}``."""
+    with safe_open(path, "pt") as file:
+        shapes = json.loads(file.metadata()["shapes"])
+        return {
+            name: unpack_bits(file.get_tensor(name), torch.Size(shape).numel()).view(shape)
+            for name, shape in shapes.items()
+        }
+
+
+def intersection_over_union(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+    """Weights that both masks keep over those that at least one keeps (section 4.1); 1 where neither keeps any."""
+    both = sum(int((mask & other[name]).sum()) for name, mask in one.items())
+    either = sum(int((mask | other[name]).sum()) for name, mask in one.items())
+    return both / either if either else 1.0
