@@ -131,6 +131,12 @@ def test_oneshot_compares_pruners(tmp_path: Path, capsys: pytest.CaptureFixture[
     )  # one value of one pruner, from the shell
     assert (tmp_path / "out/CAP/seed=1/sparsity=0.60.safetensors").is_file()
     assert "num_gradients=32" in (tmp_path / "out/results.md").read_text() != before
+    again = {record.fingerprint for record in read_records(tmp_path / "out/results.jsonl", ComparisonRecord)}
+    assert {r.pruner for r in records if r.fingerprint in again} == {
+        "dense",
+        "magnitude",
+    }  # whatever else the command says
+    assert {r.pruner for r in records if r.fingerprint not in again} == {"CAP"}
 
 
 @pytest.mark.parametrize(

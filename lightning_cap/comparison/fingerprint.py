@@ -14,6 +14,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
+from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
@@ -100,7 +101,7 @@ def _described(value: Any, depth: int) -> Any:
         return [kind, digest({name: part for name, part in value.state_dict().items() if isinstance(part, Tensor)})]
     if isinstance(value, (Dataset, DataLoader)):
         return [kind, _length(value)]
-    if isinstance(value, pl.Trainer) or depth == 0:
+    if isinstance(value, (pl.Trainer, LightningCLI)) or depth == 0:  # how it was started makes no difference
         return kind
     if isinstance(value, functools.partial):
         return [

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader
 
+from lightning_cap.cli import CAPCLI
 from lightning_cap.comparison import compare, fingerprint
 from lightning_cap.comparison.fingerprint import canonicalize
 from lightning_cap.comparison.variants import make_variants
@@ -127,7 +128,7 @@ def test_the_same_model_is_the_same_in_a_second_comparison(tmp_path: Path, monke
 class Power:
     """A setting of the user's own without a ``repr``."""
 
-    def __init__(self, value: float) -> None:
+    def __init__(self, value: Any) -> None:
         self._value = value
 
 
@@ -170,6 +171,14 @@ def test_plain_descriptions() -> None:
     loop = Power(1.0)
     loop.loop = loop  # type: ignore[attr-defined]
     assert "0x" not in str(canonicalize([loop, object(), trainer(".")]))
+
+
+def test_what_the_command_line_says_otherwise_is_no_setting() -> None:
+    """jsonargparse gives modules functions that hold the whole CLI, and with it the command."""
+    first, second = (object.__new__(CAPCLI) for _ in range(2))
+    first.config, second.config = {"output_dir": "a"}, {"output_dir": "b"}
+    hold = lambda cli, lr: partial(torch.optim.SGD, lr=lr, instantiators=[Power(cli)])  # noqa: E731 - two arguments
+    assert canonicalize(hold(first, 0.1)) == canonicalize(hold(second, 0.1)) != canonicalize(hold(first, 0.2))
 
 
 def test_descriptions_do_not_change_from_process_to_process() -> None:
