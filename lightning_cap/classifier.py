@@ -15,7 +15,6 @@ from lightning.pytorch.utilities import rank_zero_warn
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from safetensors.torch import load_file
 from timm.layers.drop import DropPath
-from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined, unused-ignore]
 from torch import nn
 from torch.optim import Optimizer
 from torchmetrics import Metric, MetricCollection
@@ -25,6 +24,11 @@ from lightning_cap.data.recipes import get_training_recipe
 from lightning_cap.errors import ConfigError
 from lightning_cap.schedules.learning_rate import CyclicLinearLR
 from lightning_cap.utilities.compiled import COMPILED_PREFIX, plain_module
+
+try:
+    from timm.optim import param_groups_weight_decay  # type: ignore[attr-defined, unused-ignore]
+except ImportError:  # an older timm has it one module further in
+    from timm.optim.optim_factory import param_groups_weight_decay  # type: ignore[no-redef, unused-ignore]
 
 _WRAPPERS = ("state_dict_ema", "model_ema", "state_dict", "model")  # the averaged weights first, as timm does
 _PREFIXES = ("module.", "model.", COMPILED_PREFIX)  # DDP, this module in a Lightning checkpoint, torch.compile

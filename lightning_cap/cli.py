@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import lightning.pytorch as pl
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_cap.comparison import LossSurface, compare
@@ -111,8 +111,18 @@ class CAPCLI(LightningCLI):
         """A recipe is given once, with the data: the model takes its regularisation from the same."""
         parser.link_arguments("data.init_args.recipe", "model.init_args.recipe")
 
-    def _parse_ckpt_path(self) -> None:
-        """The configuration describes the model; hyperparameters in a checkpoint do not change it."""
+    def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
+        """Hide ``ckpt_path`` at first: Lightning would let hyperparameters in a checkpoint change the model that is configured."""
+        super().parse_arguments(parser, args)
+        given = self.config.get(self.config.get("subcommand") or "", {})
+        self._ckpt_path = given.get("ckpt_path")
+        if self._ckpt_path is not None:
+            given["ckpt_path"] = None
+
+    def before_instantiate_classes(self) -> None:
+        """Show ``ckpt_path`` again, for the Trainer."""
+        if self._ckpt_path is not None:
+            self.config[self.config["subcommand"]]["ckpt_path"] = self._ckpt_path
 
 
 def main(args: list[str] | None = None) -> None:

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
+import torch
 import yaml
 
 from lightning_cap.cli import CAPCLI, CAPTrainer, main
@@ -213,6 +215,22 @@ def test_the_recipe_of_the_data_is_the_models_too() -> None:
         trainer_class=CAPTrainer, run=False, args=[*arguments, "--data.recipe=deit", "--model.weight_decay=0.2"]
     )
     assert cli.model.weight_decay == 0.2
+
+
+def test_hyperparameters_in_a_checkpoint_do_not_change_the_configured_model(tmp_path: Path) -> None:
+    arguments = shortened(tmp_path)
+    kept = CAPCLI(trainer_class=CAPTrainer, run=False, args=arguments).model
+    content = {
+        "state_dict": {name: torch.full_like(value, 2) for name, value in kept.state_dict().items()},
+        "hyper_parameters": {"weight_decay": 0.123, "label_smoothing": 0.456, "unknown": 7},
+        "pytorch-lightning_version": pl.__version__,
+        "callbacks": {},
+    }
+    torch.save(content, tmp_path / "last.ckpt")
+    cli = CAPCLI(trainer_class=CAPTrainer, args=["validate", *arguments, f"--ckpt_path={tmp_path / 'last.ckpt'}"])
+    assert (cli.model.weight_decay, cli.model.label_smoothing) == (kept.weight_decay, kept.label_smoothing)
+    assert all((weight == 2).all() for weight in cli.model.parameters())
+    assert cli.config["validate"]["ckpt_path"] == str(tmp_path / "last.ckpt")
 
 
 def test_class_paths_may_name_files_in_the_working_folder(tmp_path: Path) -> None:

@@ -37,6 +37,8 @@ class CalibrationBatches:
         event: Second part: the index of the pruning event in the run.
         most_gradients: Gradient samples in a batch at the most, 2 or more. All rows of a batch are held at once when several
             processes exchange them.
+        sampler: What to draw the order from instead of the loader's own sampler, as where Lightning has put a distributed one
+            around it.
 
     Raises:
         DataError: The data set is empty.
@@ -50,8 +52,10 @@ class CalibrationBatches:
         seed: int,
         event: int,
         most_gradients: int = 2**16,
+        sampler: Iterable[Any] | None = None,
     ) -> None:
         self._source = source
+        self._sampler = sampler
         self._num_samples = num_samples
         self._samples_per_gradient = samples_per_gradient
         self._key = (seed, event)
@@ -113,7 +117,8 @@ class CalibrationBatches:
                 return indices[:count]
             with rng.preserved():
                 rng.seed_by(*self._key, rng.Domain.DRAW, number)
-                drawn = _special_order(loader) or torch.randperm(size).tolist()
+                sampler = sampler_of(loader) if self._sampler is None else self._sampler
+                drawn = _special_order(sampler) or torch.randperm(size).tolist()
             indices += drawn
         raise AssertionError("unreachable")
 
@@ -152,18 +157,19 @@ class _KeyedCollate:
         return self._collate([sample for _, sample in batch])
 
 
-def _special_order(loader: DataLoader[Any]) -> list[int] | None:
+def sampler_of(loader: DataLoader[Any]) -> Iterable[Any]:
+    """What gives a loader's order: its sampler, or that of a batch sampler of the user's, or the indices of all its batches."""
+    if loader.batch_size is not None:
+        return loader.sampler
+    # with a batch sampler of the user's, the loader's own sampler means nothing
+    return getattr(loader.batch_sampler, "sampler", None) or itertools.chain.from_iterable(loader.batch_sampler or ())
+
+
+def _special_order(sampler: Iterable[Any]) -> list[int] | None:
     """One pass of a sampler that is more than "all, in order or shuffled", such as a weighted or subset one."""
-    source: Any = loader.sampler
-    if loader.batch_size is None:  # a batch sampler of the user's; the loader's own sampler means nothing then
-        source = getattr(loader.batch_sampler, "sampler", None) or itertools.chain.from_iterable(
-            loader.batch_sampler or ()
-        )
-    if isinstance(source, DistributedSampler):  # Lightning puts it around special samplers
-        source = getattr(source.dataset, "_sampler", None)
-    if source is None or type(source) in (SequentialSampler, RandomSampler):
+    if isinstance(sampler, DistributedSampler) or type(sampler) in (SequentialSampler, RandomSampler):
         return None
-    drawn = [int(index) for index in source]
+    drawn = [int(index) for index in sampler]
     if not drawn:
         raise DataError("calibration data: the loader's sampler gives no sample.")
     return drawn

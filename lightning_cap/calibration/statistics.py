@@ -47,8 +47,10 @@ class Statistic(ABC):
         """Samples of the data that it takes, over all processes."""
 
     @abstractmethod
-    def batches(self, source: Iterable[Any], targets: Targets, key: tuple[int, int]) -> CalibrationBatches:
-        """This process's batches of ``source``, drawn by a key (seed, collection index)."""
+    def batches(
+        self, source: Iterable[Any], targets: Targets, key: tuple[int, int], sampler: Iterable[Any] | None = None
+    ) -> CalibrationBatches:
+        """This process's batches of ``source``, drawn by a key (seed, collection index). See `CalibrationBatches`."""
 
     @abstractmethod
     def collector(
@@ -84,9 +86,11 @@ class GradientSamples(Statistic):
         """``n`` times ``per_sample``."""
         return self.n * self.per_sample
 
-    def batches(self, source: Iterable[Any], targets: Targets, key: tuple[int, int]) -> CalibrationBatches:
+    def batches(
+        self, source: Iterable[Any], targets: Targets, key: tuple[int, int], sampler: Iterable[Any] | None = None
+    ) -> CalibrationBatches:
         """See `Statistic`."""
-        return CalibrationBatches(source, self.num_samples, self.per_sample, *key, rows_at_once(targets))
+        return CalibrationBatches(source, self.num_samples, self.per_sample, *key, rows_at_once(targets), sampler)
 
     def collector(
         self,
@@ -123,9 +127,11 @@ class LayerInputs(Statistic):
         """``n``."""
         return self.n
 
-    def batches(self, source: Iterable[Any], targets: Targets, key: tuple[int, int]) -> CalibrationBatches:
+    def batches(
+        self, source: Iterable[Any], targets: Targets, key: tuple[int, int], sampler: Iterable[Any] | None = None
+    ) -> CalibrationBatches:
         """See `Statistic`."""
-        return CalibrationBatches(source, self.n, 1, *key, _MOST_INPUTS)
+        return CalibrationBatches(source, self.n, 1, *key, _MOST_INPUTS, sampler)
 
     def collector(
         self,

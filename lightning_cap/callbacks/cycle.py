@@ -9,9 +9,9 @@ from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 
-from lightning_cap.callbacks.weight_averaging import averaged_models
 from lightning_cap.export.safetensors import save_weights, sparsity_stem
 from lightning_cap.sparsity.targets import Targets
+from lightning_cap.trainer.compat import averaged_models
 from lightning_cap.utilities import distributed
 from lightning_cap.utilities.records import Record
 

@@ -26,6 +26,7 @@ from lightning_cap.pruners import CAP, Pruner
 from lightning_cap.schedules import SparsitySchedule
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.targets import Targets, measured_sparsity
+from lightning_cap.trainer import compat
 from lightning_cap.trainer.evaluation import evaluate
 from lightning_cap.trainer.event import EventReport, PruningEvent
 from lightning_cap.trainer.progress_bar import end_bar, event_progress
@@ -144,6 +145,7 @@ class CAPPruningCallback(pl.Callback):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the targets, restore or begin the masks, and put them in force."""
+        compat.check_run(trainer, pl_module, resumed=bool(self._restored))
         targets = Targets.from_model(pl_module, self.include, self.exclude)
         self.pruner.check(targets)
         same_model = self._previous is not None and all(
@@ -181,7 +183,7 @@ class CAPPruningCallback(pl.Callback):
         if due:
             for pruner in pruners_of(self.pruner, self.schedule, run.events):
                 self._event(trainer, pl_module, pruner).dry_run(self._collection_index)
-        if self._restored and getattr(trainer.fit_loop, "restarted_mid_epoch", False):
+        if self._restored and compat.restarted_mid_epoch(trainer):
             restore_random_state(self._restored)
 
     # ----------------------------------------------------------------- events

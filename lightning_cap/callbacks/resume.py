@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_cap.trainer import compat
 from lightning_cap.utilities import distributed, rng
 
 
@@ -31,11 +33,6 @@ def begin_epoch_anew(trainer: pl.Trainer) -> None:
     On resuming, Lightning makes the training iterator before any callback state is in force, and keeps it; a run that was
     never stopped makes it here. Loaders with a state of their own have restored it and are left alone.
     """
-    fetcher = getattr(trainer.fit_loop, "_data_fetcher", None)
-    loader = getattr(trainer.fit_loop, "_combined_loader", None)
-    if (
-        fetcher is not None
-        and loader is not None
-        and not any(hasattr(dl, "load_state_dict") for dl in loader.flattened)
-    ):
-        iter(fetcher)
+    loaders = CombinedLoader(trainer.train_dataloader).flattened
+    if not any(hasattr(loader, "load_state_dict") for loader in loaders):
+        compat.begin_training_data_anew(trainer)

@@ -2,19 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import lightning.pytorch as pl
 import torch
 from torch import nn
 
 from lightning_cap.sparsity.masks import MaskSet
-
-
-def averaged_models(trainer: pl.Trainer) -> list[nn.Module]:
-    """The averaged LightningModule of every averaging callback in the run."""
-    averaging: Any = [getattr(callback, "_average_model", None) for callback in trainer.callbacks]  # type: ignore[attr-defined]
-    return [model for model in averaging if isinstance(model, nn.Module)]
+from lightning_cap.trainer.compat import averaged_models
 
 
 @torch.no_grad()

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 
 from lightning_cap.calibration.statistics import GradientSamples
 from lightning_cap.comparison.records import RESULTS, ComparisonRecord
@@ -16,6 +15,7 @@ from lightning_cap.comparison.surface import LossSurface
 from lightning_cap.comparison.variants import Grids, Request, check_sparsities, file_name, make_variants
 from lightning_cap.errors import ConfigError
 from lightning_cap.pruners.base import Pruner
+from lightning_cap.trainer.compat import spawns_processes
 from lightning_cap.utilities.memory import parse_bytes
 from lightning_cap.utilities.records import read_records
 
@@ -83,7 +83,7 @@ def compare(
         surface.check(list(named), list(sparsities))
     if folder is None and (surface is not None or fisher_block or save_weights):
         raise ConfigError("folder=None: surface, fisher_block and save_weights need a folder to write to.")
-    spawned = isinstance(trainer.strategy.launcher, _MultiProcessingLauncher)
+    spawned = spawns_processes(trainer)
     if folder is None and spawned:
         raise ConfigError(
             "folder=None: the strategy spawns processes, which take their records with them. Give a folder."

@@ -22,12 +22,11 @@ from torch.utils.data import DataLoader, Dataset
 from torchmetrics import Metric
 
 from lightning_cap._version import __version__
-from lightning_cap.calibration.batches import CalibrationBatches
-from lightning_cap.calibration.gradients import rows_at_once
+from lightning_cap.calibration.statistics import GradientSamples
 from lightning_cap.comparison.results import digest
 from lightning_cap.sparsity.targets import Targets
-from lightning_cap.trainer.calibration import calibrating, calibration_source, ready_batches
-from lightning_cap.utilities import distributed, rng
+from lightning_cap.trainer.calibration import calibrating, calibration_batches, calibration_source
+from lightning_cap.utilities import distributed
 
 ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _DEPTH = 6  # of objects in objects
@@ -129,7 +128,7 @@ def _name(kind: Any) -> str:
 
 def _own(module: nn.Module) -> Any:
     """Type and public attributes of one module, without those in it, what the run keeps in it, and the state of a metric."""
-    state = module._defaults if isinstance(module, Metric) else {}
+    state = module.metric_state if isinstance(module, Metric) else {}
     without = _internal(module) | set(state)
     return [
         _name(type(module)),
@@ -153,8 +152,7 @@ def _calibration(trainer: pl.Trainer, module: pl.LightningModule, targets: Targe
     """Samples of the calibration data, and a checksum of its first batch under seed 0, as the module gets it."""
     with calibrating(trainer, module), torch.no_grad():
         source = calibration_source(trainer, module)
-        batches = CalibrationBatches(source, 1, 1, 0, 0, rows_at_once(targets))
-        first = next(ready_batches(trainer, module, batches, (0, 0, rng.Domain.COMPUTE)), None)
+        first = next(calibration_batches(trainer, module, GradientSamples(1), targets, (0, 0), source), None)
     return [
         _length(getattr(source, "dataset", source)),
         checksum([canonicalize(leaf) for leaf in pytree.tree_leaves(first)]),

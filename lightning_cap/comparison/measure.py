@@ -7,18 +7,17 @@ from collections.abc import Mapping
 import lightning.pytorch as pl
 import torch
 
-from lightning_cap.calibration.batches import CalibrationBatches, batch_size
-from lightning_cap.calibration.gradients import rows_at_once
+from lightning_cap.calibration.batches import batch_size
+from lightning_cap.calibration.statistics import GradientSamples
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.trainer.calibration import (
     calibrating,
+    calibration_batches,
     calibration_loss,
-    calibration_source,
     precision_context,
-    ready_batches,
 )
 from lightning_cap.trainer.evaluation import evaluate
-from lightning_cap.utilities import distributed, rng
+from lightning_cap.utilities import distributed
 
 
 class Measure:
@@ -67,9 +66,8 @@ class Measure:
             torch.no_grad(),
             distributed.raise_on_all_ranks("The loss on calibration samples"),
         ):
-            source = calibration_source(trainer, module)
-            batches = CalibrationBatches(source, self._samples, 1, seed, 0, rows_at_once(self._targets))
-            for batch in ready_batches(trainer, module, batches, (seed, 0, rng.Domain.COMPUTE)):
+            statistic = GradientSamples(self._samples)
+            for batch in calibration_batches(trainer, module, statistic, self._targets, (seed, 0)):
                 with context():
                     value = float(loss(module, batch))
                 size = batch_size(batch, default=1)

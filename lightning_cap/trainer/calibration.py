@@ -14,7 +14,10 @@ from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from lightning_cap.calibration.statistics import Statistic
 from lightning_cap.errors import ConfigError
+from lightning_cap.sparsity.targets import Targets
+from lightning_cap.trainer import compat
 from lightning_cap.trainer.isolation import in_stage, preserve_attributes, preserve_state, suppress_logging
 from lightning_cap.utilities import distributed, rng
 
@@ -46,6 +49,30 @@ def calibration_source(trainer: pl.Trainer, module: pl.LightningModule) -> Itera
             "calibration_dataloader() on the LightningDataModule or LightningModule."
         )
     return flat[0]
+
+
+def calibration_batches(
+    trainer: pl.Trainer,
+    module: pl.LightningModule,
+    statistic: Statistic,
+    targets: Targets,
+    key: tuple[int, int],
+    source: Iterable[Any] | None = None,
+) -> Iterator[Any]:
+    """Batches for a statistic after the batch-transfer hooks, each to be computed on under generators seeded by its number.
+
+    Args:
+        trainer: In ``fit`` or ``validate``.
+        module: Its LightningModule.
+        statistic: Says how many samples, in batches of which size.
+        targets: The weights.
+        key: Seed, and index of the collection.
+        source: Where to draw from. Default: `calibration_source`.
+    """
+    source = calibration_source(trainer, module) if source is None else source
+    sampler = compat.inner_sampler(source) if isinstance(source, DataLoader) else None
+    batches = statistic.batches(source, targets, key, sampler)
+    return ready_batches(trainer, module, batches, (*key, rng.Domain.COMPUTE))
 
 
 def precision_context(trainer: pl.Trainer) -> Callable[[], AbstractContextManager[Any]]:
@@ -94,7 +121,7 @@ def ready_batches(
 def to_device(trainer: pl.Trainer, module: pl.LightningModule, batch: Any, loader: int = 0) -> Any:
     """What Lightning does to a batch before its step: precision, transfer hooks, device."""
     batch = trainer.precision_plugin.convert_input(batch)
-    batch = module._on_before_batch_transfer(batch, dataloader_idx=loader)
+    batch = compat.before_batch_transfer(module, batch, loader)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=loader)
 
 

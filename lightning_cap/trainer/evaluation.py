@@ -14,6 +14,7 @@ from torch import Tensor
 from torchmetrics import Metric
 
 from lightning_cap.calibration.batches import batch_size
+from lightning_cap.trainer import compat
 from lightning_cap.trainer.calibration import step_arguments, to_device
 from lightning_cap.trainer.isolation import in_stage, preserve_state, replace_logging, replace_metrics
 from lightning_cap.utilities import distributed
@@ -31,7 +32,7 @@ def evaluate(trainer: pl.Trainer, module: pl.LightningModule, batches: int | Non
     """
     if trainer.val_dataloaders is None and trainer.enable_validation:  # no epoch has been validated yet
         with in_stage(trainer, RunningStage.VALIDATING):
-            trainer.fit_loop.epoch_loop.val_loop.setup_data()
+            compat.set_up_validation(trainer)
     loaders = trainer.val_dataloaders
     if loaders is None or not trainer.limit_val_batches or not trainer.num_val_batches:
         return {}

@@ -22,13 +22,12 @@ from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.trainer.calibration import (
     calibrating,
+    calibration_batches,
     calibration_loss,
-    calibration_source,
     loss_scale,
     precision_context,
-    ready_batches,
 )
-from lightning_cap.utilities import distributed, rng
+from lightning_cap.utilities import distributed
 from lightning_cap.utilities.distributed import check_equal_on_all_ranks
 from lightning_cap.utilities.progress import Progress
 
@@ -173,7 +172,7 @@ class PruningEvent:
         if collector is None or self._pruner.statistic is None:
             return
         with self._calibrating(), distributed.raise_on_all_ranks("The first gradient"):
-            first = next(self._ready_batches(self._pruner.statistic, collection_index), None)
+            first = next(self._batches(self._pruner.statistic, collection_index), None)
             if first is not None:
                 collector.probe(first)
 
@@ -186,16 +185,15 @@ class PruningEvent:
             self._module,
             self._targets,
             calibration_loss(self._module),
-            _Repeat(lambda: self._ready_batches(statistic, collection_index)),
+            _Repeat(lambda: self._batches(statistic, collection_index)),
             context=precision_context(self._trainer),
             scale=loss_scale(self._trainer),
             progress=self._progress,
         )
 
-    def _ready_batches(self, statistic: Statistic, collection_index: int) -> Iterator[Any]:
+    def _batches(self, statistic: Statistic, collection_index: int) -> Iterator[Any]:
         key = self._seed, collection_index
-        batches = statistic.batches(calibration_source(self._trainer, self._module), self._targets, key)
-        return ready_batches(self._trainer, self._module, batches, (*key, rng.Domain.COMPUTE))
+        return calibration_batches(self._trainer, self._module, statistic, self._targets, key)
 
     def _calibrating(self) -> AbstractContextManager[None]:
         return calibrating(self._trainer, self._module)

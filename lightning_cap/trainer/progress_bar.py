@@ -9,8 +9,8 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
-from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+from lightning_cap.trainer import compat
 from lightning_cap.utilities.progress import Progress
 
 
@@ -27,8 +27,8 @@ def event_progress(trainer: pl.Trainer, title: str) -> Iterator[Progress]:
         title: What the line begins with, e.g. ``"CAP 75%"``.
     """
     bar: Any = trainer.progress_bar_callback
-    if isinstance(bar, RichProgressBar) and bar.is_enabled and bar.progress is not None:
-        lines: Any = bar.progress
+    if isinstance(bar, RichProgressBar) and bar.is_enabled and compat.rich_lines(bar) is not None:
+        lines = compat.rich_lines(bar)
         task = lines.add_task(f"{title}: starting", total=1)
 
         def show(phase: str, done: int, total: int) -> None:
@@ -41,14 +41,7 @@ def event_progress(trainer: pl.Trainer, title: str) -> Iterator[Progress]:
             lines.remove_task(task)
             bar.refresh(hard=True)
     elif isinstance(bar, TQDMProgressBar) and bar.is_enabled:
-        line = Tqdm(
-            desc=title,
-            position=2 * bar.process_position + 1,
-            leave=False,
-            dynamic_ncols=True,
-            file=sys.stdout,
-            bar_format=bar.BAR_FORMAT,
-        )
+        line = compat.tqdm_line(bar, title, dynamic_ncols=True, file=sys.stdout)
 
         def write(phase: str, done: int, total: int) -> None:
             line.set_description(f"{title}: {phase}", refresh=False)

@@ -1,10 +1,18 @@
 """How the loops are compiled: without the interpreter lock, so that threads run them, and kept for the next process.
 
 Constants in kernels are typed (``dtype.type(0)``), since a Python literal would turn float32 arithmetic into float64.
+
+numba keeps compiled code by the date or the content of a function's own file, and a kernel takes in others from other files. So the
+files of its cache bear the checksum of all sources here in their names: after an edit they are other files. Nothing stale can
+be loaded, whatever other processes do, and nothing has to be locked.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 from numba import njit
@@ -13,15 +21,38 @@ from numba import njit
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
 
 
+@functools.cache
+def sources_checksum() -> str:
+    """Of the names and contents of all Python files in this folder."""
+    files = sorted(Path(__file__).parent.glob("*.py"))
+    return hashlib.sha256(repr([(file.name, file.read_bytes()) for file in files]).encode()).hexdigest()[:16]
+
+
 def _jit(fastmath: set[str]) -> Any:
     def decorate(function: Any) -> Any:
         options: dict[str, Any] = {"nogil": True, "fastmath": fastmath, "error_model": "numpy"}
+        name = function.__qualname__
         try:
-            return njit(cache=True, **options)(function)
+            function.__qualname__ = f"{name}.{sources_checksum()}"  # numba names the files of the cache by it
+            compiled = njit(cache=True, **options)(function)
         except RuntimeError:  # no folder to keep compiled code in
             return njit(**options)(function)
+        finally:
+            function.__qualname__ = name
+        if hasattr(compiled, "stats"):  # not with NUMBA_DISABLE_JIT
+            _remove_stale(Path(compiled.stats.cache_path))
+        return compiled
 
     return decorate
+
+
+@functools.cache
+def _remove_stale(cache: Path) -> None:
+    """Remove the compiled code of other sources, once in a process. Nobody loads it any more: only its room is won."""
+    for file in cache.iterdir():
+        if file.suffix in (".nbi", ".nbc") and sources_checksum() not in file.name:
+            with suppress(OSError):  # another process has removed it, or it is not ours to remove
+                file.unlink()
 
 
 kernel = _jit(_FAST)
