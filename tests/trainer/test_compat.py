@@ -20,11 +20,12 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, WeightedRandomSampler
 
 import lightning_cap
+from lightning_cap.calibration import LayerInputs
 from lightning_cap.comparison import compare
 from lightning_cap.errors import UnsupportedError
 from lightning_cap.pruners import Magnitude
+from lightning_cap.sparsity import Targets
 from lightning_cap.trainer import compat
-from lightning_cap.trainer.calibration import calibration_batches
 from tests.support import ROOT
 from tests.support.toy import Toy, ToyData, callback, loaders, trainer
 
@@ -210,7 +211,11 @@ def by_batches(sampler: Any) -> DataLoader[Any]:
 @pytest.mark.parametrize("load", [by_hand, by_batches])
 def test_a_sampler_draws_the_same_inside_lightnings_own(load: Callable[[Any], DataLoader[Any]]) -> None:
     def drawn(sampler: Any) -> torch.Tensor:
-        return torch.cat([y for _, y in calibration_batches(load(sampler), 16, 1, 0, 0, 2**16)])
+        loader = load(sampler)
+        batches = LayerInputs(16).batches(
+            loader, Targets(dict(Toy().net.named_parameters())), (0, 0), compat.inner_sampler(loader)
+        )
+        return torch.cat([y for _, y in batches])
 
     sampler = WeightedRandomSampler([1.0, 0.0, 2.0, 0.0] * 4, 16)
     wrapped = UnrepeatedDistributedSamplerWrapper(sampler, num_replicas=2, rank=1)
@@ -226,7 +231,7 @@ def test_a_sampler_inside_another_attribute_is_not_passed_over() -> None:
     wrapped = UnrepeatedDistributedSamplerWrapper(RandomSampler(range(8)), num_replicas=2, rank=0)
     del wrapped.dataset._sampler
     with pytest.raises(UnsupportedError, match="has no '_sampler'"):
-        calibration_batches(by_hand(wrapped), 4, 1, 0, 0, 2**16)
+        compat.inner_sampler(by_hand(wrapped))
 
 
 # One place
