@@ -1,4 +1,4 @@
-"""What the optimizer knows of weights that are masked, and of weights that came back."""
+"""The optimizer's state of masked weights and of regrown ones."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def sync_optimizer_state(
 ) -> None:
     """Bring an optimizer in line with the masks after an event.
 
-    State of masked weights is zero. A weight that came back has that of a new weight: what can be negative (first moments,
+    State of masked weights is zero. A regrown weight has that of a new one: what can be negative (first moments,
     momentum, slow copies) is zero; what cannot (second moments and the like) is the mean over the weights of the target that
     were kept. If it were zero too, late in training, when the correction of its bias is over, Adam's first steps would be
     several times the learning rate.
@@ -27,7 +27,7 @@ def sync_optimizer_state(
         optimizer: Of the run; only state of a target's own shape is changed.
         targets: The weights.
         masks: In force now.
-        grown: What came back, as `MaskSet.replace` tells it.
+        grown: The regrown weights, as `MaskSet.replace` tells them.
         reset_momentum: A sparse phase begins (see `sparse_phases`), and the momentum of the dense one is stale: set momentum
             and first moments of all targets to zero; second moments stay.
     """
@@ -44,7 +44,7 @@ def sync_optimizer_state(
 
 
 def _fill_with_means(entries: Mapping[str, Tensor], stayed: Mapping[str, Tensor], grown: Mapping[str, Tensor]) -> None:
-    """Where weights came back, the mean over those of their target that stayed; over all targets' if none did."""
+    """Give regrown weights the mean over those of their target that stayed, or over all targets' if none did."""
     kept = {name: entry[stayed[name].to(entry.device)] for name, entry in entries.items()}
     for name in entries.keys() & grown.keys():
         mean = _mean([kept[name]] if kept[name].numel() else list(kept.values()))

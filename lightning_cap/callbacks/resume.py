@@ -1,4 +1,4 @@
-"""Makes a resumed run draw what the run that was never stopped would have drawn."""
+"""Restores the random state, so that a resumed run is exact."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ class SparsitySteps(SparsitySchedule):
         steps: Sparsity to reach in ``[0, 1)`` by epoch (counted from 0). Keys may be strings of integers, as JSON
             and some YAML writers give them.
         allow_decrease: Declares that a later sparsity may be lower than an earlier one. A step to 0 lifts all masks; one to
-            another lower sparsity brings back the weights of largest mean gradient. What comes back starts from zero. With
+            another lower sparsity brings back the weights of largest mean gradient. Regrown weights start at zero. With
             a step to 0 among them, the others in front of it and behind it are sparse phases, each of which begins without
             momentum, as those of `AlternatingSchedule` do.
 

@@ -83,7 +83,7 @@ class MaskSet(Mapping[str, Tensor]):
         return {name: back for name, back in grown.items() if bool(back.any())}
 
     def unmask_all(self) -> dict[str, Tensor]:
-        """Keep every weight again. Returns what came back, as `replace`."""
+        """Keep every weight again. Returns the regrown weights, as `replace`."""
         return self.replace({name: torch.ones_like(mask) for name, mask in self._masks.items()})
 
     def mask_zeros(self) -> None:

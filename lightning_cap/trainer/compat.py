@@ -138,7 +138,7 @@ def inner_sampler(loader: DataLoader[Any]) -> Iterable[Any] | None:
 
 
 def spawns_processes(trainer: pl.Trainer) -> bool:
-    """Whether the strategy starts processes that nothing comes back from, as ``ddp_spawn`` does.
+    """Whether the strategy starts processes that return nothing, as ``ddp_spawn`` does.
 
     Raises:
         UnsupportedError: As `check_run`.

@@ -43,7 +43,7 @@ class EventReport:
         samples: How many of them were used, in all.
         skipped: How many were left out as not finite.
         seconds: Seconds of each phase (plan, collect, solve, apply).
-        grown: Weights that came back.
+        grown: Weights that grew back.
         peak_bytes: Planned peak extra memory on the device of the weights.
         stats: The pruner's own numbers, of the last recomputation.
     """
@@ -73,7 +73,7 @@ class PruningEvent:
 
     Attributes:
         report: What it did.
-        grown: ``{target: bool (*shape)}``, True where a masked weight came back.
+        grown: ``{target: bool (*shape)}``, True where a masked weight grew back.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ class EventRecord(Record):
         unit: What was collected: ``"gradients"`` or ``"inputs"``.
         samples: How many of them were used, in all.
         skipped: How many were left out as not finite.
-        grown_back: Weights that came back.
+        grown_back: Weights that grew back.
         peak_bytes: Planned peak extra memory on the device of the weights.
         seconds: Seconds per phase: plan, collect, solve, apply.
         stats: The pruner's own numbers, of the last recomputation.

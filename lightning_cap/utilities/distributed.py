@@ -58,7 +58,7 @@ def gather_counts(value: int, device: torch.device) -> list[int]:
 
 
 def exchange(parts: list[Tensor], sizes: list[int]) -> list[Tensor]:
-    """All-to-all: ``parts[r]`` goes to rank ``r``; what the ranks sent here comes back, flat, in order of rank.
+    """All-to-all: ``parts[r]`` goes to rank ``r``; what the ranks sent here is returned flat, in order of rank.
 
     Args:
         parts: Tensors of one dtype on one device, one for each rank.
