@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+import errno
 import os
 import sys
-from collections.abc import Callable, Mapping
-from itertools import pairwise
+from collections.abc import Callable
+from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import timm
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tests.support import ROOT
 
@@ -17,6 +19,22 @@ from tests.support import ROOT
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(ROOT), *filter(None, sys.path)]))
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def seeded() -> None:
+    """Every test draws the same, whichever ran before it."""
+    pl.seed_everything(3, verbose=False)
+
+
+@pytest.fixture
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Fills the disk when it is called."""
+
+    def no_space(*_: Any, **__: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    return lambda: monkeypatch.setattr(os, "fsync", no_space)  # where some file systems say so
 
 
 @pytest.fixture
@@ -40,23 +58,3 @@ def tiny_cnn() -> nn.Module:
         nn.Linear(12, 16),
         nn.Linear(16, 5),
     )
-
-
-GradientRows = Callable[..., list[dict[str, Tensor]]]
-
-
-@pytest.fixture
-def gradient_rows() -> GradientRows:
-    """Makes correlated random gradient rows for the targets, in chunks of uneven size."""
-
-    def make(weights: Mapping[str, Tensor], n: int, seed: int = 0, scale: float = 1.0) -> list[dict[str, Tensor]]:
-        generator = torch.Generator().manual_seed(seed)
-        rows = {}
-        for name, weight in weights.items():
-            d = weight.numel()
-            mix = torch.eye(d) + torch.randn(d, d, generator=generator) / d**0.5
-            rows[name] = (scale * torch.randn(n, d, generator=generator) @ mix).view(n, *weight.shape)
-        cuts = [0, *range(5, n, 11), n]
-        return [{k: v[a:b] for k, v in rows.items()} for a, b in pairwise(cuts)]
-
-    return make

@@ -122,6 +122,31 @@ def test_lightning_comes_from_one_place() -> None:
             assert not [name for name in names if name.split(".")[0] in ("pytorch_lightning", "lightning_fabric")], path
 
 
+def _imports_of_tests(path: Path) -> set[str]:
+    """What a file of the tests imports from other files of the tests, with the names."""
+    found = set()
+    for node in _statements(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "relative imports are not used here"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return {name for name in found if name.split(".")[0] == "tests"}
+
+
+def test_no_test_module_imports_another() -> None:
+    """What two of them need is in `tests/support`, or a fixture in a `conftest.py`."""
+    shared = ("tests.support", "tests.references")
+    tests = Path(__file__).parent
+    wrong = {
+        str(path.relative_to(tests)): other
+        for path in tests.rglob("*.py")
+        for other in _imports_of_tests(path)
+        if not other.startswith(shared)
+    }
+    assert not wrong
+
+
 def test_the_reader_of_imports_sees_all_forms() -> None:
     source = """
 from typing import TYPE_CHECKING

@@ -11,22 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from tests.support import ROOT
+
+@pytest.fixture
+def scaling(benchmarks: Any) -> Any:
+    return benchmarks("scaling")
 
 
 @pytest.fixture
-def scaling(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import scaling
-
-    return scaling
-
-
-@pytest.fixture
-def paper(scaling: Any) -> Any:
-    import paper_model
-
-    return paper_model
+def paper(benchmarks: Any) -> Any:
+    return benchmarks("paper_model")
 
 
 def test_a_phase_inside_another_pauses_it(scaling: Any) -> None:

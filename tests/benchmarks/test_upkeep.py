@@ -9,13 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support import ROOT
-
 
 @pytest.fixture
-def upkeep(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    import upkeep
+def upkeep(benchmarks: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    upkeep = benchmarks("upkeep")
 
     def stack(depth: int) -> nn.Module:
         return nn.Sequential(*(nn.Linear(8, 8) for _ in range(depth)))

@@ -21,16 +21,7 @@ from lightning_cap.pruners import PruneResult
 from lightning_cap.pruners.blockwise import BlockwisePath
 from lightning_cap.schedules import SparsitySteps
 from lightning_cap.sparsity.targets import Targets
-from tests.support.crash_checks import (
-    Whole,
-    check_checkpoint,
-    check_files,
-    check_same_end,
-    events,
-    load,
-    log,
-    same,
-)
+from tests.support.crash_checks import Whole, check_checkpoint, check_files, check_same_end, events, load, log, same
 from tests.support.crash_run import SCHEDULE, TARGETS, run_trial
 from tests.support.toy import Toy, callback, loaders, trainer
 

@@ -1,59 +1,25 @@
 from __future__ import annotations
 
 import copy
-import math
 import pickle
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar, TQDMProgressBar
-from lightning.pytorch.loggers import CSVLogger
 from safetensors.torch import load_file
 from torch import nn
-from torch.utils.data import DataLoader
 
 import lightning_cap.callbacks.pruning as callback_module
-from lightning_cap import CAPPruningCallback, CyclicLinearLR
-from lightning_cap.callbacks.cycle import Cycle
-from lightning_cap.errors import DataError, GradientError
-from lightning_cap.export.records import ExportRecord
+from lightning_cap import CAPPruningCallback
+from lightning_cap.errors import GradientError
 from lightning_cap.pruners import CAP, Magnitude
 from lightning_cap.schedules import OneShot, PolynomialSchedule, SparsitySteps
-from lightning_cap.trainer.records import EventRecord
-from lightning_cap.utilities.records import read_records
-from tests.support.toy import FEATURES, Toy, ToyData, callback, cap, loaders, trainer, zeros
+from tests.support.toy import FEATURES, Toy, callback, cap, loaders, trainer, zeros
+from tests.support.watch import Watch
 
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    pl.seed_everything(3, verbose=False)
-
-
-class Watch(pl.Callback):
-    """Records what is true after every step, as a user would see it. Put it behind the pruning callback."""
-
-    def __init__(self) -> None:
-        self.sparsity: list[float] = []
-        self.lr: list[float] = []
-        self.moments: list[float] = []
-        self.gradients: list[float] = []
-
-    def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-        pruned = zeros(pl_module)
-        weight = pl_module.net[4].weight
-        self.gradients.append(float(weight.grad[pruned].abs().sum()) if pruned.any() else 0.0)
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-        pruned = zeros(pl_module)
-        self.sparsity.append(float(pruned.float().mean()))
-        self.lr.append(trainer.optimizers[0].param_groups[0]["lr"])
-        state = trainer.optimizers[0].state[pl_module.net[4].weight]
-        tensors = [v for v in state.values() if isinstance(v, torch.Tensor) and v.shape == pruned.shape]
-        self.moments.append(sum(float(v[pruned].abs().sum()) for v in tensors))
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
@@ -67,26 +33,6 @@ def test_events_happen_on_schedule_and_masks_hold(tmp_path: Path, optimizer: str
     assert torch.equal(cb.masks["net.4.weight"], ~zeros(module))
     assert not zeros(module, "net.0.weight").any()  # the first layer and the head stay dense
     assert not zeros(module, "net.6.weight").any()
-
-
-def test_learning_rate_restarts_with_each_cycle(tmp_path: Path) -> None:
-    watch = Watch()
-    trainer(tmp_path, callback({1: 0.5, 3: 0.75}), watch, max_epochs=5).fit(Toy(), **loaders())
-    top, low = 1e-2, 1e-4
-    for start, length in ((0, 4), (4, 8), (12, 8)):  # the dense stretch is a cycle too
-        expected = [top - (top - low) * (t % length) / length for t in range(1, length + 1)]
-        assert watch.lr[start : start + length - 1] == pytest.approx(expected[:-1])
-
-
-def test_other_schedulers_are_left_alone_with_one_warning(tmp_path: Path) -> None:
-    class Cosine(Toy):
-        def configure_optimizers(self) -> Any:
-            optimizer = torch.optim.SGD(self.parameters(), lr=0.1)
-            return [optimizer], [torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 4)]
-
-    with pytest.warns(UserWarning, match="CosineAnnealingLR has no restart") as record:
-        trainer(tmp_path, callback()).fit(Cosine(), **loaders())
-    assert sum("has no restart" in str(w.message) for w in record) == 1
 
 
 def test_a_run_with_a_no_op_event_sees_the_same_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,148 +90,6 @@ def test_event_leaves_gradients_buffers_flags_and_metrics_alone(tmp_path: Path) 
     assert before.seen["grads"] == after.seen["grads"]
     for name, value in before.seen["metric"].items():
         assert torch.equal(value, after.seen["metric"][name])
-
-
-def test_checkpoints_table_and_plain_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    cb = callback(dirpath=str(tmp_path / "out"))
-    module = Toy()
-    trainer(tmp_path, cb).fit(module, **loaders())
-    names = sorted(p.name for p in (tmp_path / "out").iterdir())
-    stems = ("sparsity=0.50", "sparsity=0.75")
-    assert names == [
-        "events.jsonl",
-        "exports.jsonl",
-        *(f"{stem}.{end}" for stem in stems for end in ("ckpt", "safetensors")),
-    ]
-    for stem, sparsity in zip(stems, (0.5, 0.75), strict=True):
-        plain = load_file(tmp_path / "out" / f"{stem}.safetensors")
-        fresh = Toy().net
-        fresh.load_state_dict(plain)  # strict, no prefix
-        assert (fresh[4].weight == 0).float().mean() == sparsity
-        saved = torch.load(tmp_path / "out" / f"{stem}.ckpt", weights_only=True)["state_dict"]
-        assert torch.equal(saved["net.4.weight"], fresh[4].weight)
-    events = read_records(tmp_path / "out" / "events.jsonl", EventRecord)
-    assert [(e.epoch, e.goal) for e in events] == [(1, 0.5), (2, 0.75)]
-    assert events[1].sparsities == {"net.4.weight": 0.75}
-    assert (events[0].unit, events[0].samples) == ("gradients", 48)
-    assert {"val_acc", "val_loss"} == events[0].before.keys() == events[0].after.keys()
-    assert events[0].seconds.keys() == {"plan", "collect", "solve", "apply"}
-    exports = read_records(tmp_path / "out" / "exports.jsonl", ExportRecord)
-    assert [(e.path, e.goal, e.sparsity) for e in exports] == [
-        ("sparsity=0.50.safetensors", 0.5, 0.5),
-        ("sparsity=0.75.safetensors", 0.75, 0.75),
-    ]
-    assert all(e.bytes == (tmp_path / "out" / e.path).stat().st_size for e in exports)
-    assert [record.goal for record in cb.history] == [0.0, 0.5, 0.75]
-    assert cb.history[-1].value == pytest.approx(float(module.trainer.callback_metrics["val_acc"]))
-    printed = capsys.readouterr().out
-    assert "dense" in printed
-    assert "75.00 %" in printed
-    assert "sparsity=0.75.ckpt" in printed
-
-
-def test_best_of_cycle_is_saved_when_asked(tmp_path: Path) -> None:
-    class Scripted(Toy):
-        def validation_step(self, batch: Any, batch_idx: int) -> None:
-            self.log("score", [0.1, 0.9, 0.2, 0.3, 0.8, 0.5][self.current_epoch])
-
-    cb = callback({0: 0.5, 3: 0.75}, dirpath=str(tmp_path), save="both", monitor="score", save_sparsities=[0.5, 0.75])
-    trainer(tmp_path, cb, max_epochs=6).fit(Scripted(), **loaders())
-    best = {record.goal: record for record in cb.history if record.best}
-    last = {record.goal: record for record in cb.history if not record.best}
-    assert [best[s].epoch for s in (0.5, 0.75)] == [1, 4]
-    assert [last[s].epoch for s in (0.5, 0.75)] == [2, 5]
-    for name in ("sparsity=0.50-best", "sparsity=0.50", "sparsity=0.75-best", "sparsity=0.75"):
-        epoch = torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["epoch"]
-        assert epoch == {record.checkpoint: record.epoch for record in cb.history}[str(tmp_path / f"{name}.ckpt")]
-
-
-@pytest.mark.parametrize("name", ["events.jsonl", "exports.jsonl"])
-def test_a_folder_with_foreign_records_is_refused_before_training(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text('{"epoch": 1, "target": 0.5}\n')
-    module = Toy()
-    with pytest.raises(DataError, match=rf"{name}, line 1: .* move the file away"):
-        trainer(tmp_path, callback(dirpath=str(tmp_path))).fit(module, **loaders())
-    assert module.batches == []
-    cb = callback({1: 0.5}, dirpath=str(tmp_path), save="none")  # writes none
-    trainer(tmp_path, cb, max_epochs=2).fit(module, **loaders())
-    assert cb.masks.global_sparsity == 0.5
-
-
-def test_the_table_and_the_cycle_survive_a_checkpoint(tmp_path: Path) -> None:
-    cb = callback(dirpath=str(tmp_path))
-    trainer(tmp_path, cb).fit(Toy(), **loaders())
-    cb.history[0] = replace(cb.history[0], value=math.nan)
-    torch.save(cb.state_dict(), tmp_path / "state.pt")
-    again = callback(dirpath=str(tmp_path))
-    again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
-    assert again.history[1:] == cb.history[1:]
-    assert math.isnan(again.history[0].value or 0.0)
-    assert again._cycle == cb._cycle == Cycle(0.75, saved=True)
-
-
-def test_a_cycle_knows_its_best_value() -> None:
-    cycle = Cycle(0.5)
-    values = [None, math.nan, 0.5, 0.4, 0.5, 0.6]
-    assert [cycle.improves(value, "max") for value in values] == [False, False, True, False, False, True]
-    assert cycle.best == 0.6
-    assert [cycle.improves(value, "min") for value in values] == [False, False, True, True, False, False]
-    assert cycle.best == 0.4
-
-
-def test_only_requested_sparsities_are_saved(tmp_path: Path) -> None:
-    cb = callback({1: 0.3, 2: 0.5, 3: 0.75}, dirpath=str(tmp_path), save_sparsities=[0.3, 0.75])
-    trainer(tmp_path, cb).fit(Toy(), **loaders())
-    assert sorted(p.name for p in tmp_path.glob("*.ckpt")) == ["sparsity=0.30.ckpt", "sparsity=0.75.ckpt"]
-
-
-def test_logs_go_to_every_logger(tmp_path: Path) -> None:
-    logger = CSVLogger(tmp_path, name="logs")
-    trainer(tmp_path, callback(), logger=logger).fit(Toy(), **loaders())
-    text = Path(logger.log_dir, "metrics.csv").read_text()
-    header = text.splitlines()[0]
-    for name in (
-        "cap/sparsity",
-        "cap/sparsity/net.4.weight",
-        "cap/predicted_loss",
-        "cap/after/val_acc",
-        "cap/seconds/solve",
-    ):
-        assert name in header.split(",")
-    assert Path(logger.log_dir, "checkpoints", "sparsity=0.50.ckpt").exists()
-
-
-@pytest.mark.parametrize("bar", [TQDMProgressBar, RichProgressBar])
-def test_progress_shows_in_the_trainers_own_bar(tmp_path: Path, bar: type, capsys: pytest.CaptureFixture[str]) -> None:
-    shown: list[str] = []
-    if bar is RichProgressBar:
-        progress_bar: Any = RichProgressBar()
-        cb = callback()
-        t = trainer(tmp_path, cb, progress_bar, enable_progress_bar=True)
-        original = callback_module.event_progress
-
-        def spy(*args: Any) -> Any:
-            progress = progress_bar.progress
-            update = progress.update
-
-            def record(task: Any, **fields: Any) -> None:
-                shown.append(str(fields.get("description")))
-                update(task, **fields)
-
-            progress.update = record
-            return original(*args)
-
-        callback_module.event_progress, restore = spy, original
-        try:
-            t.fit(Toy(), **loaders())
-        finally:
-            callback_module.event_progress = restore
-        text = " ".join(shown)
-    else:
-        trainer(tmp_path, callback(), bar(), enable_progress_bar=True).fit(Toy(), **loaders())
-        text = capsys.readouterr().out
-    assert "Pruning to 0.5: collect" in text
-    assert "Pruning to 0.75: solve" in text
 
 
 def test_model_that_is_already_sparse(tmp_path: Path) -> None:
@@ -440,61 +244,6 @@ def test_fast_dev_run_tries_the_wiring_once(tmp_path: Path) -> None:
     trainer(tmp_path, callback({20: 0.5}, dirpath=str(tmp_path / "out")), fast_dev_run=True).fit(module, **loaders())
     assert zeros(module).float().mean() == 0.5
     assert not (tmp_path / "out").exists()
-
-
-def test_model_checkpoint_can_name_the_sparsity(tmp_path: Path) -> None:
-    saver = ModelCheckpoint(dirpath=tmp_path, filename="{epoch}-{sparsity:.2f}", save_top_k=-1)
-    trainer(tmp_path, callback(), saver, enable_checkpointing=True).fit(Toy(), **loaders())
-    assert (tmp_path / "epoch=3-sparsity=0.75.ckpt").exists()
-
-
-def test_evaluation_around_an_event_can_be_left_out(tmp_path: Path) -> None:
-    calls = []
-
-    class Counts(Toy):
-        def validation_step(self, batch: Any, batch_idx: int) -> None:
-            calls.append(self.current_epoch)
-            super().validation_step(batch, batch_idx)
-
-    cb = callback(evaluate=False)
-    trainer(tmp_path, cb).fit(Counts(), **loaders())
-    assert len(calls) == 4 * 2
-    assert cb.history[0].value is not None  # from the last validation before the first event
-
-
-def test_training_without_validation(tmp_path: Path) -> None:
-    cb = callback()
-    trainer(tmp_path, cb).fit(Toy(), DataLoader(ToyData(), batch_size=16, shuffle=True))
-    assert [record.value for record in cb.history] == [None, None, None]
-
-
-def test_early_stop_still_saves_the_last_cycle(tmp_path: Path) -> None:
-    class Stop(pl.Callback):
-        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-            trainer.should_stop = trainer.current_epoch == 2
-
-    cb = callback({1: 0.5}, dirpath=str(tmp_path))
-    trainer(tmp_path, cb, Stop(), max_epochs=10).fit(Toy(), **loaders())
-    assert (tmp_path / "sparsity=0.50.ckpt").exists()
-
-
-def test_max_steps_ends_the_last_cycle(tmp_path: Path) -> None:
-    cb, watch = callback({1: 0.5}, dirpath=str(tmp_path)), Watch()
-    trainer(tmp_path, cb, watch, max_epochs=-1, max_steps=10).fit(Toy(), **loaders())
-    assert watch.lr[-2] < watch.lr[4]  # the cycle's last step; after it equation 8 begins anew
-    assert (tmp_path / "sparsity=0.50.ckpt").exists()
-
-
-def test_period_that_was_fixed_is_kept(tmp_path: Path) -> None:
-    class Fixed(Toy):
-        def configure_optimizers(self) -> Any:
-            config = super().configure_optimizers()
-            config["lr_scheduler"]["scheduler"] = CyclicLinearLR(config["optimizer"], min_lr=1e-4, period=2)
-            return config
-
-    watch = Watch()
-    trainer(tmp_path, callback({1: 0.5}), watch, max_epochs=2).fit(Fixed(), **loaders())
-    assert len(set(watch.lr)) == 2
 
 
 def test_default_pruner_is_cap() -> None:

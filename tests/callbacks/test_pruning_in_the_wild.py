@@ -9,15 +9,9 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
-from lightning.pytorch.callbacks import (
-    BatchSizeFinder,
-    EarlyStopping,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-)
+from lightning.pytorch.callbacks import BatchSizeFinder, EarlyStopping, LearningRateFinder
 from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, SubsetRandomSampler
-from torch.utils.data.distributed import DistributedSampler
 
 from lightning_cap.calibration.batches import CalibrationBatches
 from lightning_cap.calibration.gradients import GradientCollector
@@ -26,10 +20,7 @@ from lightning_cap.schedules import OneShot
 from lightning_cap.sparsity.targets import Targets
 from tests.support.toy import Toy, ToyData, callback, cap, loaders, trainer, zeros
 
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    pl.seed_everything(3, verbose=False)
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 class Collecting(Toy):
@@ -224,37 +215,10 @@ def test_a_monitor_that_nobody_logs_is_an_error(tmp_path: Path) -> None:
         trainer(tmp_path, cb).fit(Toy(), **loaders())
 
 
-def test_cycles_follow_a_gradient_accumulation_schedule(tmp_path: Path) -> None:
-    class Rates(pl.Callback):
-        def __init__(self) -> None:
-            self.last: dict[int, float] = {}
-
-        def on_before_optimizer_step(self, trainer: Any, pl_module: Any, optimizer: Any) -> None:
-            self.last[trainer.current_epoch] = optimizer.param_groups[0]["lr"]
-
-    rates = Rates()
-    accumulation = GradientAccumulationScheduler(scheduling={0: 1, 1: 2, 2: 1})
-    trainer(tmp_path, callback({1: 0.5}), accumulation, rates).fit(Toy(), **loaders())
-    steps = 2 + 4 + 4  # of the cycle from epoch 1 to the end
-    assert rates.last[3] == pytest.approx(1e-2 - (1e-2 - 1e-4) * (steps - 1) / steps)
-
-
-def test_samplers_are_found_behind_lightnings_wrapper_and_in_batch_samplers() -> None:
+def test_samplers_are_found_in_loaders_and_in_batch_samplers() -> None:
     subset = SubsetRandomSampler(range(10))
-
-    class Wrapped:  # what Lightning makes of a special sampler under DDP
-        _sampler = subset
-
-        def __len__(self) -> int:
-            return 10
-
-        def __getitem__(self, index: int) -> int:
-            return index
-
-    wrapper = DistributedSampler(Wrapped(), num_replicas=2, rank=0)  # type: ignore[arg-type]
     for options in (
         {"sampler": subset, "batch_size": 4},
-        {"sampler": wrapper, "batch_size": 4},
         {"batch_sampler": BatchSampler(subset, 4, drop_last=False)},
     ):
         data = ToyData(100)

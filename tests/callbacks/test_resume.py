@@ -14,14 +14,8 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from lightning_cap.errors import ConfigError
+from tests.support.stopping import CrashError, StopAfter, assert_same, averaging
 from tests.support.toy import Toy, ToyData, callback, loaders, trainer, zeros
-
-
-def averaging() -> pl.Callback:
-    callbacks = pytest.importorskip("lightning.pytorch.callbacks", reason="WeightAveraging needs lightning >= 2.6")
-    if not hasattr(callbacks, "EMAWeightAveraging"):
-        pytest.skip("this lightning has no EMAWeightAveraging")
-    return callbacks.EMAWeightAveraging(decay=0.8)
 
 
 def run(
@@ -34,29 +28,11 @@ def run(
     saver = ModelCheckpoint(dirpath=folder, filename="{epoch}", save_top_k=-1, **kwargs.pop("saver", {}))
     extra = kwargs.pop("callbacks", [])
     if stop is not None:
-        extra = [*extra, _StopAfter(stop)]
+        extra = [*extra, StopAfter(stop)]
     t = trainer(folder, cb, saver, *extra, max_epochs=6, enable_checkpointing=True, **kwargs)
     with contextlib.suppress(CrashError):
         t.fit(module, **(data or loaders()), ckpt_path=ckpt)
     return module, cb
-
-
-class CrashError(Exception):
-    """Ends a run without any of Lightning's closing hooks."""
-
-
-class _StopAfter(pl.Callback):
-    def __init__(self, epochs: int) -> None:
-        self.epochs = epochs
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        if trainer.current_epoch == self.epochs:
-            raise CrashError
-
-
-def assert_same(a: torch.nn.Module, b: torch.nn.Module) -> None:
-    for (name, x), y in zip(a.state_dict().items(), b.state_dict().values(), strict=True):
-        assert torch.equal(x, y), name
 
 
 @pytest.mark.parametrize("epoch", range(5))

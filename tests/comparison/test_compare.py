@@ -1,101 +1,31 @@
 from __future__ import annotations
 
-import os
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
 from lightning_cap import prune
-from lightning_cap.comparison import LossSurface, compare, runner
-from lightning_cap.comparison.records import (
-    ComparisonRecord,
-    GridPoint,
-    SurfaceRecord,
-    intersection_over_union,
-    load_masks,
-    save_masks,
-)
+from lightning_cap.comparison import LossSurface, compare
+from lightning_cap.comparison.records import GridPoint, SurfaceRecord, intersection_over_union, load_masks
 from lightning_cap.comparison.results import digest
-from lightning_cap.comparison.variants import make_variants
-from lightning_cap.errors import ConfigError, DataError, GradientError, PatternError, TargetError
-from lightning_cap.export.records import ExportRecord
+from lightning_cap.errors import ConfigError, GradientError, PatternError, TargetError
 from lightning_cap.pruners import LayerwiseOBS, Magnitude, Pruner
 from lightning_cap.report import report
 from lightning_cap.sparsity.allocation import Global, PerTarget, Uniform
 from lightning_cap.sparsity.patterns import NofM
-from lightning_cap.utilities.records import read_record, read_records
-from tests.support import ROOT
+from lightning_cap.utilities.records import read_record
+from tests.support.comparing import Data, assert_close, collections, comparable, paths, results, run, toy
 from tests.support.pruners import METHODS
 from tests.support.toy import Toy, ToyData, cap, trainer
 
 
-class Data(pl.LightningDataModule):
-    def train_dataloader(self) -> Any:
-        return DataLoader(ToyData(), batch_size=16, shuffle=True)
-
-    def val_dataloader(self) -> Any:
-        return DataLoader(ToyData(32, noise=0.0), batch_size=16)
-
-
-def module() -> Toy:
-    pl.seed_everything(0, verbose=False)
-    return Toy(scheduler=False)
-
-
-def run(folder: Path | None, pruners: Any = None, sparsities: Sequence[float] = (0.5, 0.75), **kwargs: Any) -> Any:
-    pruners = pruners or {"CAP": cap(), "few": cap(num_gradients=20), "GM": Magnitude()}
-    t = trainer(folder or ".")
-    records = compare(t, kwargs.pop("module", None) or module(), pruners, sparsities, datamodule=Data(), folder=folder,
-                   **{"loss_samples": 32, **kwargs})  # fmt: skip
-    assert not any("Compare" in type(callback).__name__ for callback in t.callbacks)  # type: ignore[attr-defined]
-    return records
-
-
-def collections(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Grows by the number of gradients at every collection."""
-    from lightning_cap.calibration.gradients import GradientCollector
-
-    counts: list[int] = []
-    read = GradientCollector.__iter__
-    monkeypatch.setattr(GradientCollector, "__iter__", lambda self: counts.append(self._num_gradients) or read(self))
-    return counts
-
-
-def paths(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Grows by the label at every solution."""
-    labels: list[str] = []
-    for name in ("_from_one_path", "_in_steps"):
-        real = getattr(runner.ComparisonRunner, name)
-        monkeypatch.setattr(
-            runner.ComparisonRunner,
-            name,
-            lambda self, v, *a, real=real: labels.append(f"{v.label}/{v.seed}") or real(self, v, *a),
-        )
-    return labels
-
-
-def results(folder: Path) -> list[ComparisonRecord]:
-    return read_records(folder / "results.jsonl", ComparisonRecord)
-
-
-def comparable(records: Any) -> Any:
-    return [replace(record, seconds={}) for record in records]
-
-
 def test_gradients_are_collected_once_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = collections(monkeypatch)
-    model = module()
+    model = toy()
     before = {name: value.clone() for name, value in model.state_dict().items()}
     records = run(tmp_path, module=model, seeds=(0, 1))
     assert counts == [48, 48]
@@ -116,7 +46,7 @@ def test_gradients_are_collected_once_for_all(tmp_path: Path, monkeypatch: pytes
 
 def test_records_are_those_of_prune_and_of_the_trainers_own_validation(tmp_path: Path) -> None:
     (dense, half, more) = run(tmp_path, Magnitude(), [0.75, 0.5])
-    net = module()
+    net = toy()
     (logged,) = trainer(tmp_path).validate(net, datamodule=Data(), verbose=False)
     assert dense.metrics == pytest.approx(logged)
     prune(net.net, [], lambda m, b: torch.zeros(()), 0.5, Magnitude(), progress=False)
@@ -135,7 +65,7 @@ def test_the_calibration_loss_is_of_the_first_samples(tmp_path: Path) -> None:
         def train_dataloader(self) -> Any:
             return DataLoader(ToyData(48, noise=0.0), batch_size=16)
 
-    model = module()
+    model = toy()
     records = compare(trainer(tmp_path), model, cap(num_gradients=16), [0.75], datamodule=Still(), loss_samples=48,
                    folder=tmp_path)  # fmt: skip
     data = ToyData(48, noise=0.0)
@@ -161,124 +91,6 @@ def test_the_records_do_not_depend_on_where_gradients_are_kept(tmp_path: Path, m
     assert_close(again, found[0])
 
 
-def test_it_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = comparable(run(tmp_path / "whole", max_rows_memory=1))
-    evaluate, left = runner.Measure.metrics, [5]
-
-    def failing(self: Any, solution: str) -> Any:
-        left[0] -= 1
-        if left[0] < 0:
-            raise RuntimeError("killed")
-        return evaluate(self, solution)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runner.Measure, "metrics", failing)
-        with pytest.raises(RuntimeError, match="killed"):
-            run(tmp_path / "part", max_rows_memory=1)
-    assert len(results(tmp_path / "part")) == 5
-    assert list(tmp_path.glob("part/.work/*/*.bin"))  # the gradient rows wait for the next run
-    counts, solved = collections(monkeypatch), paths(monkeypatch)
-    assert comparable(run(tmp_path / "part", max_rows_memory=1)) == whole
-    assert counts == []
-    assert solved == ["few/0"]
-    assert not (tmp_path / "part/.work").exists()
-
-
-def test_only_what_changed_is_computed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    first = run(tmp_path)
-    solved = paths(monkeypatch)
-    assert run(tmp_path) == first
-    assert solved == []
-    changed = run(tmp_path, {"CAP": cap(), "few": cap(num_gradients=24), "GM": Magnitude()}, [0.5, 0.75, 0.9])
-    assert solved == ["GM/0", "CAP/0", "few/0"]  # 0.9 is new for all
-    old = {record.fingerprint for record in first}
-    assert [(record.pruner, record.goal) for record in changed if record.fingerprint not in old] == [
-        ("CAP", 0.9), ("few", 0.5), ("few", 0.75), ("few", 0.9), ("GM", 0.9),
-    ]  # fmt: skip
-    solved.clear()
-    (tmp_path / changed[1].masks).unlink()
-    run(tmp_path, {"CAP": cap(), "few": cap(num_gradients=24), "GM": Magnitude()}, [0.5, 0.75, 0.9])
-    assert solved == ["CAP/0"]
-    solved.clear()
-    other = module()
-    with torch.no_grad():
-        other.net[6].bias.add_(1e-3)
-    run(tmp_path, module=other)
-    assert len(solved) == 3  # another model: nothing can be kept
-    (tmp_path / "results.jsonl").write_text('{"record": "compar')
-    solved.clear()
-    run(tmp_path)
-    assert len(solved) == 3
-
-
-@pytest.mark.parametrize("text", ["5\n", "null\n", "[{\n", '{"record": "event", "version": 1}\n'])
-@pytest.mark.parametrize("name", ["results.jsonl", "exports.jsonl"])
-def test_foreign_files_are_refused_before_anything_runs(
-    tmp_path: Path, name: str, text: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    solved = paths(monkeypatch)
-    (tmp_path / name).write_text(text)
-    with pytest.raises(DataError, match=f"{name}, line 1: "):
-        run(tmp_path, Magnitude())
-    assert solved == []
-    assert (tmp_path / name).read_text() == text
-
-
-def test_weights_are_exported_with_a_record(tmp_path: Path) -> None:
-    records = run(tmp_path, {"GM": Magnitude()}, save_weights=True)
-    exports = read_records(tmp_path / "GM" / "exports.jsonl", ExportRecord)
-    assert [f"GM/{export.path}" for export in exports] == [record.weights for record in records[1:]]
-    assert [(export.goal, export.sparsity, export.format) for export in exports] == [
-        (0.5, 0.5, "safetensors"), (0.75, 0.75, "safetensors"),
-    ]  # fmt: skip
-    (tmp_path / records[1].masks).unlink()
-    run(tmp_path, {"GM": Magnitude()}, save_weights=True)  # writes the one again: a record per file
-    again = read_records(tmp_path / "GM" / "exports.jsonl", ExportRecord)
-    assert again == exports[::-1]
-
-
-def test_what_is_no_plain_value_can_be_a_grid(tmp_path: Path) -> None:
-    records = run(tmp_path, {"GM": Magnitude()}, [0.5], grids={"allocation": [Uniform()]})
-    assert results(tmp_path) == records
-    assert records[2].grid == GridPoint("allocation", str(Uniform()))
-    assert "grid-allocation.png" in report(records, tmp_path)
-
-
-def assert_close(records: Any, others: Any) -> None:
-    for one, other in zip(records, others, strict=True):
-        assert (one.label, one.seed, one.sparsity) == (other.label, other.seed, other.sparsity)
-        assert one.predicted_loss == pytest.approx(other.predicted_loss, rel=1e-4)
-        assert one.metrics == pytest.approx(other.metrics, rel=1e-4)
-
-
-KILLED = """
-import sys
-from pathlib import Path
-from tests.comparison.test_compare import run
-run(Path(sys.argv[1]), sparsities=[0.3, 0.4, 0.5, 0.6, 0.7, 0.8], seeds=range(40))
-"""
-
-
-def test_a_kill_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, "-c", KILLED, str(tmp_path)], env=environment)
-    deadline = time.monotonic() + 120
-    while not ((tmp_path / "results.jsonl").is_file() and len(results(tmp_path)) > 8):
-        assert process.poll() is None, "it ended before it was killed"
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    kept = results(tmp_path)
-    solved = paths(monkeypatch)
-    records = run(tmp_path, sparsities=[0.3, 0.4, 0.5, 0.6, 0.7, 0.8], seeds=(0,))
-    mine = [record for record in kept if record.seed in (None, 0)]
-    assert [record for record in records if record in mine] == mine  # kept to the last digit
-    assert len(mine) > 1
-    assert len(solved) < 3
-    assert_close(records, run(None, sparsities=[0.3, 0.4, 0.5, 0.6, 0.7, 0.8]))
-
-
 def test_grids_change_one_setting_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counts = collections(monkeypatch)
     grids = {"damp": [1e-4, 1e-2], "num_gradients": [32, 64], "block_size": [8], "num_recomputations": [1, 2]}
@@ -294,7 +106,7 @@ def test_grids_change_one_setting_at_a_time(tmp_path: Path, monkeypatch: pytest.
     assert by_label["CAP num_gradients=32"].grid == GridPoint("num_gradients", 32)
     assert len({record.solution for record in records if record.pruner == "CAP"}) == 6
     assert by_label["CAP damp=0.01"].loss_increase["calibration"] is None
-    net = module().net
+    net = toy().net
     steps = [(0.375, 0), (0.75, 1)]
     want = None
     for sparsity, _ in steps:
@@ -346,41 +158,6 @@ def test_each_seed_draws_other_lots_and_the_same_again() -> None:
     assert records[2].parameters["seed"] == 4
 
 
-def test_the_corners_of_the_surface_are_the_three_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    surface = LossSurface(("CAP", "GM"), 0.75, points=2, margin=0.0)
-    records = run(tmp_path, surface=surface, fisher_block=16)
-    found = read_record(tmp_path / "surface.json", SurfaceRecord)
-    losses = {record.pruner: record.metrics["val_loss"] for record in records if record.goal in (0.0, 0.75)}
-    assert found.axis == (0.0, 1.0)
-    assert found.loss[0] == pytest.approx([losses["dense"], losses["CAP"]], rel=1e-5)
-    assert found.loss[1][0] == pytest.approx(losses["GM"], rel=1e-5)
-    assert found.corners == pytest.approx({name: losses[name] for name in ("dense", "CAP", "GM")}, rel=1e-5)
-    block = load_file(tmp_path / "fisher_block.safetensors")["all"]
-    assert block.shape == (16, 16)
-    assert torch.equal(block, block.T)
-    stamps = {name: (tmp_path / name).stat().st_mtime_ns for name in ("surface.json", "fisher_block.safetensors")}
-    solved = paths(monkeypatch)
-    run(tmp_path, surface=surface, fisher_block=16)
-    assert solved == []
-    assert stamps == {name: (tmp_path / name).stat().st_mtime_ns for name in stamps}
-    run(tmp_path, surface=LossSurface(("CAP", "GM"), 0.75, points=3, batches=1), fisher_block=8)
-    assert solved == ["GM/0", "CAP/0"]  # their weights were not kept
-    assert len(read_record(tmp_path / "surface.json", SurfaceRecord).axis) == 3
-    (tmp_path / "surface.json").write_text("5")
-    run(tmp_path, surface=LossSurface(("CAP", "GM"), 0.75, points=2), fisher_block=8)
-    assert len(read_record(tmp_path / "surface.json", SurfaceRecord).axis) == 2  # what is none is made anew
-    assert load_file(tmp_path / "fisher_block.safetensors")["all"].shape == (8, 8)
-
-
-def test_intersection_over_union_by_hand(tmp_path: Path) -> None:
-    one = {"a": torch.tensor([1, 1, 0, 0]).bool(), "b": torch.tensor([[1], [0]]).bool()}
-    two = {"a": torch.tensor([1, 0, 1, 0]).bool(), "b": torch.tensor([[1], [0]]).bool()}
-    assert intersection_over_union(one, two) == 2 / 4
-    assert intersection_over_union(one, one) == 1.0
-    save_masks(tmp_path / "m.safetensors", one)
-    assert all(torch.equal(mask, one[name]) for name, mask in load_masks(tmp_path / "m.safetensors").items())
-
-
 FLOOR, MAP = Magnitude(allocation=Global(0.3)), Magnitude(allocation=PerTarget({"*": 0.5}))
 
 
@@ -429,7 +206,7 @@ def test_what_cannot_work_is_refused_before_anything_runs(
     given = {"pruners": {"CAP": cap(), "GM": Magnitude()}, "sparsities": [0.5], "folder": tmp_path, **change}
     given["pruners"] = {name: pruner for name, pruner in given["pruners"].items() if name}
     with pytest.raises(error, match=message):
-        compare(trainer(tmp_path), module(), datamodule=Data(), **given)
+        compare(trainer(tmp_path), toy(), datamodule=Data(), **given)
     assert solved == counts == list(tmp_path.rglob("*.json*"))
 
 
@@ -496,17 +273,9 @@ def test_modules_may_keep_more_than_tensors_in_their_state(tmp_path: Path) -> No
     assert len(run(tmp_path, Magnitude(), [0.5], module=Extra())) == 2
 
 
-def test_labels_tell_values_apart() -> None:
-    variants = make_variants({"CAP": cap()}, [0], {"damp": [0.1, 0.1000001, 1e-8], "block_size": [8]}, 1)
-    assert [v.label for v in variants] == [
-        "CAP", "CAP damp=0.1", "CAP damp=0.1000001", "CAP damp=1e-08", "CAP block_size=8",
-    ]  # fmt: skip
-    assert len({v.slug for v in variants}) == 5
-
-
 def test_no_validation_data_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="limit_val_batches=0"):
-        compare(trainer(tmp_path, limit_val_batches=0), module(), Magnitude(), [0.5], datamodule=Data())
+        compare(trainer(tmp_path, limit_val_batches=0), toy(), Magnitude(), [0.5], datamodule=Data())
 
 
 @pytest.mark.slow
@@ -517,7 +286,7 @@ def test_two_processes_give_the_records_of_one(tmp_path: Path) -> None:
         t = trainer(tmp_path, devices=devices, strategy="ddp_spawn" if devices > 1 else "auto")
         pruners = {"CAP": cap(), "few": cap(num_gradients=20), "GM": Magnitude()}
         surface = LossSurface(("CAP", "GM"), 0.75, points=3)
-        records = compare(t, module(), pruners, [0.5, 0.75], (0, 1), Data(), folder=folder, max_rows_memory=1, surface=surface,
+        records = compare(t, toy(), pruners, [0.5, 0.75], (0, 1), Data(), folder=folder, max_rows_memory=1, surface=surface,
                        fisher_block=16, loss_samples=32, grids={"num_recomputations": [2]}, save_weights=True)  # fmt: skip
         assert records == results(folder)
         assert not (folder / ".work").exists()
@@ -534,4 +303,11 @@ def test_two_processes_give_the_records_of_one(tmp_path: Path) -> None:
 
 def test_spawned_processes_need_a_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"folder=None.*spawn"):
-        compare(trainer(tmp_path, devices=2, strategy="ddp_spawn"), module(), Magnitude(), [0.5], datamodule=Data())
+        compare(trainer(tmp_path, devices=2, strategy="ddp_spawn"), toy(), Magnitude(), [0.5], datamodule=Data())
+
+
+def test_what_is_no_plain_value_can_be_a_grid(tmp_path: Path) -> None:
+    records = run(tmp_path, {"GM": Magnitude()}, [0.5], grids={"allocation": [Uniform()]})
+    assert results(tmp_path) == records
+    assert records[2].grid == GridPoint("allocation", str(Uniform()))
+    assert "grid-allocation.png" in report(records, tmp_path)

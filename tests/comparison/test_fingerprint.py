@@ -1,7 +1,8 @@
-"""A comparison takes up records of an earlier run only where nothing has changed that they depend on."""
+"""A comparison takes up rows of an earlier run only where nothing has changed that they depend on."""
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -21,7 +22,7 @@ from lightning_cap.comparison import compare, fingerprint
 from lightning_cap.comparison.fingerprint import canonicalize
 from lightning_cap.comparison.variants import make_variants
 from lightning_cap.pruners import Magnitude, Pruner
-from tests.comparison.test_compare import paths
+from tests.support.comparing import paths
 from tests.support.processes import on_ranks
 from tests.support.toy import Toy, ToyData, cap, trainer
 
@@ -173,26 +174,26 @@ def test_plain_descriptions() -> None:
     assert "0x" not in str(canonicalize([loop, object(), trainer(".")]))
 
 
-def test_what_the_command_line_says_otherwise_is_no_setting() -> None:
-    """jsonargparse gives modules functions that hold the whole CLI, and with it the command."""
-    first, second = (object.__new__(CAPCLI) for _ in range(2))
-    first.config, second.config = {"output_dir": "a"}, {"output_dir": "b"}
-    hold = lambda cli, lr: partial(torch.optim.SGD, lr=lr, instantiators=[Power(cli)])  # noqa: E731 - two arguments
-    assert canonicalize(hold(first, 0.1)) == canonicalize(hold(second, 0.1)) != canonicalize(hold(first, 0.2))
+_DESCRIBE = """
+from functools import partial
+from pathlib import Path
+import torch
+from lightning_cap.comparison.fingerprint import checksum, canonicalize
+values = [{'b', 'a', 'c'}, {Path('x'): {1, 'y'}}, partial(torch.relu, 1), object(), torch.ones(3)]
+found = checksum(canonicalize(values))
+"""
 
 
 def test_descriptions_do_not_change_from_process_to_process() -> None:
-    code = (
-        "from functools import partial; from pathlib import Path; import torch\n"
-        "from lightning_cap.comparison.fingerprint import checksum, canonicalize\n"
-        "print(checksum(canonicalize([{'b', 'a', 'c'}, {Path('x'): {1, 'y'}}, partial(torch.relu, 1), object(), torch.ones(3)])))"
+    """Not even where strings have other hashes, and sets another order."""
+    here: dict[str, Any] = {}
+    exec(_DESCRIBE, here)
+    seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
+    command = [sys.executable, "-c", _DESCRIBE + "print(found)"]
+    there = subprocess.run(
+        command, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
     )
-    environments = [{"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)} for seed in ("1", "2")]
-    found = [
-        subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True).stdout
-        for env in environments
-    ]
-    assert found[0] == found[1]
+    assert there.stdout.strip() == str(here["found"])
 
 
 def _rank_identity() -> Any:
@@ -215,8 +216,16 @@ def _rank_identity() -> Any:
     return seen
 
 
-@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
 def test_all_ranks_have_the_identity_of_the_first(tmp_path: Path) -> None:
     one, two = on_ranks(2, tmp_path, _rank_identity)
     assert one == two
     assert one[0]["calibration"][0] == 64
+
+
+def test_what_the_command_line_says_otherwise_is_no_setting() -> None:
+    """jsonargparse gives modules functions that hold the whole CLI, and with it the command."""
+    first, second = (object.__new__(CAPCLI) for _ in range(2))
+    first.config, second.config = {"output_dir": "a"}, {"output_dir": "b"}
+    hold = lambda cli, lr: partial(torch.optim.SGD, lr=lr, instantiators=[Power(cli)])  # noqa: E731 - two arguments
+    assert canonicalize(hold(first, 0.1)) == canonicalize(hold(second, 0.1)) != canonicalize(hold(first, 0.2))

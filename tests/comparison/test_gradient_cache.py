@@ -13,17 +13,12 @@ from torch.utils.data import DataLoader
 
 from lightning_cap.calibration.batches import CalibrationBatches
 from lightning_cap.calibration.gradients import GradientCollector
-from lightning_cap.comparison.fisher_block import average_blocks
 from lightning_cap.comparison.gradient_cache import InFile, InMemory, SharedRows, find, share
 from lightning_cap.errors import CAPError, ConfigError, DataError
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities import distributed
 from tests.support.processes import on_ranks
-from tests.support.toy import Toy, ToyData
-
-
-def loss(model: nn.Module, batch: Any) -> Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
+from tests.support.toy import Toy, ToyData, loss
 
 
 def toy() -> tuple[nn.Module, Targets]:
@@ -120,7 +115,7 @@ def _rank_rows(folder: str, count: int) -> list[dict[str, Tensor]]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
 def test_ranks_keep_their_own_rows(tmp_path: Path) -> None:
     want = joined(collector(20))
     for one, two in zip(*on_ranks(2, tmp_path, _rank_rows, str(tmp_path), 20), strict=True):
@@ -201,25 +196,7 @@ def _rank_failures(folder: str) -> list[str]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
 def test_a_disk_that_fails_on_one_rank_is_known_to_all(tmp_path: Path) -> None:
     for rank in on_ranks(2, tmp_path, _rank_failures, str(tmp_path)):
         assert rank == [*(["None", "[]"] * 3), "None", "no space to read"]
-
-
-def test_the_average_block_is_that_of_the_dense_computation() -> None:
-    torch.manual_seed(1)
-    weights = {"a": torch.zeros(5, 7), "b": torch.zeros(16), "c": torch.zeros(3)}
-    rows = {name: torch.randn(10, *w.shape) for name, w in weights.items()}
-    chunks = [{n: r[:4] for n, r in rows.items()}, {n: r[4:] for n, r in rows.items()}]
-    got = average_blocks(Targets(weights), chunks, 8)
-    found = []
-    for name, count in (("a", 4), ("b", 2)):
-        flat = rows[name].flatten(1)
-        blocks = [flat[:, 8 * k : 8 * k + 8].T @ flat[:, 8 * k : 8 * k + 8] / 10 for k in range(count)]
-        torch.testing.assert_close(got[name], torch.stack(blocks).mean(0))
-        found += blocks
-    torch.testing.assert_close(got["all"], torch.stack(found).mean(0))
-    assert set(got) == {"all", "a", "b"}
-    with pytest.raises(ConfigError, match="fisher_block=36"):
-        average_blocks(Targets(weights), chunks, 36)

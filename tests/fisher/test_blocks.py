@@ -11,6 +11,8 @@ from lightning_cap.fisher.row_buffers import StagedRowBuffer
 from lightning_cap.sparsity.block_layout import BlockLayout
 
 SHAPES = {"a": (3, 4), "conv": (2, 4, 2, 2), "one": (1, 4)}
+
+
 CPU = torch.device("cpu")
 
 
@@ -84,17 +86,6 @@ def test_rows_copied_to_main_memory_by_turns_give_the_same_sums(monkeypatch: pyt
     blocks = staged.finish()
     blocks.device = CPU
     assert torch.equal(blocks[torch.arange(len(blocks))], direct)
-
-
-def test_an_error_in_the_adding_thread_reaches_the_caller() -> None:
-    rows = StagedRowBuffer((2, 1, 4), CPU)
-
-    def broken(_: torch.Tensor) -> None:
-        raise RuntimeError("no more")
-
-    rows.append(2, lambda out, first: out.fill_(1.0), broken)
-    with pytest.raises(RuntimeError, match="no more"):
-        rows.flush(broken)
 
 
 def test_packed_blocks_take_half() -> None:

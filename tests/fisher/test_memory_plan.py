@@ -8,10 +8,12 @@ from lightning_cap.fisher import memory_plan as planning
 from lightning_cap.fisher.memory_plan import MemoryModel, MemoryPlan, plan_event
 from lightning_cap.pruners import CAP, Magnitude
 from lightning_cap.sparsity.targets import Targets
-from lightning_cap.utilities.memory import free_memory, parse_bytes
+from lightning_cap.utilities.memory import free_memory
 
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda", 0)
+
+
 MB = 10**6
 
 
@@ -27,34 +29,6 @@ def test_an_event_that_cannot_fit_is_refused_with_numbers_and_remedy() -> None:
         plan.check()
     MemoryPlan(CPU, 2**30, 2**30).check()
     MemoryPlan(CPU, 2**60, None).check()
-
-
-def test_free_memory_of_the_cpu() -> None:
-    free = free_memory(CPU)
-    assert free is None or 2**20 < free < 2**50
-    assert free_memory(torch.device("meta")) is None
-
-
-@pytest.mark.parametrize(
-    ("text", "size"),
-    [
-        ("20GB", 20 * 10**9),
-        ("1.5 GiB", 3 * 2**29),
-        ("300mb", 3 * 10**8),
-        ("7", 7),
-        (12, 12),
-        ("2K", 2000),
-        (None, None),
-    ],
-)
-def test_amounts_of_memory(text: str | int | None, size: int | None) -> None:
-    assert parse_bytes(text, "max_memory") == size
-
-
-@pytest.mark.parametrize("text", ["", "-1GB", "GB", "12 parsecs", 0, True, "1e9"])
-def test_what_is_no_amount_of_memory_is_refused(text: str | int) -> None:
-    with pytest.raises(ConfigError, match=r"max_memory=.*such as '20GB'"):
-        CAP(max_memory=text)
 
 
 def test_a_gpu_keeps_the_fisher_itself_if_it_fits(monkeypatch: pytest.MonkeyPatch) -> None:

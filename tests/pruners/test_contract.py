@@ -4,23 +4,21 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_cap import pruners
 from lightning_cap.errors import CAPError, ConfigError, GradientError, PatternError
-from lightning_cap.pruners import CAP, Pruner, PruneResult, PruningPath
-from lightning_cap.sparsity.patterns import NofM
+from lightning_cap.pruners import Pruner, PruneResult, PruningPath
 from lightning_cap.sparsity.targets import Targets
+from tests.support.problems import MIXED, Rows, gradient_rows, random_masks, random_targets, same_result
 from tests.support.pruners import CASES, Case, select
 
-Rows = list[dict[str, Tensor]]
-SHAPES = {"linear": (6, 8), "tiny": (1, 4), "conv": (4, 4, 2, 3), "odd": (7, 12)}
 SPARSITIES = [0.0, 0.1, 0.33, 0.5, 0.75, 0.9, 0.99]
 
 
@@ -37,12 +35,11 @@ def lasting(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture
 def targets() -> Targets:
-    generator = torch.Generator().manual_seed(0)
-    return Targets({n: nn.Parameter(torch.randn(s, generator=generator)) for n, s in SHAPES.items()})
+    return random_targets()
 
 
 @pytest.fixture
-def rows(targets: Targets, gradient_rows: Callable[..., Rows]) -> Rows:
+def rows(targets: Targets) -> Rows:
     return gradient_rows(targets, 40)
 
 
@@ -51,18 +48,8 @@ def test_every_pruner_is_in_the_table() -> None:
     assert {case.kind for case in CASES.values()} == set(classes) - {Pruner}
 
 
-def _masks(targets: Targets, share: float = 0.2) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return {name: torch.rand(w.shape, generator=generator) >= share for name, w in targets.items()}
-
-
 def _zeros(result: PruneResult) -> int:
     return sum(int((~mask).sum()) for mask in result.masks.values())
-
-
-def _equal(a: PruneResult, b: PruneResult) -> bool:
-    same = all(torch.equal(a.weights[n], b.weights[n]) and torch.equal(a.masks[n], b.masks[n]) for n in a.weights)
-    return same and a.predicted_loss == b.predicted_loss and a.sparsity == b.sparsity
 
 
 def _check(result: PruneResult, targets: Targets, zeros: int, signed: bool = False) -> None:
@@ -89,7 +76,7 @@ def test_counts_are_exact(case: Case, targets: Targets, rows: Rows) -> None:
 
 
 def test_masked_stays_masked(lasting: Case, targets: Targets, rows: Rows) -> None:
-    masks = _masks(targets)
+    masks = random_masks(targets, 0.2)
     path = lasting.path(targets, rows, masks)
     low = sum(int((~m).sum()) for m in masks.values())
     assert path.sparsity == pytest.approx(low / targets.numel)
@@ -117,20 +104,20 @@ def test_path_is_never_consumed_and_curve_tells_the_same(case: Case, targets: Ta
     path = case.path(targets, rows)
     first = [path.at(sparsity) for sparsity in SPARSITIES]
     again = [path.at(sparsity) for sparsity in reversed(SPARSITIES)][::-1]
-    assert all(_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert all(same_result(a, b) for a, b in zip(first, again, strict=True))
     assert path.curve(SPARSITIES) == [result.predicted_loss for result in first]
     assert path.curve([]) == []
     first[3].weights["linear"].zero_()
     first[0].weights["linear"].zero_()  # the caller may do what he likes with what he got
     first[0].masks["linear"].zero_()
-    assert all(_equal(path.at(s), r) for s, r in zip(SPARSITIES[1:3], first[1:3], strict=True))
-    assert _equal(path.at(0.0), again[0])
+    assert all(same_result(path.at(s), r) for s, r in zip(SPARSITIES[1:3], first[1:3], strict=True))
+    assert same_result(path.at(0.0), again[0])
 
 
 def test_model_changes_only_when_applied(case: Case, targets: Targets, rows: Rows) -> None:
     before = copy.deepcopy(targets.weights())
     chunks = copy.deepcopy(rows)
-    masks = _masks(targets)
+    masks = random_masks(targets, 0.2)
     given = copy.deepcopy(masks)
     result = case.path(targets, rows, masks).at(0.5)
     assert all(torch.equal(w, before[n]) and w.requires_grad and w.grad is None for n, w in targets.items())
@@ -142,8 +129,8 @@ def test_model_changes_only_when_applied(case: Case, targets: Targets, rows: Row
 
 def test_is_deterministic(case: Case, targets: Targets, rows: Rows) -> None:
     state = torch.get_rng_state()
-    one, two = (case.path(targets, rows, _masks(targets)).at(0.6) for _ in range(2))
-    assert _equal(one, two)
+    one, two = (case.path(targets, rows, random_masks(targets, 0.2)).at(0.6) for _ in range(2))
+    assert same_result(one, two)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -203,7 +190,7 @@ def test_zero_gradients(case: Case, targets: Targets, rows: Rows) -> None:
 
 
 def test_more_zeros_than_asked_for_warns_and_changes_nothing(lasting: Case, targets: Targets, rows: Rows) -> None:
-    masks = _masks(targets, 0.4)
+    masks = random_masks(targets, 0.4)
     path = lasting.path(targets, rows, masks)
     with pytest.warns(UserWarning, match=r"sparsity=0\.2: the model is already at 0\.[34]\d+.*higher sparsity"):
         result = path.at(0.2)
@@ -249,12 +236,12 @@ def test_one_target_of_one_weight(case: Case) -> None:
 
 
 def test_masks_that_do_not_fit_are_refused(case: Case, targets: Targets, rows: Rows) -> None:
-    ones: dict[str, Any] = {name: torch.ones(s, dtype=torch.bool) for name, s in SHAPES.items()}
+    ones: dict[str, Any] = {name: torch.ones(s, dtype=torch.bool) for name, s in MIXED.items()}
     with pytest.raises(ConfigError, match=r"masks: 'lin'.*there is no such target"):
         case.path(targets, rows, {"lin": ones["linear"]})
     with pytest.raises(ConfigError, match=r"masks: 'linear' has shape \(8, 6\), but its weight has \(6, 8\)"):
         case.path(targets, rows, {**ones, "linear": ones["linear"].t()})
-    partial = case.path(targets, rows, {"odd": torch.zeros(SHAPES["odd"], dtype=torch.bool)})
+    partial = case.path(targets, rows, {"odd": torch.zeros(MIXED["odd"], dtype=torch.bool)})
     assert partial.sparsity == pytest.approx(84 / targets.numel)  # others are free
 
 
@@ -296,49 +283,4 @@ def test_repr_and_copies(case: Case, targets: Targets, rows: Rows) -> None:
     assert repr(pruner).startswith(type(pruner).__name__)
     path = case.path(targets, rows)
     assert isinstance(path, PruningPath)
-    assert _equal(path.at(0.5), case.path(targets, rows).at(0.5))
-
-
-# N:M
-
-
-@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (3, 4), (1, 2)])
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("damp", [1e-2, 1e-8])
-def test_n_of_m(targets: Targets, rows: Rows, n: int, m: int, masked: bool, damp: float) -> None:
-    masks = _masks(targets, 0.3) if masked else None
-    pruner = CAP(block_size=16, num_gradients=40, damp=damp, pattern=NofM(n, m))
-    path = pruner.path(targets, rows, masks)
-    result = path.at(1 - n / m)
-    for name, weight in targets.items():
-        w = result.weights[name]
-        rows_out, inputs = w.shape[:2]
-        alive = (masks or {}).get(name, torch.ones_like(w, dtype=torch.bool))
-        for o in range(rows_out):
-            for place in [()] if w.ndim == 2 else [(y, x) for y in range(2) for x in range(3)]:
-                for i in range(0, inputs, m):
-                    group = (o, slice(i, i + m), *place)
-                    assert int(w[group].count_nonzero()) == min(n, int(alive[group].sum()))
-        assert torch.equal(w != 0, result.masks[name])
-        assert not (result.masks[name] & ~alive).any()
-        assert weight.requires_grad
-    assert _equal(path.at(1 - n / m), result)
-    assert path.curve([1 - n / m]) == [result.predicted_loss]
-    if masks is None:
-        assert result.sparsity == pytest.approx(1 - n / m)
-    for wrong in (0.0, 0.9, 1 - n / m - 0.01):
-        for ask in (path.at, pruner.check_sparsity):
-            with pytest.raises(PatternError, match=r"alone\. Ask for sparsity="):
-                ask(wrong)
-
-
-def test_n_of_m_refuses_targets_by_name_before_anything_runs(targets: Targets) -> None:
-    with pytest.raises(ConfigError, match="'odd'"):
-        CAP(block_size=16, pattern=NofM(4, 8)).check(Targets({"odd": targets["odd"]}))
-
-    def unread() -> Any:
-        raise AssertionError("gradients were read")
-        yield
-
-    with pytest.raises(ConfigError, match="'linear' of shape"):
-        CAP(block_size=15, pattern=NofM(1, 5)).path(targets, unread())
+    assert same_result(path.at(0.5), case.path(targets, rows).at(0.5))

@@ -23,27 +23,19 @@ from lightning_cap.pruners import DropAndGrow, Pruner, PruneResult
 from lightning_cap.sparsity.allocation import Global, Uniform
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities import distributed
+from tests.support.problems import Rows, gradient_rows, random_masks, random_targets
 from tests.support.processes import on_ranks
-from tests.support.toy import Toy, ToyData, trainer
-
-SHAPES = {"linear": (6, 8), "tiny": (1, 4), "conv": (4, 4, 2, 3), "odd": (7, 12)}
-Rows = list[dict[str, Tensor]]
+from tests.support.toy import Toy, ToyData, loss, trainer
 
 
 @pytest.fixture
 def targets() -> Targets:
-    generator = torch.Generator().manual_seed(0)
-    return Targets({n: nn.Parameter(torch.randn(s, generator=generator)) for n, s in SHAPES.items()})
+    return random_targets()
 
 
 @pytest.fixture
-def rows(targets: Targets, gradient_rows: Any) -> Rows:
+def rows(targets: Targets) -> Rows:
     return gradient_rows(targets, 40)
-
-
-def masks_of(targets: Targets, share: float) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(1)
-    return {name: torch.rand(w.shape, generator=generator) >= share for name, w in targets.items()}
 
 
 def oracle(
@@ -89,7 +81,7 @@ def check(
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.6, 0.9])
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 0.8])
 def test_an_update_is_the_oracles(targets: Targets, rows: Rows, share: float, sparsity: float, fraction: float) -> None:
-    masks = masks_of(targets, share)
+    masks = random_masks(targets, share)
     zeros = math.floor(sparsity * targets.numel + 0.5)
     path = DropAndGrow(drop_fraction=fraction).path(targets, rows, masks)
     result = path.at(sparsity)
@@ -103,7 +95,7 @@ def test_an_update_is_the_oracles(targets: Targets, rows: Rows, share: float, sp
 
 
 def test_weights_are_exchanged_within_the_budgets(targets: Targets, rows: Rows) -> None:
-    masks = masks_of(targets, 0.5)
+    masks = random_masks(targets, 0.5)
     result = DropAndGrow(drop_fraction=0.4, allocation=Uniform()).path(targets, rows, masks).at(0.5)
     groups = [([name], weight.numel() // 2) for name, weight in targets.items()]
     check(result, targets, rows, masks, groups, 0.4)
@@ -173,7 +165,7 @@ def test_arguments_out_of_range_are_refused(arguments: dict[str, Any], words: st
 
 
 def test_gradients_that_say_nothing_are_refused(targets: Targets, rows: Rows) -> None:
-    masks = masks_of(targets, 0.5)
+    masks = random_masks(targets, 0.5)
     with pytest.raises(GradientError, match="gave no gradient row"):
         DropAndGrow().path(targets, (), masks)
     rows[1]["conv"][0, 0, 0, 0, 0] = torch.nan
@@ -205,19 +197,12 @@ def test_instantiates_from_yaml() -> None:
     assert DropAndGrow().allocation == Global()
 
 
-# several processes
-
-
-def loss(model: nn.Module, batch: Any) -> Tensor:
-    return nn.functional.cross_entropy(model(batch[0]), batch[1])
-
-
 def update_on_this_rank(samples: int) -> tuple[PruneResult, int]:
     """One update of a small network with this rank's share of the batches, and how many chunks it had."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 20), nn.ReLU(), nn.Linear(20, 4)).eval()
     targets = Targets.from_model(model)
-    masks = masks_of(targets, 0.5)
+    masks = random_masks(targets, 0.5)
     targets.restore({name: weight * masks[name] for name, weight in targets.weights().items()})
     pruner = DropAndGrow(drop_fraction=0.3, num_gradients=13, samples_per_gradient=samples)
     batches = CalibrationBatches(DataLoader(ToyData(), batch_size=8), 13 * samples, samples, 0, 0)
@@ -239,7 +224,7 @@ def both_updates() -> list[tuple[PruneResult, int]]:
     return [update_on_this_rank(samples) for samples in (1, 8)]
 
 
-@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
 def test_two_processes_choose_what_one_does(tmp_path: Path) -> None:
     alone = both_updates()
     ranks = on_ranks(2, tmp_path, both_updates)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_cap.errors import ConfigError, GradientError, PatternError
 from lightning_cap.pruners import CAP, FastCAP
@@ -20,19 +19,18 @@ from lightning_cap.sparsity.patterns import BlockOf, NofM, OutputRows, Pattern
 from lightning_cap.sparsity.targets import Targets
 from tests.references.dense import least_in_groups, least_mask, right_sweep, saliencies
 from tests.references.obs import obs_block
+from tests.support.problems import Rows, gradient_rows, random_targets
 
-Rows = list[dict[str, Tensor]]
 SHAPES = {"a": (10, 12), "b": (6, 8)}
 
 
 @pytest.fixture
 def targets() -> Targets:
-    generator = torch.Generator().manual_seed(4)
-    return Targets({n: nn.Parameter(torch.randn(s, generator=generator)) for n, s in SHAPES.items()})
+    return random_targets(SHAPES, seed=4)
 
 
 @pytest.fixture
-def rows(targets: Targets, gradient_rows: Callable[..., Rows]) -> Rows:
+def rows(targets: Targets) -> Rows:
     return gradient_rows(targets, 60)
 
 
@@ -63,7 +61,7 @@ def test_the_shared_blocks(targets: Targets, rows: Rows, B: int) -> None:
         np.testing.assert_allclose(fisher.traces.numpy(), traces, rtol=1e-4, atol=1e-5)
 
 
-def test_the_shared_blocks_follow_the_order_of_groups(gradient_rows: Callable[..., Rows]) -> None:
+def test_the_shared_blocks_follow_the_order_of_groups() -> None:
     weight = {"conv": torch.randn(3, 4, 2, 2)}
     rows = gradient_rows(weight, 30)
     turned = [{"conv": chunk["conv"].permute(0, 1, 3, 4, 2).reshape(-1, 3, 16)} for chunk in rows]
@@ -143,7 +141,7 @@ def test_one_block_is_swept_to_the_optimum_of_the_columns_to_the_right(targets: 
         np.testing.assert_allclose(result.weights["b"][k].numpy(), steps[4], rtol=1e-3, atol=1e-4)
 
 
-def test_blocks_of_equal_statistics_are_solved_as_cap_does(gradient_rows: Callable[..., Rows]) -> None:
+def test_blocks_of_equal_statistics_are_solved_as_cap_does() -> None:
     """With blocks of one weight there is nothing but the diagonal."""
     targets = Targets({"a": nn.Parameter(torch.randn(4, 6, generator=torch.Generator().manual_seed(0)))})
     rows = [{"a": chunk["a"][:, :1, :1].expand(-1, 4, 6).contiguous()} for chunk in gradient_rows(targets, 50)]

@@ -1,16 +1,14 @@
-"""Layer inputs and layer-wise OBS: against running the layers, and against the textbook on ``2 X X^T / n``."""
+"""Layer-wise OBS against the textbook on ``2 X X^T / n``."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from lightning.pytorch.plugins.precision import HalfPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -22,172 +20,10 @@ from lightning_cap.sparsity.allocation import Global
 from lightning_cap.sparsity.patterns import BlockOf, NofM, check_pattern
 from lightning_cap.sparsity.targets import Targets
 from tests.references.obs import best_weights, obs_block
+from tests.support.layers import collector, layer_of, output_energy, total
 from tests.support.toy import FEATURES, Toy, ToyData, callback, loaders, trainer, zeros
 
-
-def loss(model: nn.Module, batch: Any) -> Tensor:
-    out: Tensor = model(batch[0]).square().mean()
-    return out
-
-
-def _collector(layer: nn.Module, inputs: list[Tensor], num_inputs: int = 0, **more: Any) -> InputCollector:
-    targets = Targets.from_model(layer, include=["*weight"])
-    return InputCollector(layer, targets, loss, [(x,) for x in inputs], num_inputs or sum(map(len, inputs)), **more)
-
-
-def _total(collector: InputCollector, name: str = "weight") -> Tensor:
-    return torch.stack([grams[name].double() for grams in collector]).sum(0)
-
-
-LAYERS: dict[str, tuple[Callable[[], Any], tuple[int, ...]]] = {
-    "linear": (lambda: nn.Linear(6, 5), (6,)),
-    "linear on tokens": (lambda: nn.Linear(6, 5, bias=False), (3, 6)),
-    "conv": (lambda: nn.Conv2d(3, 4, 3), (3, 7, 6)),
-    "stride": (lambda: nn.Conv2d(3, 4, (3, 2), stride=(2, 1), padding=(1, 2)), (3, 8, 5)),
-    "dilation": (lambda: nn.Conv2d(2, 4, 3, dilation=2, padding=2), (2, 7, 7)),
-    "groups": (lambda: nn.Conv2d(6, 8, 3, groups=2, padding=1), (6, 5, 5)),
-    "depthwise": (lambda: nn.Conv2d(4, 8, 3, groups=4), (4, 5, 5)),
-    "same": (lambda: nn.Conv2d(2, 3, (3, 5), padding="same"), (2, 5, 6)),
-    "reflect": (lambda: nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), (2, 5, 6)),
-    "circular": (lambda: nn.Conv2d(2, 3, 3, padding=(2, 1), padding_mode="circular"), (2, 5, 6)),
-    "conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1, dilation=2, groups=2), (4, 11)),
-}
-
-
-@pytest.fixture(autouse=True)
-def _seeded() -> None:
-    torch.manual_seed(0)
-
-
-def _layer(kind: str) -> tuple[Any, tuple[int, ...]]:
-    make, shape = LAYERS[kind]
-    return make(), shape
-
-
-@pytest.mark.parametrize("kind", LAYERS)
-def test_grams_give_the_change_of_the_output(kind: str) -> None:
-    """``||(W - W') X||^2``, by running the layer with ``W - W'``, is ``sum_o d_o^T G d_o``."""
-    layer, shape = _layer(kind)
-    generator = torch.Generator().manual_seed(0)
-    batches = [torch.randn(n, *shape, generator=generator) for n in (4, 3, 1)]
-    gram = _total(_collector(layer, batches))
-    groups = getattr(layer, "groups", 1)
-    delta = torch.randn(layer.weight.shape, generator=generator)
-    assert gram.shape == (groups, delta[0].numel(), delta[0].numel())
-    moved = type(layer)(**_settings(layer)).requires_grad_(False)
-    moved.weight.copy_(delta)
-    rows = delta.double().flatten(1).unflatten(0, (groups, -1))  # (G, O/G, I)
-    outputs = [moved(x).double().square() for x in batches]
-    found = torch.einsum("goi,gij,goj->go", rows, gram, rows).flatten()
-    dim = -1 if isinstance(layer, nn.Linear) else 1
-    expected = sum(y.movedim(dim, 0).flatten(1).sum(1) for y in outputs)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
-
-
-def _settings(layer: Any) -> dict[str, Any]:
-    if isinstance(layer, nn.Linear):
-        return {"in_features": layer.in_features, "out_features": layer.out_features, "bias": False}
-    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-    return {**{name: getattr(layer, name) for name in names}, "bias": False}
-
-
-def test_collecting_under_autocast_keeps_full_precision() -> None:
-    layer = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(64, 5))
-    x = torch.randn(40, 3, 6, 6, generator=torch.Generator().manual_seed(0))
-    plain = next(iter(_collector(layer, [x])))
-    cast = next(iter(_collector(layer, [x], context=lambda: torch.autocast("cpu", dtype=torch.bfloat16))))
-    assert torch.equal(plain["0.weight"], cast["0.weight"]), "the first layer's inputs are the same"
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        inputs = layer[:2](x).float()
-    torch.testing.assert_close(cast["2.weight"][0], inputs.T @ inputs, rtol=1e-4, atol=1e-4)
-
-
-def test_collector_stops_in_time_and_can_be_read_again() -> None:
-    batches = [torch.randn(8, 6) for _ in range(4)]
-    seen: list[Any] = []
-    collector = _collector(nn.Linear(6, 5), batches, 10, progress=lambda *step: seen.append(step))
-    first, again = list(collector), list(collector)
-    assert [grams.count for grams in first] == [8, 2]
-    assert collector.collected == 10
-    assert collector.repeatable
-    assert not InputCollector(nn.Linear(6, 5), Targets.from_model(nn.Linear(6, 5), include=["weight"]), loss, iter(()), 8
-                              ).repeatable  # fmt: skip
-    assert seen[:2] == [("collect", 8, 10), ("collect", 10, 10)]
-    assert all(torch.equal(a["weight"], b["weight"]) for a, b in zip(first, again, strict=True))
-    assert collector.rows_bytes >= 4 * 36
-
-
-def test_too_few_inputs_are_told() -> None:
-    with pytest.warns(UserWarning, match="num_inputs=100: the batches of this process gave only 32 samples"):
-        list(_collector(nn.Linear(6, 5), [torch.randn(8, 6) for _ in range(4)], 100))
-
-
-@pytest.mark.parametrize("precision", ["16-true", "bf16-true"])
-def test_sums_are_float32_whatever_the_default_type(precision: Any) -> None:
-    layer = nn.Linear(6, 5).to(torch.bfloat16)
-    inputs = [(100 * torch.randn(64, 6)).to(torch.bfloat16) for _ in range(3)]
-    found = _total(_collector(layer, inputs, context=HalfPrecision(precision).train_step_context))
-    expected = sum(x.double().T @ x.double() for x in inputs)
-    torch.testing.assert_close(found[0], expected, rtol=1e-5, atol=1e-2)
-
-
-def test_a_layer_called_twice_counts_twice_and_hooks_are_taken_off() -> None:
-    class Twice(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = nn.Linear(5, 5)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.inner(input=self.inner(x))  # by keyword, too
-
-    model, x = Twice(), torch.randn(9, 5)
-    gram = _total(_collector(model, [x]), "inner.weight")[0]
-    y = model.inner(x).detach()
-    torch.testing.assert_close(gram.float(), x.T @ x + y.T @ y, rtol=1e-4, atol=1e-4)
-    assert not model.inner._forward_pre_hooks
-
-
-@pytest.mark.parametrize(
-    ("model", "include", "kind"),
-    [
-        (nn.ModuleDict({"up": nn.ConvTranspose2d(2, 2, 2)}), "up.weight", "'up.weight' belongs to a ConvTranspose2d"),
-        (nn.ModuleDict({"at": nn.MultiheadAttention(4, 2)}), "at.in_proj_weight",
-         "'at.in_proj_weight' belongs to a MultiheadAttention"),
-        (nn.ModuleDict({"c": nn.Conv3d(2, 2, 2)}), "c.weight", "'c.weight' belongs to a Conv3d"),
-    ],
-)  # fmt: skip
-def test_other_layers_are_refused_by_name(model: nn.Module, include: str, kind: str) -> None:
-    with pytest.raises(TargetError, match=rf"target {kind}.*exclude=\['{include}'\]"):
-        InputCollector(model, Targets.from_model(model, include=[include]), loss, [], 8)
-    before = {n: p.clone() for n, p in model.named_parameters()}
-    with pytest.raises(TargetError, match=kind):
-        prune(model, [], loss, 0.5, LayerwiseOBS(), include=[include], progress=False)
-    assert all(torch.equal(p, before[n]) for n, p in model.named_parameters())
-
-
-def test_layers_that_are_not_called_are_refused_by_name() -> None:
-    class Spare(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.used, self.spare = nn.Linear(4, 4), nn.Linear(4, 4)
-            self.attention = nn.MultiheadAttention(4, 2)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.attention(*[self.used(x)] * 3)[0]
-
-    model = Spare().eval()
-    for name in (
-        "spare.weight",
-        "attention.out_proj.weight",
-    ):  # the attention uses the weight, but does not call the layer
-        with pytest.raises(TargetError, match=rf"the layers of 1, first '{name}', were not called"):
-            prune(
-                model, [(torch.randn(6, 4),)], loss, 0.5, LayerwiseOBS(), include=["used.weight", name], progress=False
-            )
-    assert not model.used._forward_pre_hooks
-
-
-# The pruner
+pytestmark = pytest.mark.usefixtures("seeded")
 
 
 def _hessian(gram: Tensor, count: int, damp: float) -> np.ndarray:
@@ -225,28 +61,28 @@ def test_a_linear_layer_is_pruned_row_by_row(block_size: int, damp: float) -> No
     layer = nn.Linear(12, 7)
     mix = torch.eye(12) + torch.randn(12, 12, generator=generator) / 2
     inputs = [torch.randn(25, 12, generator=generator) @ mix for _ in range(3)]
-    source = _collector(layer, inputs)
+    source = collector(layer, inputs)
     targets = Targets({"weight": layer.weight})
     path = LayerwiseOBS(block_size=block_size, num_inputs=75, damp=damp).path(targets, source)
     result = path.at(0.6)
     assert int((~result.masks["weight"]).sum()) == round(0.6 * 84)
-    _check_rows(path, result, layer.weight, _hessian(_total(source), 75, damp))
+    _check_rows(path, result, layer.weight, _hessian(total(source), 75, damp))
 
 
 @pytest.mark.parametrize("kind", ["stride", "groups", "conv1d", "same"])
 def test_convolutions_are_pruned_row_by_row(kind: str) -> None:
-    layer, shape = _layer(kind)
+    layer, shape = layer_of(kind)
     inputs = [torch.randn(30, *shape, generator=torch.Generator().manual_seed(2))]
-    source = _collector(layer, inputs)
+    source = collector(layer, inputs)
     path = LayerwiseOBS(block_size=100, num_inputs=30, damp=1e-3).path(Targets({"weight": layer.weight}), source)
-    _check_rows(path, path.at(0.5), layer.weight, _hessian(_total(source), 30, 1e-3))
+    _check_rows(path, path.at(0.5), layer.weight, _hessian(total(source), 30, 1e-3))
 
 
 def test_the_predicted_loss_is_the_change_of_the_output() -> None:
     layer = nn.Conv2d(4, 6, 3, padding=1)
     x = torch.randn(20, 4, 6, 6, generator=torch.Generator().manual_seed(3)) + 0.5
     path = LayerwiseOBS(block_size=64, num_inputs=20, damp=1e-7).path(
-        Targets({"weight": layer.weight}), _collector(layer, [x])
+        Targets({"weight": layer.weight}), collector(layer, [x])
     )
     before = layer(x).detach()
     dense, predicted = layer.weight.detach().clone(), []
@@ -267,12 +103,12 @@ def test_the_predicted_loss_is_the_change_of_the_output() -> None:
 def test_n_of_m_groups_lie_along_the_channels(kind: str) -> None:
     layer = nn.Conv2d(4, 6, (2, 3)) if kind == "conv" else nn.Conv2d(8, 6, (2, 3), groups=2)
     x = torch.randn(40, layer.in_channels, 4, 5, generator=torch.Generator().manual_seed(4))
-    source = _collector(layer, [x])
+    source = collector(layer, [x])
     targets = Targets({"weight": layer.weight})
     result = LayerwiseOBS(block_size=100, num_inputs=40, damp=1e-3, pattern=NofM(2, 4)).path(targets, source).at(0.5)
     check_pattern(targets, NofM(2, 4), result.masks)
     order = np.arange(24).reshape(4, 2, 3).transpose(1, 2, 0).ravel()  # (I, kH, kW) -> channels last
-    H = _hessian(_total(source), 40, 1e-3)
+    H = _hessian(total(source), 40, 1e-3)
     for o, row in enumerate(layer.weight.detach().double().flatten(1).numpy()):
         own = H[o * len(H) // 6][np.ix_(order, order)]
         reference = obs_block(own, row[order], np.ones(24, dtype=bool), 0.0, (2, 4))
@@ -289,14 +125,14 @@ def test_masks_zero_inputs_and_several_targets() -> None:
     targets = Targets.from_model(model, include=["*"])
     masks = {n: torch.rand(w.shape, generator=torch.Generator().manual_seed(6)) > 0.2 for n, w in targets.items()}
     path = LayerwiseOBS(block_size=64, num_inputs=50).path(
-        targets, InputCollector(model, targets, loss, [(x,)], 50), masks
+        targets, InputCollector(model, targets, output_energy, [(x,)], 50), masks
     )
     result = path.at(0.5)
     assert [int((~m).sum()) for m in result.masks.values()] == [40, 24]  # uniform
     assert all(not (result.masks[n] & ~masks[n]).any() for n in targets)
     assert not result.masks["0.weight"][:, 3].any()
     flat = LayerwiseOBS(block_size=64, num_inputs=50, allocation=Global()).path(
-        targets, InputCollector(model, targets, loss, [(x,)], 50)
+        targets, InputCollector(model, targets, output_energy, [(x,)], 50)
     )
     assert sum(int((~m).sum()) for m in flat.at(0.5).masks.values()) == 64
 
@@ -318,9 +154,6 @@ def test_sources_and_settings_that_do_not_work() -> None:
     LayerwiseOBS(block_size=192, pattern=BlockOf(4)).check(targets)
 
 
-# In use
-
-
 @pytest.mark.parametrize("pattern", [None, NofM(2, 4), BlockOf(2)])
 def test_prune_a_cnn(tiny_cnn: nn.Module, pattern: Any) -> None:
     generator = torch.Generator().manual_seed(0)
@@ -329,7 +162,7 @@ def test_prune_a_cnn(tiny_cnn: nn.Module, pattern: Any) -> None:
     dense = torch.cat([tiny_cnn(x).detach() for (x,) in batches])
     steps = 1 if pattern == NofM(2, 4) else 2
     pruner = LayerwiseOBS(block_size=64, num_inputs=48, pattern=pattern)
-    result = prune(tiny_cnn, batches, loss, 0.5, pruner, num_recomputations=steps, progress=False)
+    result = prune(tiny_cnn, batches, output_energy, 0.5, pruner, num_recomputations=steps, progress=False)
     assert list(result.weights) == ["2.weight", "6.weight"]
     assert [int((layer.weight == 0).sum()) for layer in (tiny_cnn[2], tiny_cnn[6])] == [432, 96]
     check_pattern(Targets.from_model(tiny_cnn), LayerwiseOBS(pattern=pattern).pattern)
@@ -337,7 +170,7 @@ def test_prune_a_cnn(tiny_cnn: nn.Module, pattern: Any) -> None:
     with torch.no_grad():
         for layer, weight in zip((tiny_cnn[2], tiny_cnn[6]), before, strict=True):
             layer.weight.copy_(weight)
-    prune(tiny_cnn, batches, loss, 0.5, Magnitude(pattern=pattern), progress=False)
+    prune(tiny_cnn, batches, output_energy, 0.5, Magnitude(pattern=pattern), progress=False)
     theirs = (torch.cat([tiny_cnn(x).detach() for (x,) in batches]) - dense).square().sum()
     assert ours < theirs
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ from lightning_cap.pruners import Pruner, PruneResult
 from lightning_cap.sparsity.allocation import ERK, Allocation, Global, PerTarget, Uniform
 from lightning_cap.sparsity.patterns import BlockOf, NofM, OutputRows, Pattern, Unstructured, check_pattern
 from lightning_cap.sparsity.targets import Targets
+from tests.support.problems import gradient_rows
 from tests.support.pruners import USUAL, Case
 
 PATTERNS: list[Pattern] = [Unstructured(), NofM(2, 4), NofM(1, 4), BlockOf(4), BlockOf(2), OutputRows()]
@@ -89,7 +90,7 @@ def _thinned(*factors: Any) -> Any:
 
 
 @pytest.mark.parametrize(("name", "pattern", "allocation"), _thinned(USUAL, PATTERNS, ALLOCATIONS))
-def test_matrix(name: str, pattern: Pattern, allocation: str, gradient_rows: Callable[..., Any]) -> None:
+def test_matrix(name: str, pattern: Pattern, allocation: str) -> None:
     case, how = USUAL[name], ALLOCATIONS[allocation]
     if not case.takes(pattern):
         with pytest.raises(PatternError, match=rf"pattern={str(pattern)[:5]}.*Use [A-Z]\w+"):
@@ -123,9 +124,7 @@ def test_matrix(name: str, pattern: Pattern, allocation: str, gradient_rows: Cal
 
 
 @pytest.mark.parametrize(("name", "pattern"), [(n, p) for n, p in TAKEN if p in (BlockOf(4), OutputRows())])
-def test_floors_where_whole_units_leave_a_remainder(
-    name: str, pattern: Pattern, gradient_rows: Callable[..., Any]
-) -> None:
+def test_floors_where_whole_units_leave_a_remainder(name: str, pattern: Pattern) -> None:
     """The floors leave room for 153 zeros, but only for 148 in groups, and for less in rows: those go, and no more."""
     targets = _targets()
     pruner = _pruner(USUAL[name], pattern=pattern, allocation=Global(0.25))
@@ -137,7 +136,7 @@ def test_floors_where_whole_units_leave_a_remainder(
 
 
 @pytest.mark.parametrize(("name", "pattern"), TAKEN)
-def test_masks_that_break_groups_stay(name: str, pattern: Pattern, gradient_rows: Callable[..., Any]) -> None:
+def test_masks_that_break_groups_stay(name: str, pattern: Pattern) -> None:
     targets = _targets()
     rows = gradient_rows(targets, 24)
     generator = torch.Generator().manual_seed(3)
@@ -162,9 +161,7 @@ def test_masks_that_break_groups_stay(name: str, pattern: Pattern, gradient_rows
 
 
 @pytest.mark.parametrize(("taken", "dtype"), _thinned(TAKEN, [torch.bfloat16, torch.float64]))
-def test_dtypes_zero_targets_and_zero_gradients(
-    taken: tuple[str, Pattern], dtype: torch.dtype, gradient_rows: Callable[..., Any]
-) -> None:
+def test_dtypes_zero_targets_and_zero_gradients(taken: tuple[str, Pattern], dtype: torch.dtype) -> None:
     name, pattern = taken
     targets = _targets(dtype)
     rows = gradient_rows(targets, 24)
@@ -201,7 +198,7 @@ def _permuted(value: Tensor, order: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("name", "pattern"), [(n, p) for n, p in TAKEN if not USUAL[n].takes("seed")]
 )  # lots go by place
-def test_the_order_of_blocks_does_not_matter(name: str, pattern: Pattern, gradient_rows: Callable[..., Any]) -> None:
+def test_the_order_of_blocks_does_not_matter(name: str, pattern: Pattern) -> None:
     case = USUAL[name]
     inputs = case.own.get("block_size", 12)  # an output row is a block
     generator = torch.Generator().manual_seed(9)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any, Literal
 
 import numpy as np
@@ -27,6 +26,7 @@ from tests.references.dense import (
     simple_update,
 )
 from tests.references.obs import best_weights
+from tests.support.problems import gradient_rows
 
 SHAPES = {"a": (6, 16), "b": (4, 8)}
 Rows = list[dict[str, Tensor]]
@@ -35,10 +35,10 @@ Rows = list[dict[str, Tensor]]
 class Problem:
     """Weights, masks and gradient rows, and the inverse of every block."""
 
-    def __init__(self, make_rows: Callable[..., Rows], block_size: int, damp: float, masked: bool) -> None:
+    def __init__(self, block_size: int, damp: float, masked: bool) -> None:
         generator = torch.Generator().manual_seed(5)
         self.targets = Targets({n: nn.Parameter(torch.randn(s, generator=generator)) for n, s in SHAPES.items()})
-        self.rows = make_rows(self.targets, 150)
+        self.rows = gradient_rows(self.targets, 150)
         share = 0.25 if masked else 0.0
         self.masks = {n: torch.rand(s, generator=generator) >= share for n, s in SHAPES.items()}
         self.numel = self.targets.numel
@@ -79,13 +79,12 @@ UPDATES: dict[str, Any] = {
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("block_size", "damp"), [(7, 1e-2), (16, 1e-6), (100, 1e-3)])
 def test_saliencies_and_updates(
-    gradient_rows: Callable[..., Rows],
     update: Literal["joint", "simple", "none"],
     masked: bool,
     block_size: int,
     damp: float,
 ) -> None:
-    problem = Problem(gradient_rows, block_size, damp, masked)
+    problem = Problem(block_size, damp, masked)
     path = problem.path(WoodFisher(block_size=block_size, damp=damp, update=update))
     scores = [np.where(alive, saliencies(H, w, alive), np.inf) for _, _, H, w, alive in problem.blocks]
     flat = np.concatenate(scores)
@@ -97,8 +96,8 @@ def test_saliencies_and_updates(
         problem.check_weights(result, UPDATES[update])
 
 
-def test_the_joint_update_is_the_best_there_is(gradient_rows: Callable[..., Rows]) -> None:
-    problem = Problem(gradient_rows, 16, 1e-3, masked=False)
+def test_the_joint_update_is_the_best_there_is() -> None:
+    problem = Problem(16, 1e-3, masked=False)
     result = problem.path(WoodFisher(block_size=16, damp=1e-3)).at(0.6)
     for (name, part, H, w, _), gone in zip(problem.blocks, problem.gone(result), strict=True):
         expected = best_weights(np.linalg.inv(H), w, ~gone, 0.0)
@@ -108,10 +107,8 @@ def test_the_joint_update_is_the_best_there_is(gradient_rows: Callable[..., Rows
 @pytest.mark.parametrize("update", ["joint", "simple"])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("size", [2, 4])
-def test_groups(
-    gradient_rows: Callable[..., Rows], update: Literal["joint", "simple"], masked: bool, size: int
-) -> None:
-    problem = Problem(gradient_rows, 16, 1e-3, masked)
+def test_groups(update: Literal["joint", "simple"], masked: bool, size: int) -> None:
+    problem = Problem(16, 1e-3, masked)
     path = problem.path(WoodFisher(block_size=16, damp=1e-3, update=update, pattern=BlockOf(size)))
     costs = np.concatenate([saliencies(H, w, alive, size) for _, _, H, w, alive in problem.blocks])
     members = np.concatenate([alive.reshape(-1, size).sum(-1) for *_, alive in problem.blocks])
@@ -130,16 +127,16 @@ def test_groups(
 
 
 @pytest.mark.parametrize("masked", [False, True])
-def test_n_of_m_takes_the_least_of_every_group(gradient_rows: Callable[..., Rows], masked: bool) -> None:
-    problem = Problem(gradient_rows, 16, 1e-3, masked)
+def test_n_of_m_takes_the_least_of_every_group(masked: bool) -> None:
+    problem = Problem(16, 1e-3, masked)
     result = problem.path(WoodFisher(block_size=16, damp=1e-3, pattern=NofM(2, 4))).at(0.5)
     for (_, _, H, w, alive), gone in zip(problem.blocks, problem.gone(result), strict=True):
         np.testing.assert_array_equal(gone, least_in_groups(saliencies(H, w, alive), alive, 2, 4))
     problem.check_weights(result, joint_update)
 
 
-def test_one_weight_a_block_loses_as_cap_does(gradient_rows: Callable[..., Rows]) -> None:
-    problem = Problem(gradient_rows, 1, 1e-2, masked=False)
+def test_one_weight_a_block_loses_as_cap_does() -> None:
+    problem = Problem(1, 1e-2, masked=False)
     ours, caps = (problem.path(pruner(block_size=1, damp=1e-2)).at(0.7) for pruner in (WoodFisher, CAP))
     assert all(torch.equal(ours.weights[n], caps.weights[n]) for n in SHAPES)
     assert ours.predicted_loss == pytest.approx(caps.predicted_loss, rel=1e-5)

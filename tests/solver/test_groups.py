@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -14,11 +13,11 @@ from torch import Tensor, nn
 from lightning_cap.pruners import CAP
 from lightning_cap.solver import eliminate
 from lightning_cap.solver.groups import diagonal_groups, group_losses
-from lightning_cap.solver.ranking import at_group_ends
 from lightning_cap.sparsity.patterns import BlockOf
 from lightning_cap.sparsity.targets import Targets
 from tests.references.dense import obs_groups
 from tests.references.obs import best_weights
+from tests.support.problems import gradient_rows
 
 
 def _problem(B: int, blocks: int, rows: int, masked: bool, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,9 +73,7 @@ def test_group_losses_by_solving(size: int) -> None:
 
 @pytest.mark.parametrize("ranking", ["marginal", "cumulative"])
 @pytest.mark.parametrize("masked", [False, True])
-def test_the_path_cuts_at_whole_groups(
-    gradient_rows: Callable[..., Any], ranking: Literal["marginal", "cumulative"], masked: bool
-) -> None:
+def test_the_path_cuts_at_whole_groups(ranking: Literal["marginal", "cumulative"], masked: bool) -> None:
     generator = torch.Generator().manual_seed(2)
     shapes = {"a": (8, 16), "b": (3, 4), "c": (4, 8)}
     targets = Targets({n: nn.Parameter(torch.randn(s, generator=generator)) for n, s in shapes.items()})
@@ -114,13 +111,3 @@ def test_zero_weights_and_zero_gradients_have_an_order_too() -> None:
         out = eliminate(F, w, alive, 1e-8, BlockOf(4))
         assert torch.equal(out.rank.sort(-1).values, torch.arange(16).expand(2, 16).to(out.rank.dtype))
         assert out.losses.isfinite().all()
-
-
-def test_scores_at_the_end_of_groups_by_hand() -> None:
-    inf = math.inf
-    rank = torch.tensor(
-        [[2, 3, 0, 1], [0, 4, 1, 2], [4, 4, 4, 4]], dtype=torch.int16
-    )  # the second lacks one, the third all
-    scores = torch.tensor([[1.0, 2.0, 3.0, 4.0], [1.0, 5.0, 7.0, inf], [inf] * 4])
-    expected = torch.tensor([[2.0, 2.0, 4.0, 4.0], [1.0, 7.0, 7.0, inf], [inf] * 4])
-    assert torch.equal(at_group_ends(scores, rank, 2), expected)

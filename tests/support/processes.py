@@ -9,6 +9,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import socket
+import time
 from collections.abc import Callable
 from datetime import timedelta
 from functools import partial
@@ -20,6 +21,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 multiprocessing.set_forkserver_preload(["tests.support.preload"])
+HANGS = 300  # seconds after which processes must have ended
 FORKED = multiprocessing.get_context("forkserver")
 
 
@@ -61,7 +63,13 @@ def _run(world: int, folder: Path, how: Callable[..., Any], call: Callable[[], A
     place = folder / f"ranks-{len(list(folder.iterdir()))}"
     place.mkdir()
     shared = world, str(place), free_port(), how, call
-    mp.start_processes(_main, shared, nprocs=world, start_method="forkserver")  # raises what a rank raised
+    context = mp.start_processes(_main, shared, nprocs=world, join=False, start_method="forkserver")
+    deadline = time.monotonic() + HANGS
+    while not context.join(timeout=10):  # raises what a rank raised
+        if time.monotonic() > deadline:
+            for process in context.processes:
+                process.kill()
+            raise TimeoutError(f"{call} hangs")
     return [torch.load(place / f"{rank}.pt", weights_only=False) for rank in range(world)]
 
 

@@ -20,6 +20,7 @@ from lightning_cap.pruners import CAP
 from lightning_cap.schedules import SparsitySchedule, SparsitySteps
 
 CLASSES, FEATURES = 4, 12
+TARGET = "net.4.weight"  # the one target of `Toy` by default, (16, 16)
 
 
 def _end_group() -> None:
@@ -151,5 +152,5 @@ def trainer(path: Any, *callbacks: pl.Callback, **kwargs: Any) -> pl.Trainer:
     return pl.Trainer(**{**defaults, "callbacks": list(callbacks), **kwargs})
 
 
-def zeros(module: nn.Module, name: str = "net.4.weight") -> torch.Tensor:
+def zeros(module: nn.Module, name: str = TARGET) -> torch.Tensor:
     return dict(module.named_parameters())[name].detach() == 0

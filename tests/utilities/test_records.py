@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -209,3 +209,14 @@ def test_loggers_get_an_event_under_the_names_that_they_have_always_had() -> Non
         "cap/before/val_acc": 0.9, "cap/after/val_acc": math.inf, "cap/sparsity/net.4.weight": 0.5,
     }  # fmt: skip
     assert {"cap/inputs", "cap/inputs_skipped"} <= replace(EVENT, unit="inputs").logged().keys()
+
+
+def test_a_full_disk_leaves_the_old_lines(tmp_path: Path, full_disk: Callable[[], None]) -> None:
+    path = tmp_path / "a.jsonl"
+    append_record(path, CycleRecord(0.5, 0, None, 0.5), lambda old: False)
+    before = path.read_bytes()
+    full_disk()
+    with pytest.raises(OSError, match="No space left"):
+        append_record(path, CycleRecord(0.75, 1, None, 0.75), lambda old: False)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]

@@ -1,4 +1,4 @@
-"""Methods of one saliency a weight, against sums over the gradient rows: equation 9, Taylor, OBD, random lots."""
+"""Methods of one saliency per weight, against sums over the gradient rows: equation 9, Taylor, OBD."""
 
 from __future__ import annotations
 
@@ -9,15 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
 
 from lightning_cap.errors import ConfigError, GradientError
-from lightning_cap.pruners import CAP, DiagonalFisher, GradientTimesWeight, Magnitude, Pruner, Random, Taylor
+from lightning_cap.pruners import CAP, DiagonalFisher, GradientTimesWeight, Magnitude, Pruner, Taylor
 from lightning_cap.sparsity.patterns import BlockOf, NofM, OutputRows
 from lightning_cap.sparsity.targets import Targets
 from tests.references.dense import least_mask, matrix_of
+from tests.support.problems import Rows, gradient_rows, random_targets
 
-Rows = list[dict[str, Tensor]]
 SHAPES = {"a": (6, 8), "conv": (4, 4, 2, 3)}
 METHODS: dict[str, tuple[Callable[..., Pruner], Callable[[np.ndarray, np.ndarray], np.ndarray]]] = {
     "GrW": (GradientTimesWeight, lambda w, g: np.mean([np.abs(w * row) for row in g], axis=0)),
@@ -29,12 +28,11 @@ METHODS: dict[str, tuple[Callable[..., Pruner], Callable[[np.ndarray, np.ndarray
 
 @pytest.fixture
 def targets() -> Targets:
-    generator = torch.Generator().manual_seed(6)
-    return Targets({n: nn.Parameter(torch.randn(s, generator=generator)) for n, s in SHAPES.items()})
+    return random_targets(SHAPES, seed=6)
 
 
 @pytest.fixture
-def rows(targets: Targets, gradient_rows: Callable[..., Rows]) -> Rows:
+def rows(targets: Targets) -> Rows:
     return gradient_rows(targets, 30)
 
 
@@ -118,41 +116,6 @@ def test_obd_is_cap_with_blocks_of_one(targets: Targets, rows: Rows) -> None:
 def test_a_large_damp_is_magnitude(targets: Targets, rows: Rows) -> None:
     one, two = DiagonalFisher(damp=1e8).path(targets, rows).at(0.5), Magnitude().path(targets).at(0.5)
     assert all(torch.equal(one.masks[n], two.masks[n]) for n in SHAPES)
-
-
-# Random
-
-
-def test_random_lots_follow_the_seed_and_the_name(targets: Targets) -> None:
-    def masks(seed: int, given: Targets = targets) -> dict[str, Tensor]:
-        return dict(Random(seed=seed).path(given).at(0.5).masks)
-
-    assert all(torch.equal(masks(0)[n], masks(0)[n]) for n in SHAPES)
-    assert any(not torch.equal(masks(0)[n], masks(1)[n]) for n in SHAPES)
-    alone = Targets({"conv": targets["conv"]})
-    lots = Random(seed=0).path(alone).at(0.5).masks["conv"]
-    again = Random(seed=0).path(Targets({"conv": nn.Parameter(torch.randn(SHAPES["conv"]))})).at(0.5).masks["conv"]
-    assert torch.equal(lots, again), "the weights do not matter"
-    other = Random(seed=0).path(Targets({"other": targets["conv"]})).at(0.5).masks["other"]
-    assert not torch.equal(lots, other)
-
-
-def test_random_events_of_one_run_are_nested(targets: Targets) -> None:
-    first = Random(seed=2).path(targets).at(0.4)
-    first.apply(targets)
-    second = Random(seed=2).path(targets, masks=first.masks).at(0.7)
-    direct = Random(seed=2).path(targets).at(0.7)
-    assert all(torch.equal(second.masks[n], direct.masks[n]) for n in SHAPES)
-
-
-def test_random_is_fair(targets: Targets) -> None:
-    large = Targets({"w": nn.Parameter(torch.randn(100, 200))})
-    share = Random(seed=0).path(large).at(0.3).masks["w"].float()
-    assert share.mean(0).std() < 0.06  # of 100 rows: about sqrt(0.21 / 100) = 0.046
-    assert share.mean(1).std() < 0.05
-
-
-# Sources
 
 
 @pytest.mark.parametrize("method", ["GrW", "Taylor", "OBD"])
