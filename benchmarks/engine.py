@@ -226,7 +226,7 @@ def gpu_rows(sizes: MemoryModel, options: dict[str, Any]) -> tuple[dict[str, Any
         found[name] = event = attempt({"event": asdict(case), "options": options})
         shown = event.get("error") or (
             f"{event['seconds']:.1f} s, {100 * event['share_gradients']:.0f} % in the gradients, {event['passes']} passes, "
-            f"Fisher on {event['home']}, peak {megabytes(event['peak_bytes'])}"
+            f"Fisher on {event['storage_device']}, peak {megabytes(event['peak_bytes'])}"
         )
         work = f"GPU event, {name}, N = {case.num_gradients} x {case.samples}"
         lines.append(Line(work, "", shown, "", targets.get(name, "completes")))

@@ -158,7 +158,7 @@ class _KeyedCollate:
 
 
 def sampler_of(loader: DataLoader[Any]) -> Iterable[Any]:
-    """What gives a loader's order: its sampler, or that of a batch sampler of the user's, or the indices of all its batches."""
+    """The order of a loader: its sampler, or that of the user's batch sampler, or the indices of all its batches."""
     if loader.batch_size is not None:
         return loader.sampler
     # with a batch sampler of the user's, the loader's own sampler means nothing

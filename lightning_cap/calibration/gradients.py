@@ -87,7 +87,7 @@ class GradientCollector:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Chunks of finite rows, in global order.
 
-        With several processes, each gives its own rows, one chunk a round of batches, empty ones included: all give the same
+        With several processes, each gives its own rows, one chunk per round of batches, empty ones included: all give the same
         number of chunks, and the global order is that of the rounds, and of the ranks in a round.
 
         Raises:

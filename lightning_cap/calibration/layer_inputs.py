@@ -81,7 +81,7 @@ class InputCollector:
         return 2 * 4 * sums + 4 * _FLOATS  # the next ones are collected before the last are let go
 
     def __iter__(self) -> Iterator[LayerGrams]:
-        """One chunk a batch."""
+        """One chunk per batch."""
         self.collected = before = 0
         for batch in self._batches:
             size = batch_size(batch)

@@ -1,1 +1,1 @@
-"""What a run of the Trainer is told by us."""
+"""The callback that prunes during training, and what it needs of a run."""

@@ -50,7 +50,7 @@ def restart_schedulers(
 
 
 def refuse_beyond_max_steps(trainer: pl.Trainer, event_epochs: Collection[int]) -> None:
-    """Refuse events that ``max_steps`` ends training before.
+    """Refuse events that come after ``max_steps`` has ended training.
 
     Raises:
         ScheduleError: An event's epoch begins after the last step.

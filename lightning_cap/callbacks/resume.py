@@ -13,7 +13,7 @@ from lightning_cap.utilities import distributed, rng
 
 
 def restore_random_state(restored: dict[str, Any]) -> bool:
-    """Set this rank's generators to those in a callback state, once: the entry is taken out. Whether it was done."""
+    """Set this rank's generators to those in a callback state, and take the entry out. Returns whether there was one."""
     states = restored.pop("rng", None)
     if not states:
         return False

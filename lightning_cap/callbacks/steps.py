@@ -22,8 +22,8 @@ class PruningSteps:
     """From the sparsity that is reached to an event's goal.
 
     Attributes:
-        pruner: Who goes it.
-        sparsities: Its steps; none lifts all masks.
+        pruner: The pruner that takes the steps.
+        sparsities: The steps; none at all unmasks every weight.
     """
 
     pruner: Pruner
@@ -36,15 +36,15 @@ def plan_steps(
     """The steps to ``goal``; None, with a warning, if it is below what is reached, and neither schedule nor pruner regrows.
 
     Args:
-        pruner: Of the run.
-        schedule: Of the run.
-        masks: In force.
+        pruner: The pruner of the run.
+        schedule: The schedule of the run.
+        masks: The masks in force.
         goal: Sparsity to reach at the event.
-        epoch: Of the event.
+        epoch: Epoch of the event.
         num_recomputations: Steps that a pruner takes to a higher sparsity.
     """
-    start, numel = masks.global_sparsity, sum(mask.numel() for mask in masks.values())
-    steps = _steps(pruner, schedule, start, numel, goal, num_recomputations)
+    start = masks.global_sparsity
+    steps = _steps(pruner, schedule, start, _total(pruner, masks), goal, num_recomputations)
     if steps is None:
         rank_zero_warn(
             f"schedule: sparsity {goal:g} at epoch {epoch}, but the model is already at {start:.4g}. Nothing is changed; "
@@ -64,8 +64,8 @@ def validate_steps(
     """Refuse, before the first step, what an event to come could not do. Arguments as for `plan_steps`.
 
     Args:
-        pruner: Of the run.
-        schedule: Of the run.
+        pruner: The pruner of the run.
+        schedule: The schedule of the run.
         targets: The weights.
         masks: In force now. Until all are lifted, they stand for those of the events to come.
         goals: Those of the events that are not done yet, in order.
@@ -75,9 +75,9 @@ def validate_steps(
         ConfigError: The zeros of an event, or of a step to it, cannot be placed.
         PatternError: The sparsity falls, and weights that come back one by one would break the pruner's pattern.
     """
-    start, present = masks.global_sparsity, dict(masks)
+    start, present, total = masks.global_sparsity, dict(masks), _total(pruner, masks)
     for goal in goals:
-        steps = _steps(pruner, schedule, start, targets.numel, goal, num_recomputations)
+        steps = _steps(pruner, schedule, start, total, goal, num_recomputations)
         if steps is None:
             continue
         if not steps.sparsities:
@@ -87,19 +87,23 @@ def validate_steps(
 
 
 def _steps(
-    pruner: Pruner, schedule: SparsitySchedule, start: float, numel: int, goal: float, num_recomputations: int
+    pruner: Pruner, schedule: SparsitySchedule, start: float, total: int, goal: float, num_recomputations: int
 ) -> PruningSteps | None:
-    """From the sparsity ``start`` of ``numel`` weights to ``goal``; None if there are none."""
+    """From the share ``start`` of the price ``total`` of all weights to ``goal``; None if there are none."""
     if schedule.regrows and goal == 0:
         return PruningSteps(pruner, ())
     if pruner.regrows:
         return PruningSteps(pruner, (goal,))
-    if pruner.pattern.sparsity is None and pruner.cost.is_exceeded(goal, round(start * numel), numel):
+    if pruner.pattern.sparsity is None and pruner.cost.is_exceeded(goal, round(start * total), total):
         if schedule.regrows:
             _refuse_patterned_fall(pruner, start, goal)
             return PruningSteps(grower(pruner), (goal,))
         return None
     return PruningSteps(pruner, tuple(steps_to(goal, start, num_recomputations)))
+
+
+def _total(pruner: Pruner, masks: MaskSet) -> int:
+    return pruner.cost.total({name: tuple(mask.shape) for name, mask in masks.items()})
 
 
 def grower(pruner: Pruner) -> DropAndGrow:

@@ -135,7 +135,7 @@ class CompareInValidation(pl.Callback):
 
     @property
     def records(self) -> list[ComparisonRecord]:
-        """Of the comparison."""
+        """What the comparison found."""
         if self._records is None:
             raise ConfigError("limit_val_batches=0: a comparison validates every result. Give it validation data.")
         return self._records

@@ -23,7 +23,7 @@ from torchmetrics import Metric
 
 from lightning_cap._version import __version__
 from lightning_cap.calibration.statistics import GradientSamples
-from lightning_cap.comparison.results import digest
+from lightning_cap.comparison.record_store import digest
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.trainer.calibration import calibrating, calibration_batches, calibration_source
 from lightning_cap.utilities import distributed
@@ -33,7 +33,9 @@ _DEPTH = 6  # of objects in objects
 
 
 def identity_of(trainer: pl.Trainer, module: pl.LightningModule, targets: Targets, calibrates: bool) -> dict[str, Any]:
-    """What all records of a comparison depend on, as far as it can be known; rank 0's on every process, which all must call it.
+    """What all records of a comparison depend on, as far as it can be known.
+
+    Every process must call it; all get what rank 0 found.
 
     Of the module (with all in it) and the datamodule: public attributes and hyperparameters. Names that begin with ``_`` are for
     what does not matter.
@@ -160,7 +162,7 @@ def _calibration(trainer: pl.Trainer, module: pl.LightningModule, targets: Targe
 
 
 def _length(data: Any) -> int | None:
-    """Of data that knows it."""
+    """Length of the data, None where it does not know it."""
     try:
         return len(data)
     except (TypeError, NotImplementedError):

@@ -281,7 +281,7 @@ def _index_of(path: Path) -> Path:
 
 
 def _room(size: int, folder: Path | None, max_memory: int | str | None) -> str | None:
-    """Where ``size`` bytes a process fit on all of them: ``"memory"``, ``"disk"`` or nowhere."""
+    """Where ``size`` bytes per process fit on all of them: ``"memory"``, ``"disk"`` or nowhere."""
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
     limit = parse_bytes(max_memory, "max_rows_memory")
     if limit is None:

@@ -17,8 +17,8 @@ from lightning_cap.comparison.artifacts import Artifacts
 from lightning_cap.comparison.fingerprint import checksum, identity_of
 from lightning_cap.comparison.gradient_cache import SharedRows, find, share
 from lightning_cap.comparison.measure import Measure, loss_name
+from lightning_cap.comparison.record_store import RecordStore, digest
 from lightning_cap.comparison.records import ComparisonRecord, save_masks
-from lightning_cap.comparison.results import Results, digest
 from lightning_cap.comparison.variants import Request, Variant, check_targets, naming
 from lightning_cap.errors import ConfigError
 from lightning_cap.export.records import EXPORTS, ExportRecord
@@ -68,7 +68,7 @@ class ComparisonRunner:
         own = {(v.slug, s): v.fingerprint(s, identity) for v, s in wanted}
         self._fingerprints: dict[tuple[str, float], str] = distributed.gather_objects(own)[0]
         self._dense_fingerprint = checksum(identity)
-        self._results = Results(request.folder, [self._dense_fingerprint, *self._fingerprints.values()])
+        self._results = RecordStore(request.folder, [self._dense_fingerprint, *self._fingerprints.values()])
         self._refuse_foreign_exports()
         self._artifacts = Artifacts(request, self._targets, self._fingerprints)
         for record in self._results.records():
@@ -225,7 +225,7 @@ class ComparisonRunner:
             self._targets.restore(self._before)
 
     def _measured(self) -> dict[str, Any]:
-        """Of the weights as they are."""
+        """What is measured of the weights as they are now."""
         weights = self._targets.weights()
         solution = digest(weights)
         return {
@@ -297,12 +297,12 @@ def _kind(variant: Variant) -> tuple[type, int | None]:
 
 
 def _first(rows: SharedRows | None, variant: Variant) -> SharedRows | None:
-    """As many as the pruner wants."""
+    """As many of the shared rows as the pruner wants."""
     return None if rows is None or variant.gradients is None else replace(rows, most=variant.gradients.n)
 
 
 def _seconds(event: PruningEvent, rows: SharedRows | None) -> dict[str, float]:
-    """Of the phases; for rows that were shared, collecting is counted as if the pruner had done it alone."""
+    """Seconds per phase; for shared rows, collecting is counted as if the pruner had done it alone."""
     spent = event.report.seconds
     collect = spent["collect"] if rows is None else rows.seconds * min(1.0, rows.most / max(1, rows.total))
     return {"collect": collect, "solve": spent["plan"] + spent["solve"]}

@@ -22,7 +22,7 @@ class ClassificationDataModule(LightningDataModule, ABC):
     """Data module of an image classification set whose subclass says only what the samples are.
 
     Args:
-        batch_size: samples a step and process.
+        batch_size: samples per step and process.
         num_workers: worker processes a loader, 0 to read in the main process.
         pin_memory: page-locked batches; None: when CUDA is available.
         seed: of the shuffling across processes and of the calibration loader; the rest follows the global generators.

@@ -25,7 +25,7 @@ class DigitsDataModule(ClassificationDataModule):
     Batches are (images (batch_size, 1, 8, 8) of about zero mean and unit variance, class indices (batch_size,)).
 
     Args:
-        batch_size: images a step and process.
+        batch_size: images per step and process.
         val_fraction: share of the 1,797 images held out, the same ones whatever the seed.
         noise: standard deviation of the Gaussian pixel noise in training, in units of the normalised image.
         max_shift: largest random shift in training, in pixels, in each direction; 0 for none.

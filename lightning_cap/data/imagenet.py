@@ -56,7 +56,7 @@ class ImageNetDataModule(ClassificationDataModule):
         mean: of the normalisation, per channel.
         std: of the normalisation, per channel.
         interpolation: of every resize.
-        batch_size: images a step and process.
+        batch_size: images per step and process.
         num_workers: worker processes a loader.
         pin_memory: page-locked batches; None: when CUDA is available.
         seed: of the shuffling across processes, of the calibration loader and of streams.

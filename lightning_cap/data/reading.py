@@ -128,7 +128,9 @@ def _check_folder(root: Path) -> None:
     for folder, subfolders, files in os.walk(root, followlinks=True):
         has_image = any(os.path.splitext(name)[1].lower() in extensions for name in files)
         if has_image and Path(folder) == root:
-            raise DataError(f"{str(root)!r} holds images outside of class folders: sort them into one folder a class.")
+            raise DataError(
+                f"{str(root)!r} holds images outside of class folders: sort them into one folder per class."
+            )
         hidden = os.path.basename(folder).startswith(".")
         if not has_image and not subfolders and not hidden and Path(folder) != root:
             empty.append(os.path.relpath(folder, root))
@@ -149,7 +151,7 @@ def _check_tar(path: Path) -> None:
                 elif member.isfile() and entry.suffix.lower() in extensions | {".tar"}:
                     filled.update((entry, *entry.parents))
                     if entry.suffix.lower() != ".tar" and entry.parent == PurePosixPath("."):
-                        raise DataError(f"{str(path)!r} holds {entry} outside of a class folder: one folder a class.")
+                        raise DataError(f"{str(path)!r} holds {entry} outside of a class folder: one folder per class.")
     except tarfile.TarError as error:
         raise DataError(f"{str(path)!r} is no complete .tar archive ({error}): write or copy it again.") from error
     if not filled:

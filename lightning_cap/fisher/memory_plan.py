@@ -12,7 +12,7 @@ from lightning_cap.errors import ConfigError
 from lightning_cap.fisher.blocks import Storage, fisher_bytes, resolve_storage, update_bytes
 from lightning_cap.solver.backend import Backend, chunk_blocks, work_bytes
 from lightning_cap.utilities import distributed
-from lightning_cap.utilities.memory import _gib, free_memory
+from lightning_cap.utilities.memory import format_bytes, free_memory
 
 CPU = torch.device("cpu")
 
@@ -33,7 +33,7 @@ class MemoryPlan:
         limit: Bytes that it may take there; None if that is not known.
         argument: What to name when it does not fit.
         storage_device: Where the Fisher is kept; the CPU for one that is too large for ``device``.
-        host_bytes: Peak extra main memory, where ``home`` is the CPU and ``device`` is not.
+        host_bytes: Peak extra main memory, where ``storage_device`` is the CPU and ``device`` is not.
         shares: For each pass over the gradients and each rank the ``(K_r,)`` indices of the blocks that it holds. There is one pass
             unless memory is short. The blocks of a rank, all passes together, are consecutive.
         chunk: Blocks that are solved at a time.
@@ -66,8 +66,8 @@ class MemoryPlan:
         """
         if self.limit is not None and self.peak_bytes > self.limit:
             raise ConfigError(
-                f"{self.argument}: the pruning event needs {_gib(self.peak_bytes)} on {self.device}, where "
-                f"{_gib(self.limit)} may be used, even with the Fisher in as many passes as it has blocks. Allow more with "
+                f"{self.argument}: the pruning event needs {format_bytes(self.peak_bytes)} on {self.device}, where "
+                f"{format_bytes(self.limit)} may be used, even with the Fisher in as many passes as it has blocks. Allow more with "
                 "max_memory, choose a smaller block_size or row_chunk, or fewer targets with include/exclude."
             )
 
@@ -78,8 +78,8 @@ class MemoryPlan:
             else f"on {self.storage_device}, solved on {self.device}"
         )
         passes = f", in {self.passes} passes" if self.passes > 1 else ""
-        host = f", {_gib(self.host_bytes)} of main memory" if self.host_bytes else ""
-        return f"Fisher {where}{passes}, {_gib(self.peak_bytes)}{host}"
+        host = f", {format_bytes(self.host_bytes)} of main memory" if self.host_bytes else ""
+        return f"Fisher {where}{passes}, {format_bytes(self.peak_bytes)}{host}"
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ class MemoryModel:
         return self.rows_bytes * (1 if self.ranks == 1 else 3)
 
     def _kept(self, blocks: int, storage: Storage, storage_device: torch.device) -> int:
-        """Of the Fisher."""
+        """Memory of the Fisher of some blocks."""
         return fisher_bytes(blocks, self.block_size, storage, storage_device)
 
     def _buffer(self, blocks: int) -> int:
@@ -156,13 +156,13 @@ class MemoryModel:
         return low
 
 
-def plan_event(sizes: MemoryModel, blocks: Tensor, device: torch.device, max_memory: int | None = None) -> MemoryPlan:
+def plan_event(model: MemoryModel, blocks: Tensor, device: torch.device, max_memory: int | None = None) -> MemoryPlan:
     """Choose the placement: all on the device; the Fisher on the host; or passes over groups of blocks.
 
     Every process must call it; all come to the same plan, that of the one with the least memory.
 
     Args:
-        sizes: Of the problem.
+        model: What the memory of the event depends on.
         blocks: ``(K',)`` rising indices of the blocks that are not fully masked.
         device: Of the weights.
         max_memory: Bytes that the event may take on ``device``. Default: 80 % of what is free.
@@ -173,24 +173,24 @@ def plan_event(sizes: MemoryModel, blocks: Tensor, device: torch.device, max_mem
         for values in zip(*distributed.gather_objects((_may_use(device), _may_use(CPU))), strict=True)
     )
     limit = free if max_memory is None else max_memory
-    by_rank = blocks.tensor_split(sizes.ranks)
-    sizes = replace(sizes, busy_blocks=len(blocks))
+    by_rank = blocks.tensor_split(model.ranks)
+    model = replace(model, busy_blocks=len(blocks))
     count = len(by_rank[0])
-    chunk = min(sizes.chunk(device, limit), max(1, count))
-    peak = sizes.bytes_on_device(count, device, chunk)
+    chunk = min(model.chunk(device, limit), max(1, count))
+    peak = model.bytes_on_device(count, device, chunk)
     if count == 0:
         return MemoryPlan(device, 0, limit, argument, device, 0, (by_rank,), chunk)
     if limit is None or peak <= limit:
         return MemoryPlan(device, peak, limit, argument, device, 0, (by_rank,), chunk)
     if device.type != "cpu":
-        on_device, on_host = sizes.offloaded(count, device, chunk)
+        on_device, on_host = model.offloaded(count, device, chunk)
         if on_device <= limit and (host is None or on_host <= host):
             return MemoryPlan(device, on_device, limit, argument, CPU, on_host, (by_rank,), chunk)
-    most = max(1, sizes.most_blocks(device, limit, chunk))
+    most = max(1, model.most_blocks(device, limit, chunk))
     pieces = [own.tensor_split(-(-count // most)) for own in by_rank]
     shares = tuple(zip(*pieces, strict=True))
     return MemoryPlan(
-        device, sizes.bytes_on_device(len(shares[0][0]), device, chunk), limit, argument, device, 0, shares, chunk
+        device, model.bytes_on_device(len(shares[0][0]), device, chunk), limit, argument, device, 0, shares, chunk
     )
 
 

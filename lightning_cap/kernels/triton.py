@@ -54,7 +54,7 @@ def _count_without(count, p, group, index):
 def eliminate_in_registers(
     inverse, floor, weights, alive, rank, losses, group, keep, B: tl.constexpr, P: tl.constexpr, LARGEST: tl.constexpr
 ):
-    """Right-looking, one block a program: ``H -= u uᵀ`` on a ``(P, P)`` tile. ``P`` is ``B``, padded."""
+    """Right-looking, one block per program: ``H -= u uᵀ`` on a ``(P, P)`` tile. ``P`` is ``B``, padded."""
     block = tl.program_id(0).to(tl.int64)
     inverse += block * (B * B)
     index = tl.arange(0, P)
@@ -103,7 +103,7 @@ def eliminate_left_looking(
 ):
     """Left-looking, every program one block after another: ``H_p: = H0_p: - Σ_s u_s[p] u_s`` from ``T`` columns at a time.
 
-    ``scratch`` is ``(programs, B, STRIDE)``, one scaled pivot column ``u_s`` a row; small enough to stay in the caches.
+    ``scratch`` is ``(programs, B, STRIDE)``, one scaled pivot column ``u_s`` per row; small enough to stay in the caches.
     """
     scratch += tl.program_id(0).to(tl.int64) * (B * STRIDE)
     index, lane = tl.arange(0, P), tl.arange(0, T)

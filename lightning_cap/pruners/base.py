@@ -81,7 +81,7 @@ class Pruner(ABC):
         check_room(self, targets, existing, goals)
 
     def begin_event(self, done: float) -> None:  # noqa: B027 - optional
-        """Hear how far the run is, before each event of a callback.
+        """Take note of how far the run is, before each event of a callback.
 
         Args:
             done: Events of the run that are done, over all of them: 0 at the first one, below 1.

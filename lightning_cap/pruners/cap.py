@@ -64,5 +64,5 @@ class CAP(FisherBlockwise):
         return eliminate(fisher, weights, alive, self.damp, self.pattern, progress, self.backend, chunk)
 
     def merge_scores(self, losses: Tensor) -> Tensor:
-        """By ``ranking``."""
+        """The scores that ``ranking`` says."""
         return block_scores(losses, self.ranking)

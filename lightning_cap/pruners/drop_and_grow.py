@@ -32,7 +32,7 @@ _BYTES = 48  # a weight: gradient sum 8, weight 4, two scores 8, places of a gro
 class DropAndGrow(Pruner):
     """Drop the weights of least ``|w|`` and grow as many of largest mean gradient (RigL, Evci et al. 2020, algorithm 1).
 
-    At an event with target sparsity ``s``, each budget of the allocation drops weights until it has its zeros and
+    At an event with the goal ``s``, each budget of the allocation drops weights until it has its zeros and
     ``f · (kept at s)`` more, then takes as many back: those of largest ``|mean gradient|`` among all that are not kept. A
     weight that comes back is zero; one that was dropped a moment before simply stays as it was. The fraction falls by a cosine
     over the run, ``f = drop_fraction / 2 · (1 + cos(π · done))``. Where nothing is masked yet, nothing grows.

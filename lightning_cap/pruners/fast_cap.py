@@ -36,13 +36,13 @@ COLUMNS = 32
 class FastCAP(Pruner):
     """Correlation-aware pruning in ``O(B)`` memory an input of a layer and ``O(d·B)`` time, for models too large for `CAP`.
 
-    Output rows are cut into blocks of ``B`` inputs (one block of ``B × B`` a layer, if rows are no longer than ``B``). The blocks
+    Output rows are cut into blocks of ``B`` inputs (one block of ``B × B`` per layer, if rows are no longer than ``B``). The blocks
     at one place of all rows share one Fisher, their mean ``F̄``, each scaled to its own trace: ``F_b ≈ s_b (F̄ + damp·I)``.
-    Saliencies ``s_b w_p² / (2 [F̄⁻¹]_pp)`` say how many weights each layer loses. One sweep over the ``B`` columns then removes
-    them in all blocks at once and moves the columns to the right, in the manner of SparseGPT (Frantar & Alistarh 2023,
+    Saliencies ``s_b w_p² / (2 [F̄⁻¹]_pp)`` say how many weights of each layer are pruned. One sweep over the ``B`` columns then
+    removes them in all blocks at once and moves the columns to the right, in the manner of SparseGPT (Frantar & Alistarh 2023,
     algorithm 1): the Cholesky factor of ``F̄⁻¹`` holds every inverse that the sweep needs. Within each batch of columns the
-    pruned weights are chosen anew from the moved values, so that correlations count; a higher sparsity need not remove all
-    that a lower one does.
+    pruned weights are chosen anew from the moved values, so that correlations count; a higher sparsity need not remove all that
+    a lower one does.
 
     Args:
         block_size: Inputs of an output row in a block, ``B``; best no smaller than a row.
@@ -266,7 +266,7 @@ def shared_blocks(layout: BlockLayout, gradients: GradientSource, device: torch.
 
 
 def _inverse(fisher: Tensor, damp: float) -> tuple[Tensor, Tensor]:
-    """Of the damped blocks ``(P, B, B)``, in float64, and the damps ``(P,)``, raised where they were not enough."""
+    """Inverses of the damped blocks ``(P, B, B)``, in float64, and the damps ``(P,)``, raised where they were not enough."""
     eye = torch.eye(fisher.shape[-1], dtype=fisher.dtype, device=fisher.device)
     damps = torch.full((len(fisher),), damp, dtype=torch.float64, device=fisher.device)
     inverses = torch.empty_like(fisher)

@@ -21,7 +21,7 @@ class Random(Scored):
     Needs no gradients. Zeros cost nothing and are pruned first.
 
     Args:
-        seed: Of the lots.
+        seed: Seed of the draw.
         allocation: See `Scored`.
         pattern: See `Scored`.
     """

@@ -76,7 +76,7 @@ class WoodFisher(FisherBlockwise):
         use_float64: Tensor,
         chunk: int,
     ) -> Tensor:
-        """By ``update``."""
+        """The update that ``update`` says."""
         if self.update == "joint":
             return reconstruct(fisher, weights, alive, pruned, damp, use_float64, "auto", chunk)
         if self.update == "none":

@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 def draw_all(records: Records, folder: Path) -> list[str]:
-    """Whatever there is something to draw of.
+    """Draw all figures that the records have something for.
 
     Args:
         records: What `lightning_cap.comparison.compare` returned.

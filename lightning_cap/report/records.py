@@ -38,7 +38,7 @@ def by_label(records: Records) -> dict[str, dict[float, list[ComparisonRecord]]]
 
 
 def first_seed(records: Records) -> list[ComparisonRecord]:
-    """Of each label and goal the first record."""
+    """The first record of each label and goal."""
     return [seeds[0] for goals in by_label(records).values() for seeds in goals.values()]
 
 

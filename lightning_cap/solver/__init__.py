@@ -1,4 +1,4 @@
-"""OBS elimination and reconstruction of blocks; one file a backend, one `eliminate` in front."""
+"""OBS elimination and reconstruction of blocks; one file per backend, one `eliminate` in front."""
 
 from lightning_cap.solver.eliminate import Elimination, eliminate
 from lightning_cap.solver.independent_updates import update_independently

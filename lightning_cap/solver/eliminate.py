@@ -41,7 +41,7 @@ class Elimination:
 
     @classmethod
     def untouched(cls, num_blocks: int, block_size: int, damp: float, device: torch.device) -> Elimination:
-        """Of blocks that lose nothing."""
+        """The outcome where no weight is pruned."""
         K, B = num_blocks, block_size
         return cls(
             rank=torch.full((K, B), B, dtype=torch.int16 if B < 2**15 else torch.int32, device=device),

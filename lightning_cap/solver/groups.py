@@ -39,7 +39,7 @@ def eliminate_groups(
 ) -> tuple[Tensor, Tensor]:
     """Remove groups one at a time in every block, those of least loss per weight first, until none is left.
 
-    The weights of a group go one after the other with the update of all others, which is the joint update of the group.
+    The weights of a group are pruned one after the other with the update of all others, which is the joint update of the group.
     Left-looking as `eliminate_left_looking`, with the ``n × n`` blocks on the diagonal of ``H`` kept up to date.
 
     Args:

@@ -47,7 +47,7 @@ def _pool_in_rounds(values: Tensor) -> Tensor:
     """The same by whole-tensor operations, for a GPU.
 
     Every row keeps a stack of pools (sum, count); in each round a row either merges its two last pools, if they are out
-    of order, or pushes its next value. Two rounds a value are enough.
+    of order, or pushes its next value. Two rounds per value are enough.
     """
     k, B = values.shape
     rows = torch.arange(k, device=values.device)
@@ -81,7 +81,7 @@ def at_group_ends(scores: Tensor, rank: Tensor, size: int) -> Tensor:
 
     Args:
         scores: ``(K, B)`` by step, not decreasing along a block.
-        rank: ``(K, B)`` the step at which each weight goes, ``B`` for never; groups go one after the other.
+        rank: ``(K, B)`` the step at which each weight is pruned, ``B`` for never; groups are pruned one after the other.
         size: Consecutive weights in a group.
     """
     parts = []

@@ -1,4 +1,4 @@
-"""OBS elimination on the GPU: launches `triton_kernels`."""
+"""OBS elimination on the GPU: launches the kernels of `lightning_cap.kernels.triton`."""
 
 from __future__ import annotations
 

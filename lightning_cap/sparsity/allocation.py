@@ -182,7 +182,7 @@ class PerTarget(Allocation):
         return [([n], count) for n, count in named.items()] + ([(list(others), rest)] if others else [])
 
     def max_zeros(self, shapes: Shapes, existing: Mapping[str, int]) -> dict[str, int]:
-        """By the floor; named targets have their own sparsity instead."""
+        """What the floor leaves; named targets have their own sparsity instead."""
         most = super().max_zeros(shapes, existing)
         return {n: size if self._given(n) is None else math.prod(shapes[n]) for n, size in most.items()}
 

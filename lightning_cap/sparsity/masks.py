@@ -23,7 +23,7 @@ class MaskSet(Mapping[str, Tensor]):
     What runs every training step multiplies by 1 or 0 in the weight's own type, strides and device: one
     ``torch._foreach_mul_`` call for all targets of a device and type, which CUDA runs fused and the CPU vectorised, and
     no call at all while nothing is masked. These multipliers are made at the first use after the masks changed, for
-    the targets with a masked weight alone; they take as many bytes as those weights, beside one byte a weight for the
+    the targets with a masked weight alone; they take as many bytes as those weights, beside one byte per weight for the
     masks. Nothing waits for the device in a step. Change masks through the methods only.
 
     A product keeps NaN: a masked weight or gradient that is NaN or infinite becomes NaN, so that a step that diverged

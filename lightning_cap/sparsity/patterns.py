@@ -70,9 +70,9 @@ class Pattern(ABC):
         size = self.group_size
         values, left = scores.reshape(-1, size), alive.reshape(-1, size).clone()
         for _ in range(size):
-            candidates = self.removable(left)
-            least = values.masked_fill(~candidates, torch.inf).argmin(-1, keepdim=True)
-            left.scatter_(1, least, left.gather(1, least) & ~candidates.gather(1, least))
+            removable = self.removable(left)
+            lowest = values.masked_fill(~removable, torch.inf).argmin(-1, keepdim=True)
+            left.scatter_(1, lowest, left.gather(1, lowest) & ~removable.gather(1, lowest))
         return alive & ~left.view(alive.shape)
 
     @abstractmethod
@@ -204,7 +204,7 @@ class _Together(Pattern):
 
     @property
     def whole_groups(self) -> bool:
-        """Yes."""
+        """True: the weights of a unit are pruned together."""
         return True
 
     @property

@@ -76,7 +76,7 @@ def calibration_batches(
 
 
 def precision_context(trainer: pl.Trainer) -> Callable[[], AbstractContextManager[Any]]:
-    """What a training step is computed in, such as autocast."""
+    """The context that a training step is computed in, such as autocast."""
     plugin = getattr(trainer, "precision_plugin", None)
     return nullcontext if plugin is None else plugin.train_step_context
 

@@ -37,30 +37,30 @@ def evaluate(trainer: pl.Trainer, module: pl.LightningModule, batches: int | Non
     if loaders is None or not trainer.limit_val_batches or not trainer.num_val_batches:
         return {}
     flat = CombinedLoader(loaders, "sequential").flattened
-    record = _Record()
+    logged = _LoggedValues()
     with (
         preserve_state(module),
         torch.no_grad(),
         in_stage(trainer, RunningStage.VALIDATING),
         replace_metrics(module, copy.deepcopy),
-        replace_logging(module, record),
+        replace_logging(module, logged),
     ):
         module.on_validation_epoch_start()
         for index, loader in enumerate(flat):
-            record.suffix = f"/dataloader_idx_{index}" if len(flat) > 1 else ""
+            logged.suffix = f"/dataloader_idx_{index}" if len(flat) > 1 else ""
             for number, raw in enumerate(loader):
                 if number >= min(trainer.num_val_batches[index], math.inf if batches is None else batches):
                     break
                 batch = to_device(trainer, module, raw, index)
-                record.batch_size = batch_size(batch, default=1)
+                logged.batch_size = batch_size(batch, default=1)
                 with trainer.precision_plugin.val_step_context():
                     module.validation_step(*step_arguments(module.validation_step, batch, number, index))
-        record.suffix, record.batch_size = "", 1
+        logged.suffix, logged.batch_size = "", 1
         module.on_validation_epoch_end()
-        return record.results(module.device)
+        return logged.results(module.device)
 
 
-class _Record:
+class _LoggedValues:
     """Stands in for ``self.log`` and keeps what it is given."""
 
     def __init__(self) -> None:

@@ -96,8 +96,8 @@ class PruningEvent:
         """Prune to each sparsity in turn, with fresh gradients each time, and apply the result.
 
         Args:
-            sparsities: One for each recomputation, rising unless the pruner regrows. None at all lifts every mask.
-            collection_index: collection index: how many collections the run has made before.
+            sparsities: One for each recomputation, rising unless the pruner regrows. None at all unmasks every weight.
+            collection_index: How many collections the run has made before.
 
         Returns:
             The collection index afterwards.
@@ -136,7 +136,7 @@ class PruningEvent:
         """Collect gradients and solve; the caller closes the path. Nothing in the module changes.
 
         Args:
-            collection_index: collection index.
+            collection_index: See `run`.
             masks: Weights that are pruned already.
             rows: Read these instead of collecting, such as rows that several pruners share.
         """

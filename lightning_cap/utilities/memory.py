@@ -112,5 +112,6 @@ def _free_of_the_container() -> int | None:
     return max(0, int(most) - used + (int(cache[1]) if cache else 0))
 
 
-def _gib(size: int) -> str:
+def format_bytes(size: int) -> str:
+    """``1.50 GiB``, or ``20.0 MiB`` where that is less."""
     return f"{size / 2**30:.2f} GiB" if size >= 2**27 else f"{size / 2**20:.1f} MiB"

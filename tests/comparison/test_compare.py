@@ -10,8 +10,8 @@ from torch.utils.data import DataLoader
 
 from lightning_cap import prune
 from lightning_cap.comparison import LossSurface, compare
+from lightning_cap.comparison.record_store import digest
 from lightning_cap.comparison.records import GridPoint, SurfaceRecord, intersection_over_union, load_masks
-from lightning_cap.comparison.results import digest
 from lightning_cap.errors import ConfigError, GradientError, PatternError, TargetError
 from lightning_cap.pruners import LayerwiseOBS, Magnitude, Pruner
 from lightning_cap.report import report

@@ -14,7 +14,7 @@ from lightning_cap.utilities import distributed
 from lightning_cap.utilities.records import known_records, write_records
 
 
-class Results:
+class RecordStore:
     """Records by their fingerprint, in ``results.jsonl`` after each new one. Only rank 0 reads and writes files.
 
     Args:
