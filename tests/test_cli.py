@@ -168,7 +168,7 @@ def test_our_errors_end_the_command_with_one_line(tmp_path: Path) -> None:
     arguments = [*shortened(tmp_path), "--trainer.max_epochs=2"]
     with pytest.raises(SystemExit, match=r"lightning-cap: error: .*max_epochs=2"):
         main(["fit", *arguments])
-    assert not list((tmp_path / "runs").rglob("*.*"))
+    assert {path.name for path in (tmp_path / "runs").rglob("*.*")} <= {"hparams.yaml"}  # which Lightning 2.5 leaves
 
 
 @pytest.mark.parametrize(

@@ -38,8 +38,8 @@ def event_progress(trainer: pl.Trainer, title: str) -> Iterator[Progress]:
         try:
             yield show
         finally:
-            lines.remove_task(task)
-            bar.refresh(hard=True)
+            lines.update(task, visible=False)  # not removed: Lightning takes its own lines by their place in the list
+            lines.refresh()
     elif isinstance(bar, TQDMProgressBar) and bar.is_enabled:
         line = compat.tqdm_line(bar, title, dynamic_ncols=True, file=sys.stdout)
 

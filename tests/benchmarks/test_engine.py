@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import timm
 import torch
 
 from tests.references.obs import obs_block
@@ -100,6 +101,7 @@ def test_flops_of_an_elimination(benchmarks: Any) -> None:
     assert flops["full rows"] == 192 * 144 * 143
 
 
+@pytest.mark.skipif(not timm.is_model("test_resnet"), reason="this timm has no test_resnet")
 def test_gpu_rows_run_on_a_cpu(benchmarks: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = benchmarks("engine_gpu")
     monkeypatch.setattr(gpu, "DEIT_SMALL_BLOCK", {"qkv": (24, 8), "fc1": (32, 8)})

@@ -29,7 +29,7 @@ def _dense(model: nn.Module) -> set[str]:
             VIT,
             {"cls_token", "dist_token", "pos_embed", "patch_embed.proj.weight", "head.weight", "head_dist.weight"},
         ),
-        ("resnet18", {"layers": (1, 1, 1, 1), "channels": (4, 4, 4, 4)}, {"conv1.weight", "fc.weight"}),
+        ("resnet18", {"layers": (1, 1, 1, 1)}, {"conv1.weight", "fc.weight"}),
         (
             "convnext_atto",
             {"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)},

@@ -20,6 +20,8 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from tests.support.groups import end_group
+
 multiprocessing.set_forkserver_preload(["tests.support.preload"])
 HANGS = 300  # seconds after which processes must have ended
 FORKED = multiprocessing.get_context("forkserver")
@@ -89,7 +91,7 @@ def _in_group(rank: int, world: int, place: str, port: int, call: Callable[[], A
     try:
         return call()
     finally:
-        dist.destroy_process_group()
+        end_group()
 
 
 def _in_environment(rank: int, world: int, place: str, port: int, call: Callable[[], Any]) -> Any:
@@ -98,4 +100,4 @@ def _in_environment(rank: int, world: int, place: str, port: int, call: Callable
         return call()
     finally:
         if dist.is_initialized():
-            dist.destroy_process_group()
+            end_group()

@@ -18,6 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_cap import CAPPruningCallback, CyclicLinearLR
 from lightning_cap.pruners import CAP
 from lightning_cap.schedules import SparsitySchedule, SparsitySteps
+from tests.support.groups import end_group
 
 CLASSES, FEATURES = 4, 12
 TARGET = "net.4.weight"  # the one target of `Toy` by default, (16, 16)
@@ -25,7 +26,7 @@ TARGET = "net.4.weight"  # the one target of `Toy` by default, (16, 16)
 
 def _end_group() -> None:
     if dist.is_initialized():
-        dist.destroy_process_group()
+        end_group()
 
 
 class ToyData(Dataset[Any]):
