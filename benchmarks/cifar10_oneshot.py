@@ -35,6 +35,7 @@ from torch.utils.data import DataLoader, Subset
 from lightning_cap.calibration.batches import CalibrationBatches
 from lightning_cap.calibration.gradients import GradientCollector
 from lightning_cap.calibration.layer_inputs import InputCollector
+from lightning_cap.calibration.statistics import GradientSamples, LayerInputs
 from lightning_cap.classifier import load_weights
 from lightning_cap.data import ImageNetDataModule
 from lightning_cap.pruners import MFAC, PruneResult, PruningPath, Random
@@ -177,11 +178,12 @@ class Benchmark:
             )
         self.calibration = self.calibration or [batch[0] for batch in batches[: RECALIBRATED // len(batches[0][0])]]
         found: dict[str, Any] = {}
+        read = {type(method.make(Scale(4, 2, 1), 1.0).statistic) for method in chosen.values()}
         with self.clock.phase("gradients"):
-            if any(method.make(Scale(4, 2, 1), 1.0).num_gradients for method in chosen.values()):
+            if GradientSamples in read:
                 found["gradients"] = list(GradientCollector(self.model, targets, loss, batches, count, samples))
         with self.clock.phase("layer inputs"):
-            if any(method.make(Scale(4, 2, 1), 1.0).num_inputs for method in chosen.values()):
+            if LayerInputs in read:
                 found["inputs"] = list(InputCollector(self.model, targets, loss, batches, count * samples))
         return found
 

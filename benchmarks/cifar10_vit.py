@@ -49,7 +49,8 @@ def pruner(name: str, num_gradients: int, damp: float) -> Pruner:
     if name == "magnitude":
         return Magnitude(pattern=pattern)
     make = {"WoodFisher": WoodFisher, "CAP": CAP}[name]
-    return make(128, num_gradients, 64, damp, pattern=pattern)
+    counts = {"num_gradients": num_gradients, "samples_per_gradient": 64}
+    return make(block_size=128, damp=damp, pattern=pattern, **counts)
 
 
 def fit(
