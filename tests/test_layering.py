@@ -23,7 +23,7 @@ MAY_IMPORT = {
     "kernels": [],
     "calibration": ["sparsity"],
     "sparsity": ["utilities"],
-    "schedules": ["errors"],
+    "schedules": ["utilities"],
     "data": ["utilities"],
     "export": ["sparsity"],
     "utilities": ["errors"],

@@ -9,6 +9,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from lightning_cap.errors import ScheduleError
+from lightning_cap.utilities.arguments import shown
 
 
 class SparsitySchedule(ABC):
@@ -108,7 +109,7 @@ def checked_epoch(name: str, value: Any) -> int:
 def checked_sparsity(name: str, value: Any) -> float:
     """A sparsity as a plain float."""
     if not is_real(value) or not 0 <= value < 1:
-        raise ScheduleError(f"{name}={value!r} is not a sparsity; give the fraction of zeros, 0 <= sparsity < 1")
+        raise ScheduleError(f"{name}={shown(value)} is not a sparsity; give the fraction of zeros, 0 <= sparsity < 1")
     return float(value)
 
 
