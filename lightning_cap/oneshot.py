@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,7 +51,7 @@ def prune(
         progress: Show a progress bar.
 
     Returns:
-        The result that was applied: weights, masks, predicted loss increase, sparsity.
+        The result that was applied: weights, masks, sparsity, and the predicted loss increase of pruners that predict it.
 
     Raises:
         CAPError: Whatever is wrong, with the model unchanged.
@@ -73,7 +74,7 @@ def prune(
     goals = steps_to(sparsity, masks.global_sparsity, num_recomputations)
     pruner.check_goals(targets, masks, goals)
     on_device = _OnDevice(batches, targets.device)
-    predicted = 0.0
+    saliency = 0.0
     try:
         with _bar(progress) as show, preserve_state(model):
             for goal in goals:
@@ -84,11 +85,11 @@ def prune(
                     result = path.at(goal)
                 result.apply(targets)
                 masks.update(result.masks)
-                predicted += result.predicted_loss
+                saliency += result.saliency
     except BaseException:
         targets.restore(before)
         raise
-    return PruneResult(result.weights, result.masks, predicted, result.sparsity, result.stats)
+    return replace(result, saliency=saliency, predicted_loss=saliency if pruner.predicts_loss else None)
 
 
 class _OnDevice:

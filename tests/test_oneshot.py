@@ -81,6 +81,12 @@ def test_a_pattern_of_one_sparsity_is_not_split() -> None:
     assert prune(net, data(), loss, 0.5, pruner, progress=False).sparsity == 0.5
 
 
+def test_what_is_no_loss_is_not_called_one() -> None:
+    result = prune(Toy().net, data(), loss, 0.5, Magnitude(), num_recomputations=2, progress=False)
+    assert result.predicted_loss is None
+    assert result.saliency > 0
+
+
 def test_model_is_unchanged_on_failure() -> None:
     net = Toy().net
     before = {k: v.clone() for k, v in net.state_dict().items()}

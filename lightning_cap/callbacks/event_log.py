@@ -78,8 +78,9 @@ def _line(record: EventRecord, shown: str | None) -> str:
         change = f"; {shown} {before[shown]:.4f} -> {after[shown]:.4f}"
     skipped = f", {record.skipped} skipped" if record.skipped else ""
     grown = f", {record.grown_back} weights grew back" if record.grown_back else ""
+    predicted = "" if record.predicted_loss is None else f", predicted loss increase {record.predicted_loss:.4g}"
     outcome = f"pruned to {record.sparsity:.2%}" if record.sparsity or not record.grown_back else "masks lifted"
     return (
         f"Epoch {record.epoch:g}: {outcome} ({record.samples} {record.unit}{skipped}{grown}, "
-        f"{sum(record.seconds.values()):.1f} s), predicted loss increase {record.predicted_loss:.4g}{change}"
+        f"{sum(record.seconds.values()):.1f} s){predicted}{change}"
     )

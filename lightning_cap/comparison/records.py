@@ -41,12 +41,11 @@ class ComparisonRecord(Record):
         sparsity: Measured: zeros over all weights of the targets.
         sparsities: Measured, per target.
         metrics: What the module logs in validation.
-        predicted_loss: Predicted increase of the loss.
+        predicted_loss: Predicted increase of the loss, None where the pruner predicts none.
         loss_increase: Measured increase on the ``validation`` and on ``calibration`` data, None where it is not known.
         seconds: Per phase: collect, solve, apply, evaluate.
         settings: All settings of the pruner, for people.
         parameters: Those of its settings that are plain values, what was changed for a grid, and ``num_recomputations``.
-        predicts_loss: Whether ``predicted_loss`` is one of the loss.
         stats: The pruner's own numbers.
         masks: File of the masks, in the folder of the results; empty if there is none.
         weights: File of the pruned weights, likewise.
@@ -55,7 +54,7 @@ class ComparisonRecord(Record):
     """
 
     kind: ClassVar[str] = "comparison"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     pruner: str
     label: str
@@ -65,12 +64,11 @@ class ComparisonRecord(Record):
     sparsity: float
     sparsities: Mapping[str, float]
     metrics: Mapping[str, float]
-    predicted_loss: float
+    predicted_loss: float | None
     loss_increase: Mapping[str, float | None] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     settings: str = ""
     parameters: Mapping[str, Plain] = field(default_factory=dict)
-    predicts_loss: bool = False
     stats: Mapping[str, float] = field(default_factory=dict)
     masks: str = ""
     weights: str = ""

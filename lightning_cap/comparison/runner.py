@@ -176,13 +176,13 @@ class ComparisonRunner:
                 with _drawing(variant):
                     result = path.at(sparsity)
                 seconds = {**solved, "apply": time.perf_counter() - started}
-                self._record(variant, sparsity, result, result.predicted_loss, seconds)
+                self._record(variant, sparsity, result, result.saliency, seconds)
 
     def _in_steps(self, variant: Variant, sparsity: float, rows: SharedRows | None, progress: Progress) -> None:
         """Rising sparsities with fresh gradients for each; the first step is at the dense model and shares its rows."""
         goals = steps_to(sparsity, self._masks.global_sparsity, variant.num_recomputations)
         masks: Mapping[str, Tensor] = self._masks
-        predicted, seconds = 0.0, {"collect": 0.0, "solve": 0.0, "apply": 0.0}
+        saliency, seconds = 0.0, {"collect": 0.0, "solve": 0.0, "apply": 0.0}
         try:
             for step, goal in enumerate(goals):
                 event = self._event(variant, progress)
@@ -192,14 +192,14 @@ class ComparisonRunner:
                     result = path.at(goal)
                     taken = {**_seconds(event, own), "apply": time.perf_counter() - started}
                 result.apply(self._targets)
-                masks, predicted = result.masks, predicted + result.predicted_loss
+                masks, saliency = result.masks, saliency + result.saliency
                 seconds = {phase: seconds[phase] + taken[phase] for phase in seconds}
-            self._record(variant, sparsity, result, predicted, seconds)
+            self._record(variant, sparsity, result, saliency, seconds)
         finally:
             self._targets.restore(self._before)
 
     def _record(
-        self, variant: Variant, sparsity: float, result: PruneResult, predicted: float, seconds: dict[str, float]
+        self, variant: Variant, sparsity: float, result: PruneResult, saliency: float, seconds: dict[str, float]
     ) -> None:
         """Apply, measure, keep the record and its files, put the weights back."""
         result.apply(self._targets)
@@ -211,7 +211,7 @@ class ComparisonRunner:
             record = ComparisonRecord(
                 **variant.describe(sparsity),
                 **measured,
-                predicted_loss=predicted,
+                predicted_loss=saliency if variant.pruner.predicts_loss else None,
                 loss_increase=increase,
                 seconds={**seconds, "evaluate": time.perf_counter() - started},
                 stats=dict(result.stats),

@@ -87,7 +87,6 @@ class Variant:
                 RECOMPUTATIONS: self.num_recomputations,
                 **changed,
             },
-            "predicts_loss": self.pruner.predicts_loss,
         }
 
     def fingerprint(self, sparsity: float, identity: Mapping[str, Any]) -> str:

@@ -28,7 +28,8 @@ class Pruner(ABC):
         allocation: How zeros are shared out over the targets.
         pattern: Which masks it gives.
         cost: What a goal counts.
-        predicts_loss: Whether ``predicted_loss`` is an estimate of the increase of the training loss, in its unit.
+        predicts_loss: Whether the sum of its saliencies is an estimate of the increase of the training loss, in its unit. Of
+            others nothing is called a predicted loss.
         regrows: Whether masked weights may come back: the masks of its results stand in place of those before, a weight that
             comes back is zero in the result, and events are run at a sparsity that is reached already, too.
     """

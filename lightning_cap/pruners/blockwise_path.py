@@ -79,7 +79,7 @@ class BlockwisePath(PruningPath):
         gradients: GradientSource,
         progress: Progress | None,
     ) -> None:
-        super().__init__(targets, layout, masks, pruner.cost)
+        super().__init__(targets, layout, masks, pruner.cost, pruner.predicts_loss)
         self._pruner, self._gradients, self._progress = pruner, gradients, progress
         self._targets = targets
         with raise_on_all_ranks("Reading the weights"):

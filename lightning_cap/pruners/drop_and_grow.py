@@ -116,7 +116,7 @@ class DropAndGrowPath(PruningPath):
     def __init__(
         self, pruner: DropAndGrow, targets: Targets, gradients: GradientSource, masks: Mapping[str, Tensor] | None
     ) -> None:
-        super().__init__(targets, targets.blocks(1), masks, pruner.cost)
+        super().__init__(targets, targets.blocks(1), masks, pruner.cost, pruner.predicts_loss)
         self._allocation, self._fraction = pruner.allocation, pruner.fraction
         self._weights = pack_weights(targets, self._layout, self._alive)
         self._gradient: Tensor | None = None
@@ -124,15 +124,15 @@ class DropAndGrowPath(PruningPath):
             self._gradient = self._layout.pack(_mean(targets, gradients), torch.float32, self._alive.device).abs_()
 
     def at(self, sparsity: float) -> PruneResult:
-        """See `PruningPath.at`; masked weights come back. ``predicted_loss`` is half the squared norm of what is dropped."""
+        """See `PruningPath.at`; masked weights come back. ``saliency`` is half the squared norm of what is dropped."""
         kept = self._kept(sparsity)
         grown = int((kept & ~self._alive).sum())
         stats = {"dropped": float((self._alive & ~kept).sum()), "grown": float(grown)}
-        return self._result(self._weights.masked_fill(~kept, 0.0), kept, self._loss(kept), stats)
+        return self._result(self._weights.masked_fill(~kept, 0.0), kept, self._dropped(kept), stats)
 
     def curve(self, sparsities: Sequence[float]) -> list[float]:
         """Half the squared norm of what each sparsity drops."""
-        return [self._loss(self._kept(sparsity)) for sparsity in sparsities]
+        return [self._dropped(self._kept(sparsity)) for sparsity in sparsities]
 
     def _kept(self, sparsity: float) -> Tensor:
         """``(K, 1)`` bool, exactly ``floor(sparsity·n + 0.5)`` of them False."""
@@ -163,7 +163,7 @@ class DropAndGrowPath(PruningPath):
             kept |= _largest(self._gradient[together], ~kept, masked + dropped - zeros)
         return kept
 
-    def _loss(self, kept: Tensor) -> float:
+    def _dropped(self, kept: Tensor) -> float:
         return float(torch.where(kept, 0.0, self._weights).square().sum(dtype=torch.float64)) / 2
 
 

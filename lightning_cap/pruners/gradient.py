@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -57,12 +56,10 @@ class GradientTimesWeight(Scored):
 class Taylor(GradientTimesWeight):
     """Remove the weights for which the loss rises least to first order, ``-w ḡ`` with the mean gradient ``ḡ``.
 
-    The change of the loss when a weight is set to zero alone, signed: weights whose removal promises a lower loss are pruned first,
-    and the predicted loss may be negative (Molchanov et al. 2017, without the absolute value; movement pruning's score at
-    one point in time, Sanh et al. 2020). Arguments: see `GradientTimesWeight`.
+    The change of the loss when a weight is set to zero alone, signed: weights whose removal promises a lower loss are pruned first
+    (Molchanov et al. 2017, without the absolute value; movement pruning's score at one point in time, Sanh et al. 2020). The sum
+    over many weights may be negative, and is no prediction of the loss. Arguments: see `GradientTimesWeight`.
     """
-
-    predicts_loss: ClassVar[bool] = True
 
     def _saliency(
         self, targets: Targets, layout: BlockLayout, weights: Tensor, gradients: GradientSource

@@ -32,8 +32,8 @@ class LayerwiseOBS(Blockwise):
 
     The Hessian ``2 X Xᵀ / n`` of a row's error is the same for all output rows of a layer (OBC, Frantar & Alistarh 2022), and
     needs forward passes alone: no labels, no gradients. Rows are cut into blocks of ``block_size`` inputs; with one no smaller
-    than a row it is OBC itself. The predicted loss is the squared error of the layers' outputs, a sum over targets of different
-    scales, which is why zeros are shared out uniformly by default.
+    than a row it is OBC itself. The saliency is the squared error of the layers' outputs, not the loss: a sum over targets of
+    different scales, which is why zeros are shared out uniformly by default.
 
     Args:
         block_size: Weights of an output row in a block, ``B``.

@@ -16,11 +16,11 @@ from lightning_cap.sparsity.targets import Targets
 class Magnitude(Scored):
     """Remove the weights of least ``|w|`` ("GM" in the paper with the default `Global` allocation).
 
-    Needs no gradients. The predicted loss is half the squared norm of what is removed. Arguments: see `Scored`.
+    Needs no gradients. The summed saliency is half the squared norm of what is removed. Arguments: see `Scored`.
     """
 
     def _saliency(self, targets: Targets, layout: BlockLayout, weights: Tensor, gradients: GradientSource) -> Tensor:
         return weights.abs()
 
-    def _losses(self, weights: Tensor) -> Tensor:
+    def _summed(self, weights: Tensor) -> Tensor:
         return weights.square() / 2

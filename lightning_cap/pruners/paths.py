@@ -26,15 +26,17 @@ class PruneResult:
     Attributes:
         weights: ``{target: (*shape)}`` in the targets' dtype, zero where pruned.
         masks: ``{target: (*shape)}`` bool, True = kept.
-        predicted_loss: Predicted increase of the loss (the pruner's own unit where it has no loss model).
+        saliency: Sum of the saliencies of what was pruned, in the pruner's own unit.
         sparsity: Zeros over all weights of the targets.
+        predicted_loss: Predicted increase of the loss: ``saliency``, if that is one (`Pruner.predicts_loss`), else None.
         stats: Numbers for logs, such as blocks solved in float64.
     """
 
     weights: Mapping[str, Tensor]
     masks: Mapping[str, Tensor]
-    predicted_loss: float
+    saliency: float
     sparsity: float
+    predicted_loss: float | None = None
     stats: Mapping[str, float] = field(default_factory=dict)
 
     def apply(self, targets: Targets) -> None:
@@ -52,9 +54,14 @@ class PruningPath(ABC):
     nested: bool = True
 
     def __init__(
-        self, targets: Targets, layout: BlockLayout, masks: Mapping[str, Tensor] | None, cost: Cost | None = None
+        self,
+        targets: Targets,
+        layout: BlockLayout,
+        masks: Mapping[str, Tensor] | None,
+        cost: Cost | None = None,
+        predicts_loss: bool = False,
     ) -> None:
-        self._layout, self._cost = layout, cost or Parameters()
+        self._layout, self._cost, self._predicts_loss = layout, cost or Parameters(), predicts_loss
         self._dtypes = {name: weight.dtype for name, weight in targets.items()}
         self._numel = targets.numel
         self._alive = pack_alive(targets, layout, masks)
@@ -69,7 +76,10 @@ class PruningPath(ABC):
 
     @abstractmethod
     def curve(self, sparsities: Sequence[float]) -> list[float]:
-        """Predicted loss increase at each sparsity, without building the weights."""
+        """Summed saliency at each sparsity, without building the weights: `PruneResult.saliency`.
+
+        Of a pruner with ``predicts_loss`` this is the predicted increase of the loss; of another it is not one.
+        """
 
     def close(self) -> None:  # noqa: B027 - optional
         """Free what the path holds (the Fisher). Using it afterwards is an error."""
@@ -119,12 +129,13 @@ class PruningPath(ABC):
             return None
         return self._cost.budget(sparsity, total)
 
-    def _result(self, weights: Tensor, kept: Tensor, predicted_loss: float, stats: Mapping[str, float]) -> PruneResult:
+    def _result(self, weights: Tensor, kept: Tensor, saliency: float, stats: Mapping[str, float]) -> PruneResult:
         unpacked = self._layout.unpack(weights)
         return PruneResult(
             weights={name: weight.to(self._dtypes[name]) for name, weight in unpacked.items()},
             masks=self._layout.unpack(kept),
-            predicted_loss=predicted_loss,
+            saliency=saliency,
+            predicted_loss=saliency if self._predicts_loss else None,
             sparsity=1 - int(kept.sum()) / self._numel,
             stats=stats,
         )

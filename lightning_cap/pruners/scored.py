@@ -65,17 +65,17 @@ class Scored(Pruner):
         """Compute every weight's saliency."""
         layout = self._layout(targets)
         path = ScoredPath(self, targets, layout, masks)
-        path.score(self._saliency(targets, layout, path.weights, gradients), self._losses(path.weights))
+        path.score(self._saliency(targets, layout, path.weights, gradients), self._summed(path.weights))
         return path
 
     @abstractmethod
     def _saliency(
         self, targets: Targets, layout: BlockLayout, weights: Tensor, gradients: GradientSource
     ) -> Tensor | Mapping[str, Tensor]:
-        """``(K, B)``: what the loss is thought to rise by when a weight is removed; or ``{target: (*shape)}``."""
+        """``(K, B)``: what it costs to remove each weight; or ``{target: (*shape)}``."""
 
-    def _losses(self, weights: Tensor) -> Tensor | None:
-        """``(K, B)`` where the saliency is no loss; else None."""
+    def _summed(self, weights: Tensor) -> Tensor | None:
+        """``(K, B)``, what to sum up over the pruned weights where that is not the saliency that they are ranked by."""
         return None
 
     def _layout(self, targets: Targets) -> BlockLayout:
@@ -98,17 +98,17 @@ class ScoredPath(PruningPath):
     def __init__(
         self, pruner: Pruner, targets: Targets, layout: BlockLayout, masks: Mapping[str, Tensor] | None
     ) -> None:
-        super().__init__(targets, layout, masks, pruner.cost)
+        super().__init__(targets, layout, masks, pruner.cost, pruner.predicts_loss)
         self._pattern, self._allocation = pruner.pattern, pruner.allocation
         self.weights = pack_weights(targets, layout, self._alive)
         self.stats: dict[str, float] = {}
 
-    def score(self, saliency: Tensor | Mapping[str, Tensor], losses: Tensor | None = None) -> None:
+    def score(self, saliency: Tensor | Mapping[str, Tensor], summed: Tensor | None = None) -> None:
         """Take the saliencies, which may be negative; dead weights' are ignored.
 
         Args:
             saliency: ``(K, B)`` or ``{target: (*shape)}``.
-            losses: ``(K, B)``, what to predict as the loss of each; default: the saliencies.
+            summed: ``(K, B)``, what to sum up of what is pruned; default: the saliencies.
 
         Raises:
             GradientError: One is not finite.
@@ -119,21 +119,21 @@ class ScoredPath(PruningPath):
             raise GradientError(
                 "gradients: a saliency is not finite. Leave non-finite samples out, or scale the loss down."
             )
-        self._losses = self._saliency if losses is None else losses
+        self._summed = self._saliency if summed is None else summed
         self._signed = bool((self._saliency < 0).any())
 
     def at(self, sparsity: float) -> PruneResult:
-        """See `PruningPath.at`; ``predicted_loss`` is the sum of the saliencies of what is pruned.
+        """See `PruningPath.at`; ``saliency`` is the sum of those of what is pruned.
 
         Of whole groups and rows as many are pruned as fit into the zeros that are asked for.
         """
         pruned = self._pruned(sparsity)
         weights, chosen = self._solution(pruned)
-        return self._result(weights, self._alive & ~chosen, self._loss(pruned), self.stats)
+        return self._result(weights, self._alive & ~chosen, self._sum(pruned), self.stats)
 
     def curve(self, sparsities: Sequence[float]) -> list[float]:
         """Sums of saliencies. See `PruningPath.curve`."""
-        return [self._loss(self._pruned(sparsity)) for sparsity in sparsities]
+        return [self._sum(self._pruned(sparsity)) for sparsity in sparsities]
 
     def _solution(self, pruned: Tensor) -> tuple[Tensor, Tensor]:
         """The weights ``(K, B)``, and which of them are pruned."""
@@ -182,8 +182,8 @@ class ScoredPath(PruningPath):
         sums = self._pattern.units(self._saliency[span], shape).sum(-1, dtype=torch.float64)
         return torch.where(sizes > 0, (sums / sizes.clamp_min(1)).float(), torch.inf), sizes
 
-    def _loss(self, pruned: Tensor) -> float:
-        return float(torch.where(pruned, self._losses, 0.0).sum(dtype=torch.float64))
+    def _sum(self, pruned: Tensor) -> float:
+        return float(torch.where(pruned, self._summed, 0.0).sum(dtype=torch.float64))
 
 
 def _take(scores: Tensor, sizes: Tensor, count: int) -> Tensor:

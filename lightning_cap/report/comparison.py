@@ -100,7 +100,7 @@ def markdown(records: Records) -> str:
         "" if dense is None else f"Dense: {_number(mean_and_deviation(metric_values([dense], name)))}.",
         _table(_by_sparsity(records, given, _accuracy(records))),
         "## Increase of the loss",
-        "Predicted by the pruner (in its own unit, where it has no model of the loss):",
+        "Predicted by the pruner, where it predicts the loss:",
         _table(_by_sparsity(records, given, _predicted, with_dense=False)),
         "Measured on calibration samples:",
         _table(_by_sparsity(records, given, _increase("calibration"), with_dense=False)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -72,7 +73,7 @@ def plot_losses(records: Records, path: Path) -> bool:
     Returns:
         Whether there was anything to draw.
     """
-    predicting = [record for record in as_given(records) if record.predicts_loss]
+    predicting = [record for record in as_given(records) if record.predicted_loss is not None]
     kind = "calibration" if any(r.loss_increase.get("calibration") is not None for r in predicting) else "validation"
     known = [record for record in predicting if record.loss_increase.get(kind) is not None]
     shown = [record for record in known if all(0 < value < math.inf for value in _increases(record, kind))]
@@ -94,19 +95,26 @@ def plot_losses(records: Records, path: Path) -> bool:
     axes.set_yscale("log")
     axes.set_xlabel("predicted increase of the loss")
     axes.set_ylabel(f"measured increase ({kind} data)")
-    if len(shown) < len(known):
-        left = len(known) - len(shown)
-        axes.set_title(f"{left} of {len(known)} have no increase to show", fontsize=8, color="0.35")
+    axes.set_title(_left_out(records, known, shown), fontsize=8, color="0.35")
     grid(axes)
     legend(figure, axes)
     save(figure, path)
     return True
 
 
+def _left_out(records: Records, known: Records, shown: Records) -> str:
+    """What the figure of losses does not show, in words; empty if there is nothing."""
+    silent = list(by_label([record for record in as_given(records) if record.predicted_loss is None]))
+    notes = [f"no loss predicted by: {', '.join(silent)}"] if silent else []
+    if len(shown) < len(known):
+        notes.append(f"{len(known) - len(shown)} of {len(known)} have no increase to show")
+    return textwrap.fill("; ".join(notes), 80)
+
+
 def _increases(record: ComparisonRecord, kind: str) -> tuple[float, float]:
     """The predicted increase of the loss and the measured one, NaN if that is not known."""
-    measured = record.loss_increase.get(kind)
-    return record.predicted_loss, math.nan if measured is None else measured
+    predicted, measured = record.predicted_loss, record.loss_increase.get(kind)
+    return math.nan if predicted is None else predicted, math.nan if measured is None else measured
 
 
 def plot_grid(records: Records, setting: str, path: Path) -> None:

@@ -38,7 +38,7 @@ class EventReport:
 
     Attributes:
         sparsity: Of all targets, after the event.
-        predicted_loss: Predicted increase of the loss, summed over recomputations.
+        predicted_loss: Predicted increase of the loss, summed over recomputations; None where the pruner predicts none.
         unit: What was collected, such as ``"gradients"`` or ``"inputs"``.
         samples: How many of them were used, in all.
         skipped: How many were left out as not finite.
@@ -49,7 +49,7 @@ class EventReport:
     """
 
     sparsity: float = 0.0
-    predicted_loss: float = 0.0
+    predicted_loss: float | None = None
     unit: str = "gradients"
     samples: int = 0
     skipped: int = 0
@@ -106,12 +106,12 @@ class PruningEvent:
             CAPError: Whatever went wrong; the model and the masks are then as before.
         """
         before = self._targets.copies()
-        masks = dict(self._masks)
+        masks, saliency = dict(self._masks), 0.0
         try:
             for sparsity in sparsities:
                 result = self._prune(sparsity, collection_index, masks)
                 masks = dict(result.masks)
-                self.report.predicted_loss += result.predicted_loss
+                saliency += result.saliency
                 self.report.stats = result.stats
                 collection_index += 1
             self._put(masks, lifted=not sparsities)
@@ -119,6 +119,7 @@ class PruningEvent:
             self._targets.restore(before)
             raise
         self.report.sparsity = self._masks.global_sparsity
+        self.report.predicted_loss = saliency if sparsities and self._pruner.predicts_loss else None
         self.report.grown = sum(int(back.sum()) for back in self.grown.values())
         return collection_index
 

@@ -19,7 +19,7 @@ class EventRecord(Record):
         epoch: At whose start it took place, from 0; the number of epochs for an event at the end of training.
         goal: Sparsity to reach.
         sparsity: Of all targets, after the event.
-        predicted_loss: Predicted increase of the loss, summed over recomputations.
+        predicted_loss: Predicted increase of the loss, summed over recomputations; None where the pruner predicts none.
         unit: What was collected: ``"gradients"`` or ``"inputs"``.
         samples: How many of them were used, in all.
         skipped: How many were left out as not finite.
@@ -33,12 +33,12 @@ class EventRecord(Record):
     """
 
     kind: ClassVar[str] = "event"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     epoch: int
     goal: float
     sparsity: float
-    predicted_loss: float
+    predicted_loss: float | None
     unit: str
     samples: int
     skipped: int
@@ -52,7 +52,7 @@ class EventRecord(Record):
 
     def logged(self) -> dict[str, float]:
         """What loggers are given, such as ``cap/predicted_loss``, ``cap/seconds/solve`` and ``cap/after/val_acc``."""
-        flat = {
+        flat: dict[str, float | None] = {
             "sparsity": self.sparsity,
             "predicted_loss": self.predicted_loss,
             self.unit: self.samples,
@@ -65,7 +65,7 @@ class EventRecord(Record):
             **_under("after", self.after),
             **_under("sparsity", self.sparsities),
         }
-        return {f"cap/{name}": float(value) for name, value in flat.items()}
+        return {f"cap/{name}": float(value) for name, value in flat.items() if value is not None}
 
 
 def _under(prefix: str, entries: Mapping[str, float]) -> dict[str, float]:

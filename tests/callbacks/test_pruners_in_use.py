@@ -93,4 +93,4 @@ def test_several_passes_give_what_one_gives(name: str, pattern: Pattern) -> None
         for n in weights:
             assert torch.equal(a.masks[n], b.masks[n])
             torch.testing.assert_close(a.weights[n], b.weights[n], rtol=1e-4, atol=1e-5)
-        assert a.predicted_loss == pytest.approx(b.predicted_loss, rel=1e-5)
+        assert a.saliency == pytest.approx(b.saliency, rel=1e-5)

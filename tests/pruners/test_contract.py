@@ -64,8 +64,8 @@ def _check(result: PruneResult, targets: Targets, zeros: int, signed: bool = Fal
         assert not result.weights[name].requires_grad
     assert _zeros(result) == zeros
     assert result.sparsity == pytest.approx(zeros / targets.numel)
-    assert math.isfinite(result.predicted_loss)
-    assert result.predicted_loss >= 0 or signed
+    assert math.isfinite(result.saliency)
+    assert result.saliency >= 0 or signed
 
 
 def test_counts_are_exact(case: Case, targets: Targets, rows: Rows) -> None:
@@ -73,6 +73,12 @@ def test_counts_are_exact(case: Case, targets: Targets, rows: Rows) -> None:
     assert path.sparsity == 0
     for sparsity in SPARSITIES:
         _check(path.at(sparsity), targets, math.floor(sparsity * targets.numel + 0.5), case.signed)
+
+
+def test_nothing_but_a_loss_is_called_one(case: Case, targets: Targets, rows: Rows) -> None:
+    for sparsity in (0.0, 0.5):
+        result = case.path(targets, rows).at(sparsity)
+        assert result.predicted_loss == (result.saliency if case.predicts_loss else None)
 
 
 def test_masked_stays_masked(lasting: Case, targets: Targets, rows: Rows) -> None:
@@ -95,8 +101,8 @@ def test_masks_are_nested_and_loss_grows(case: Case, targets: Targets, rows: Row
     results = [path.at(sparsity) for sparsity in SPARSITIES]
     for less, more in pairwise(results):
         assert not path.nested or all(not (more.masks[n] & ~less.masks[n]).any() for n in targets)
-        assert less.predicted_loss < more.predicted_loss or case.signed
-    assert results[0].predicted_loss == 0
+        assert less.saliency < more.saliency or case.signed
+    assert results[0].saliency == 0
     assert all(torch.equal(results[0].weights[n], w) for n, w in targets.items())
 
 
@@ -105,7 +111,7 @@ def test_path_is_never_consumed_and_curve_tells_the_same(case: Case, targets: Ta
     first = [path.at(sparsity) for sparsity in SPARSITIES]
     again = [path.at(sparsity) for sparsity in reversed(SPARSITIES)][::-1]
     assert all(same_result(a, b) for a, b in zip(first, again, strict=True))
-    assert path.curve(SPARSITIES) == [result.predicted_loss for result in first]
+    assert path.curve(SPARSITIES) == [result.saliency for result in first]
     assert path.curve([]) == []
     first[3].weights["linear"].zero_()
     first[0].weights["linear"].zero_()  # the caller may do what he likes with what he got
@@ -194,7 +200,7 @@ def test_more_zeros_than_asked_for_warns_and_changes_nothing(lasting: Case, targ
     path = lasting.path(targets, rows, masks)
     with pytest.warns(UserWarning, match=r"sparsity=0\.2: the model is already at 0\.[34]\d+.*higher sparsity"):
         result = path.at(0.2)
-    assert result.predicted_loss == 0
+    assert result.saliency == 0
     assert result.sparsity == pytest.approx(path.sparsity)
     for name, weight in targets.items():
         assert torch.equal(result.masks[name], masks[name])

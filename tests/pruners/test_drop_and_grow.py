@@ -88,7 +88,7 @@ def test_an_update_is_the_oracles(targets: Targets, rows: Rows, share: float, sp
     check(result, targets, rows, masks, [(list(targets), zeros)], fraction)
     assert sum(int((~mask).sum()) for mask in result.masks.values()) == zeros
     assert result.sparsity == pytest.approx(zeros / targets.numel)
-    assert path.curve([sparsity]) == [result.predicted_loss]
+    assert path.curve([sparsity]) == [result.saliency]
     grown = sum(int((result.masks[n] & ~masks[n]).sum()) for n in targets)
     assert result.stats["grown"] == grown
     assert grown > 0 or fraction == 0 or share == 0 or sparsity == 0.9

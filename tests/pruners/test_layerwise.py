@@ -78,7 +78,7 @@ def test_convolutions_are_pruned_row_by_row(kind: str) -> None:
     _check_rows(path, path.at(0.5), layer.weight, _hessian(total(source), 30, 1e-3))
 
 
-def test_the_predicted_loss_is_the_change_of_the_output() -> None:
+def test_the_saliency_is_the_change_of_the_output() -> None:
     layer = nn.Conv2d(4, 6, 3, padding=1)
     x = torch.randn(20, 4, 6, 6, generator=torch.Generator().manual_seed(3)) + 0.5
     path = LayerwiseOBS(block_size=64, num_inputs=20, damp=1e-7).path(
@@ -90,7 +90,7 @@ def test_the_predicted_loss_is_the_change_of_the_output() -> None:
         result = path.at(sparsity)
         result.apply(Targets({"weight": layer.weight}))
         change = float((layer(x).detach() - before).square().sum()) / 20
-        assert result.predicted_loss == pytest.approx(change, rel=1e-3)
+        assert result.saliency == pytest.approx(change, rel=1e-3)
         predicted.append(change)
         with torch.no_grad():
             layer.weight.copy_(dense)

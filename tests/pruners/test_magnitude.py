@@ -21,7 +21,7 @@ def test_the_smallest_go_over_all_targets() -> None:
     result = path.at(0.5)
     assert result.weights["a"].tolist() == [[0.0, -3.0, 0.0, 0.0]]
     assert torch.equal(result.weights["b"], torch.tensor([[5.0, -6.0, 0.0, 7.0]]))
-    assert result.predicted_loss == pytest.approx((0.1**2 + 0.5**2 + 0.2**2 + 0.3**2) / 2)
+    assert result.saliency == pytest.approx((0.1**2 + 0.5**2 + 0.2**2 + 0.3**2) / 2)
     assert Magnitude().statistic is None
 
 
@@ -43,7 +43,7 @@ def test_masked_weights_neither_count_nor_return() -> None:
     path = Magnitude().path(_targets(), masks=masks)
     assert torch.equal(path.at(0.125).weights["a"], torch.tensor([[0.1, 0.0, 0.5, -0.2]]))
     assert torch.equal(path.at(0.25).weights["a"], torch.tensor([[0.0, 0.0, 0.5, -0.2]]))
-    assert path.at(0.25).predicted_loss == pytest.approx(0.1**2 / 2)
+    assert path.at(0.25).saliency == pytest.approx(0.1**2 / 2)
 
 
 def test_a_convolution_is_flattened_as_stored() -> None:

@@ -112,7 +112,7 @@ def test_matrix(name: str, pattern: Pattern, allocation: str) -> None:
     for result, sparsity in zip(results, (0.45, 0.6), strict=True):
         _check_counts(result, pattern, how, masks, sparsity)
         check_pattern(targets, pattern, result.masks)
-        assert path.curve([sparsity]) == [result.predicted_loss]
+        assert path.curve([sparsity]) == [result.saliency]
     less, more = results
     assert not path.nested or all(not (more.masks[n] & ~less.masks[n]).any() for n in SHAPES)
     assert _same(results[1], case.path(targets, rows, pruner=pruner).at(0.6)), "deterministic"
@@ -215,4 +215,4 @@ def test_the_order_of_blocks_does_not_matter(name: str, pattern: Pattern) -> Non
     for n, order in orders.items():
         assert torch.equal(two.masks[n], _permuted(one.masks[n], order))
         torch.testing.assert_close(two.weights[n], _permuted(one.weights[n], order), rtol=1e-4, atol=1e-5)
-    assert two.predicted_loss == pytest.approx(one.predicted_loss, rel=1e-5)
+    assert two.saliency == pytest.approx(one.saliency, rel=1e-5)

@@ -56,7 +56,7 @@ def test_the_least_saliencies_go(method: str, targets: Targets, rows: Rows, mask
         np.testing.assert_array_equal(kept, alive & ~gone)
         losses = np.concatenate([w.double().numpy().ravel() ** 2 / 2 for w in targets.weights().values()])
         expected = (losses if method == "GM" else flat)[gone].sum()
-        assert result.predicted_loss == pytest.approx(expected, rel=1e-4, abs=1e-6)
+        assert result.saliency == pytest.approx(expected, rel=1e-4, abs=1e-6)
         assert all(torch.equal(w, targets[n] * result.masks[n]) for n, w in result.weights.items())
 
 
@@ -65,8 +65,8 @@ def test_taylor_takes_what_lowers_the_loss_first(targets: Targets, rows: Rows) -
     scores = np.concatenate(list(_scores("Taylor", targets, rows).values()))
     negative = int((scores < 0).sum())
     least = path.at((negative - 0.25) / targets.numel)
-    assert least.predicted_loss == pytest.approx(scores[scores < 0].sum(), rel=1e-4)
-    assert all(least.predicted_loss <= loss for loss in path.curve([0.1, 0.3, 0.8, 0.95]))
+    assert least.saliency == pytest.approx(scores[scores < 0].sum(), rel=1e-4)
+    assert all(least.saliency <= loss for loss in path.curve([0.1, 0.3, 0.8, 0.95]))
 
 
 @pytest.mark.parametrize("method", METHODS)

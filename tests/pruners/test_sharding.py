@@ -55,7 +55,7 @@ def run_cases() -> dict[str, Any]:
             path = pruner.path(targets, collector(model, targets, loss, batches, ROWS), masks)
         result = path.at(pruner.pattern.sparsity or 0.6)
         curve = [] if pruner.pattern.sparsity else path.curve([0.4, 0.65])
-        out[name] = {"weights": dict(result.weights), "masks": dict(result.masks), "loss": result.predicted_loss,
+        out[name] = {"weights": dict(result.weights), "masks": dict(result.masks), "loss": result.saliency,
                      "curve": curve}  # fmt: skip
     out["no rows"] = _without_rows()
     return out

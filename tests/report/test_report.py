@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from matplotlib.axes import Axes
 from matplotlib.image import imread
 from rich.console import Console
 from safetensors.torch import save_file
@@ -39,7 +40,6 @@ def record(
         loss_increase={"validation": 0.1, "calibration": loss},
         seconds={"collect": 1.0, "solve": 2.0, "apply": 0.5, "evaluate": 1.0},
         settings=f"mine.{pruner}: {pruner}(damp={damp:g})",
-        predicts_loss=True,
         parameters={"num_gradients": 16, "damp": damp, "num_recomputations": 1},
         solution="",
         fingerprint=f"{pruner}{goal}{seed}{damp}",
@@ -79,6 +79,18 @@ def test_what_is_not_known_is_a_dash() -> None:
     assert "Seed 0." in lines
     assert {"| A | 0.005 | - |", "| A | - | - |", "| A | 0.1 | - |"} <= set(lines)
     assert "| B | 0.9900 | - | 0.8000 |" in lines
+
+
+def test_what_is_no_loss_is_not_called_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    titles: list[str] = []
+    monkeypatch.setattr(Axes, "set_title", lambda self, text, **style: titles.append(text))
+    silent = replace(record("B", 0.5, 0, 0.8), predicted_loss=None)
+    lines = markdown([DENSE, record("A", 0.5, 0, 0.9), silent]).splitlines()
+    assert [line for line in lines if line.startswith("| B |")][1] == "| B | - |"
+    assert curves.plot_losses([DENSE, record("A", 0.5, 0, 0.9), silent], tmp_path / "losses.png")
+    assert titles == ["no loss predicted by: B"]
+    assert not curves.plot_losses([DENSE, silent], tmp_path / "losses.png")
+    assert " - " in printed([DENSE, silent])
 
 
 def printed(some: Any) -> str:

@@ -41,4 +41,4 @@ def gradient_rows(weights: Mapping[str, Tensor], n: int, seed: int = 0, scale: f
 def same_result(a: PruneResult, b: PruneResult) -> bool:
     """Equal bit for bit."""
     same = all(torch.equal(a.weights[n], b.weights[n]) and torch.equal(a.masks[n], b.masks[n]) for n in a.weights)
-    return same and a.predicted_loss == b.predicted_loss and a.sparsity == b.sparsity
+    return same and a.saliency == b.saliency and a.predicted_loss == b.predicted_loss and a.sparsity == b.sparsity

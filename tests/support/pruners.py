@@ -42,6 +42,7 @@ class Case:
         owns_fisher: Whether its path holds the Fisher, and cannot be used once it is closed.
         uniform: Whether every target has a budget of its own.
         signed: Whether saliencies may be negative.
+        predicts_loss: Whether they are increases of the loss.
         regrows: Whether masked weights may come back.
         refuses: Kinds of patterns that it refuses.
         edge: Whether the settings are at the edge of what the method takes. Suites with sizes of their own leave it out.
@@ -54,6 +55,7 @@ class Case:
     owns_fisher: bool = True
     uniform: bool = False
     signed: bool = False
+    predicts_loss: bool = True
     regrows: bool = False
     refuses: Sequence[type[Pattern]] = ()
     edge: bool = False
@@ -105,19 +107,27 @@ CASES: dict[str, Case] = {
     "mfac-static": Case(MFAC, {"block_size": 48, "mode": "static"}, **DIAGONAL_BLOCKS),
     "mfac-one-block": Case(MFAC, {"block_size": 2048}, edge=True, **DIAGONAL_BLOCKS),
     "fast-cap": Case(FastCAP, {"columns": 4}, owns_fisher=False, **BLOCKS),
-    "layerwise": Case(LayerwiseOBS, reads="inputs", uniform=True, **BLOCKS),
-    "layerwise-global": Case(LayerwiseOBS, {"allocation": Global()}, reads="inputs", edge=True, **BLOCKS),
-    "layerwise-whole-rows": Case(LayerwiseOBS, {"block_size": 100}, reads="inputs", uniform=True, edge=True, **BLOCKS),
+    "layerwise": Case(LayerwiseOBS, reads="inputs", predicts_loss=False, uniform=True, **BLOCKS),
+    "layerwise-global": Case(
+        LayerwiseOBS, {"allocation": Global()}, reads="inputs", predicts_loss=False, edge=True, **BLOCKS
+    ),
+    "layerwise-whole-rows": Case(
+        LayerwiseOBS, {"block_size": 100}, reads="inputs", predicts_loss=False, uniform=True, edge=True, **BLOCKS
+    ),
     "obd": Case(DiagonalFisher, **SCORED),
-    "gradient-times-weight": Case(GradientTimesWeight, **SCORED),
-    "taylor": Case(Taylor, signed=True, **SCORED),
-    "magnitude": Case(Magnitude, reads="nothing", **SCORED),
-    "magnitude-uniform": Case(Magnitude, {"allocation": Uniform()}, reads="nothing", uniform=True, edge=True, **SCORED),
-    "magnitude-erk": Case(Magnitude, {"allocation": ERK()}, reads="nothing", uniform=True, edge=True, **SCORED),
-    "random": Case(Random, {"seed": 3}, reads="nothing", **SCORED),
-    "drop-and-grow": Case(DropAndGrow, regrows=True, **SCORED),
+    "gradient-times-weight": Case(GradientTimesWeight, predicts_loss=False, **SCORED),
+    "taylor": Case(Taylor, signed=True, predicts_loss=False, **SCORED),
+    "magnitude": Case(Magnitude, reads="nothing", predicts_loss=False, **SCORED),
+    "magnitude-uniform": Case(
+        Magnitude, {"allocation": Uniform()}, reads="nothing", predicts_loss=False, uniform=True, edge=True, **SCORED
+    ),
+    "magnitude-erk": Case(
+        Magnitude, {"allocation": ERK()}, reads="nothing", predicts_loss=False, uniform=True, edge=True, **SCORED
+    ),
+    "random": Case(Random, {"seed": 3}, reads="nothing", predicts_loss=False, **SCORED),
+    "drop-and-grow": Case(DropAndGrow, regrows=True, predicts_loss=False, **SCORED),
     "drop-and-grow-uniform": Case(
-        DropAndGrow, {"allocation": Uniform()}, regrows=True, uniform=True, edge=True, **SCORED
+        DropAndGrow, {"allocation": Uniform()}, regrows=True, predicts_loss=False, uniform=True, edge=True, **SCORED
     ),
 }
 
