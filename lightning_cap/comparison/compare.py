@@ -15,6 +15,7 @@ from lightning_cap.comparison.surface import LossSurface
 from lightning_cap.comparison.variants import Grids, Request, check_sparsities, file_name, make_variants
 from lightning_cap.errors import ConfigError
 from lightning_cap.pruners.base import Pruner
+from lightning_cap.trainer.checkpoints import WORDS, check_checkpoint, naming_mismatch
 from lightning_cap.trainer.compat import spawns_processes
 from lightning_cap.utilities.memory import parse_bytes
 from lightning_cap.utilities.records import read_records
@@ -29,7 +30,7 @@ def compare(
     datamodule: pl.LightningDataModule | None = None,
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
-    ckpt_path: str | None = None,
+    ckpt_path: str | Path | None = None,
     folder: Path | str | None = None,
     num_recomputations: int = 1,
     grids: Grids | None = None,
@@ -73,8 +74,12 @@ def compare(
 
     Raises:
         ConfigError: An argument cannot work. Nothing has run then.
-        DataError: The ``results.jsonl`` or ``exports.jsonl`` in ``folder`` holds something else. Nothing has run then.
+        DataError: The checkpoint cannot be loaded, or ``results.jsonl`` or ``exports.jsonl`` in ``folder`` holds something else.
+            Nothing has run then.
     """
+    check_checkpoint(ckpt_path)
+    if ckpt_path in WORDS:
+        raise ConfigError(f"ckpt_path={ckpt_path!r}: a comparison takes the path of a checkpoint. Give a .ckpt file.")
     single = isinstance(pruners, Pruner)
     named = {type(pruners).__name__: pruners} if isinstance(pruners, Pruner) else dict(pruners)
     variants = make_variants(named, seeds, grids, num_recomputations)
@@ -105,7 +110,8 @@ def compare(
     hook = CompareInValidation(request)
     trainer.callbacks.append(hook)  # type: ignore[attr-defined]
     try:
-        trainer.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
+        with naming_mismatch(ckpt_path):
+            trainer.validate(model, datamodule=datamodule, ckpt_path=ckpt_path, verbose=False)
     finally:
         trainer.callbacks.remove(hook)  # type: ignore[attr-defined]
     if spawned and request.folder is not None:

@@ -12,12 +12,13 @@ from lightning_cap import prune
 from lightning_cap.comparison import LossSurface, compare
 from lightning_cap.comparison.record_store import digest
 from lightning_cap.comparison.records import GridPoint, SurfaceRecord, intersection_over_union, load_masks
-from lightning_cap.errors import ConfigError, GradientError, PatternError, TargetError
+from lightning_cap.errors import ConfigError, DataError, GradientError, PatternError, TargetError
 from lightning_cap.pruners import LayerwiseOBS, Magnitude, Pruner
 from lightning_cap.report import report
 from lightning_cap.sparsity.allocation import Global, PerTarget, Uniform
 from lightning_cap.sparsity.patterns import NofM
 from lightning_cap.utilities.records import read_record
+from tests.support.checkpoints import checkpoint
 from tests.support.comparing import Data, assert_close, collections, comparable, paths, results, run, toy
 from tests.support.pruners import METHODS
 from tests.support.toy import Toy, ToyData, cap, trainer
@@ -188,6 +189,8 @@ FLOOR, MAP = Magnitude(allocation=Global(0.3)), Magnitude(allocation=PerTarget({
         (ConfigError, "folder=None", {"folder": None, "surface": LossSurface(("CAP", "GM"), 0.5)}),
         (ConfigError, "fisher_block=16: none", {"pruners": {"GM": Magnitude()}, "fisher_block": 16}),
         (ConfigError, "loss_samples=-1", {"loss_samples": -1}),
+        (DataError, "ckpt_path='none.ckpt': it cannot be read", {"ckpt_path": "none.ckpt"}),
+        (ConfigError, "ckpt_path='best'", {"ckpt_path": "best"}),
         (ConfigError, "max_rows_memory='x'", {"max_rows_memory": "x"}),
         (TargetError, "pruner 'nm': target 'net.0.weight'", {"include": ["net.0.weight"], "sparsities": [0.6],
                                                              "pruners": {"nm": cap(block_size=15, pattern=NofM(2, 5))}}),
@@ -304,6 +307,16 @@ def test_two_processes_give_the_records_of_one(tmp_path: Path) -> None:
 def test_spawned_processes_need_a_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"folder=None.*spawn"):
         compare(trainer(tmp_path, devices=2, strategy="ddp_spawn"), toy(), Magnitude(), [0.5], datamodule=Data())
+
+
+def test_a_checkpoint_of_another_model_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    solved = paths(monkeypatch)
+    torch.save(checkpoint(), tmp_path / "other.ckpt")
+    with pytest.raises(DataError, match=r"^ckpt_path=.*another model.*\"net.0.weight\"") as caught:
+        run(tmp_path / "out", ckpt_path=tmp_path / "other.ckpt")
+    assert "\n" not in str(caught.value)
+    assert solved == []
+    assert not (tmp_path / "out").exists()
 
 
 def test_what_is_no_plain_value_can_be_a_grid(tmp_path: Path) -> None:

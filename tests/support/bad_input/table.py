@@ -30,15 +30,18 @@ class Line:
         run: Given an empty folder, which is the working directory too, does what is to be refused.
         error: What is due.
         words: What its message must hold.
+        prepare: Given the same folder before, makes what is there already.
     """
 
     name: str
     run: Callable[[Path], Any]
     error: type[CAPError]
     words: tuple[str, ...]
+    prepare: Callable[[Path], Any] = lambda folder: None
 
     def check(self, folder: Path) -> None:
         """Try it in a folder, which may hold files already."""
+        self.prepare(folder)
         before, state = files(folder), _state()
         try:
             self.run(folder)
