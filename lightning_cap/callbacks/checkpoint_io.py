@@ -8,8 +8,9 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.plugins import TorchCheckpointIO
+from lightning.pytorch.plugins import CheckpointIO, TorchCheckpointIO
 
+from lightning_cap.utilities import distributed
 from lightning_cap.utilities.files import atomic
 
 
@@ -44,3 +45,40 @@ def make_checkpoints_atomic(trainer: pl.Trainer) -> None:
     """Let a Trainer that saves checkpoints in Lightning's own way do so by `AtomicCheckpointIO`."""
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+
+
+class _Deferred(CheckpointIO):
+    """Keeps what went wrong in writing, until all processes have come to the end of it."""
+
+    def __init__(self, inner: CheckpointIO) -> None:
+        self._inner = inner
+        self.error: Exception | None = None
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        try:
+            self._inner.save_checkpoint(checkpoint, path, storage_options)
+        except Exception as error:
+            self.error = error
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        return self._inner.load_checkpoint(path, *args, **kwargs)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        self._inner.remove_checkpoint(path)
+
+
+def save_checkpoint(trainer: pl.Trainer, path: str) -> None:
+    """Have the Trainer write a checkpoint. What goes wrong in it is raised on all ranks. Call it on every rank.
+
+    Raises:
+        OSError: It could not be written, on the process that writes; `CAPError` with its message on the others.
+    """
+    inner = trainer.strategy.checkpoint_io
+    trainer.strategy.checkpoint_io = deferred = _Deferred(inner)
+    try:
+        trainer.save_checkpoint(path, weights_only=False)
+    finally:
+        trainer.strategy.checkpoint_io = inner
+    with distributed.raise_on_all_ranks(f"Writing {path}"):
+        if deferred.error is not None:
+            raise deferred.error

@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
 
+from lightning_cap.callbacks.checkpoint_io import save_checkpoint
 from lightning_cap.export.safetensors import save_weights, sparsity_stem
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.trainer.compat import averaged_models
@@ -89,10 +90,13 @@ def monitored(metrics: Mapping[str, Any], monitor: str | None) -> tuple[str | No
 
 
 def save_cycle(trainer: pl.Trainer, module: pl.LightningModule, targets: Targets, record: CycleRecord) -> None:
-    """Write ``record.checkpoint`` (the Trainer's) and ``record.weights`` (plain safetensors). Call it on every rank."""
-    trainer.save_checkpoint(record.checkpoint, weights_only=False)
-    with distributed.raise_on_all_ranks("Saving the pruned weights"):
+    """Write ``record.weights`` (plain safetensors), then ``record.checkpoint`` (the Trainer's). Call it on every rank.
+
+    A checkpoint says that its cycle is saved, so it comes last: a kill in between leaves none that says so too early.
+    """
+    with distributed.raise_on_all_ranks(f"Writing {record.weights}"):
         if trainer.is_global_zero:
             averages = averaged_models(trainer)
             model = getattr(averages[0], "module", averages[0]) if averages else module
             save_weights(model, targets, Path(record.weights), sparsity=record.sparsity, goal=record.goal)
+    save_checkpoint(trainer, record.checkpoint)

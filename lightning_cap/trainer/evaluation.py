@@ -36,7 +36,6 @@ def evaluate(trainer: pl.Trainer, module: pl.LightningModule, batches: int | Non
     loaders = trainer.val_dataloaders
     if loaders is None or not trainer.limit_val_batches or not trainer.num_val_batches:
         return {}
-    flat = CombinedLoader(loaders, "sequential").flattened
     logged = _LoggedValues()
     with (
         preserve_state(module),
@@ -45,19 +44,26 @@ def evaluate(trainer: pl.Trainer, module: pl.LightningModule, batches: int | Non
         replace_metrics(module, copy.deepcopy),
         replace_logging(module, logged),
     ):
-        module.on_validation_epoch_start()
-        for index, loader in enumerate(flat):
-            logged.suffix = f"/dataloader_idx_{index}" if len(flat) > 1 else ""
-            for number, raw in enumerate(loader):
-                if number >= min(trainer.num_val_batches[index], math.inf if batches is None else batches):
-                    break
-                batch = to_device(trainer, module, raw, index)
-                logged.batch_size = batch_size(batch, default=1)
-                with trainer.precision_plugin.val_step_context():
-                    module.validation_step(*step_arguments(module.validation_step, batch, number, index))
+        with distributed.raise_on_all_ranks("The validation of the pruning event"):
+            _validate(trainer, module, logged, batches)
         logged.suffix, logged.batch_size = "", 1
         module.on_validation_epoch_end()
         return logged.results(module.device)
+
+
+def _validate(trainer: pl.Trainer, module: pl.LightningModule, logged: _LoggedValues, batches: int | None) -> None:
+    """The steps. They do not communicate; what comes after them does."""
+    flat = CombinedLoader(trainer.val_dataloaders, "sequential").flattened
+    module.on_validation_epoch_start()
+    for index, loader in enumerate(flat):
+        logged.suffix = f"/dataloader_idx_{index}" if len(flat) > 1 else ""
+        for number, raw in enumerate(loader):
+            if number >= min(trainer.num_val_batches[index], math.inf if batches is None else batches):
+                break
+            batch = to_device(trainer, module, raw, index)
+            logged.batch_size = batch_size(batch, default=1)
+            with trainer.precision_plugin.val_step_context():
+                module.validation_step(*step_arguments(module.validation_step, batch, number, index))
 
 
 class _LoggedValues:

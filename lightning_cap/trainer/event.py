@@ -108,13 +108,14 @@ class PruningEvent:
         before = self._targets.copies()
         masks, saliency = dict(self._masks), 0.0
         try:
-            for sparsity in sparsities:
-                result = self._prune(sparsity, collection_index, masks)
-                masks = dict(result.masks)
-                saliency += result.saliency
-                self.report.stats = result.stats
-                collection_index += 1
-            self._put(masks, lifted=not sparsities)
+            with distributed.fail_together("The pruning event"):
+                for sparsity in sparsities:
+                    result = self._prune(sparsity, collection_index, masks)
+                    masks = dict(result.masks)
+                    saliency += result.saliency
+                    self.report.stats = result.stats
+                    collection_index += 1
+                self._put(masks, lifted=not sparsities)
         except BaseException:
             self._targets.restore(before)
             raise
@@ -168,8 +169,10 @@ class PruningEvent:
 
     def dry_run(self, collection_index: int) -> None:
         """Plan, and compute one gradient that is thrown away: what cannot work is to fail before training begins."""
-        collector = self.collector(collection_index)
-        rank_zero_info(f"Pruning events: {self._plan(collector, self._masks)}")
+        with distributed.fail_together("The plan of the pruning events"):
+            collector = self.collector(collection_index)
+            plan = self._plan(collector, self._masks)
+        rank_zero_info(f"Pruning events: {plan}")
         if collector is None or self._pruner.statistic is None:
             return
         with self._calibrating(), distributed.raise_on_all_ranks("The first gradient"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -12,6 +13,9 @@ from torch import Tensor
 
 from lightning_cap.errors import CAPError
 from lightning_cap.utilities.bits import pack_bits, unpack_bits
+
+#: What this process is in the middle of, in the body of `fail_together`.
+_task: ContextVar[str | None] = ContextVar("task", default=None)
 
 _WHOLE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -30,6 +34,11 @@ def gather_objects(value: Any) -> list[Any]:
     """``value`` of every rank, in order of rank. Small plain Python values only."""
     if world_size() == 1:
         return [value]
+    _hear_of_failures()
+    return _gather_objects(value)
+
+
+def _gather_objects(value: Any) -> list[Any]:
     values: list[Any] = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
@@ -39,6 +48,7 @@ def gather_tensors(tensor: Tensor) -> list[Tensor]:
     """A tensor of the same shape from every rank, in order of rank."""
     if world_size() == 1:
         return [tensor]
+    _hear_of_failures()
     parts = [torch.empty_like(tensor) for _ in range(world_size())]
     dist.all_gather(parts, tensor.contiguous())
     return parts
@@ -47,6 +57,7 @@ def gather_tensors(tensor: Tensor) -> list[Tensor]:
 def sum_over_ranks(tensor: Tensor) -> Tensor:
     """Element-wise sum over ranks."""
     if world_size() > 1:
+        _hear_of_failures()
         tensor = tensor.clone()
         dist.all_reduce(tensor)
     return tensor
@@ -66,6 +77,7 @@ def exchange(parts: list[Tensor], sizes: list[int]) -> list[Tensor]:
     """
     if world_size() == 1:
         return [parts[0].reshape(-1)]
+    _hear_of_failures()
     sent = torch.cat([part.reshape(-1) for part in parts])
     received = sent.new_empty(sum(sizes))
     dist.all_to_all_single(received, sent, sizes, [part.numel() for part in parts])
@@ -118,6 +130,7 @@ def broadcast(tensor: Tensor) -> None:
     """Overwrite ``tensor`` on every rank with rank 0's (bool by way of uint8)."""
     if world_size() == 1:
         return
+    _hear_of_failures()
     carrier = tensor.to(torch.uint8) if tensor.dtype == torch.bool else tensor.contiguous()
     dist.broadcast(carrier, src=0)
     tensor.copy_(carrier)
@@ -129,16 +142,64 @@ def raise_on_all_ranks(what: str) -> Iterator[None]:
 
     The body must not communicate. A rank that did not fail itself raises `CAPError` with the others' messages.
     """
-    error: BaseException | None = None
+    error: Exception | None = None
     try:
         yield
     except Exception as caught:
         if world_size() == 1:
             raise
         error = caught
-    messages = gather_objects(None if error is None else f"{type(error).__name__}: {error}")
+    messages = gather_objects(None if error is None else _message(error))
     if error is not None:
         raise error
+    if any(messages):
+        raise CAPError(_failed_elsewhere(what, messages))
+
+
+@contextmanager
+def fail_together(what: str) -> Iterator[None]:
+    """The same for a body that communicates, by the functions of this file alone: each asks first whether another rank failed.
+
+    So a rank that waits for one that failed raises `CAPError` with its message. Inside another such body this does nothing.
+    """
+    if world_size() == 1 or _task.get() is not None:
+        yield
+        return
+    token = _task.set(what)
+    try:
+        yield
+        _hear_of_failures()
+    except _FailedElsewhereError as error:
+        raise CAPError(str(error)) from None
+    except Exception as error:
+        if _any_failed(True):
+            _gather_objects(_message(error))
+        raise
+    finally:
+        _task.reset(token)
+
+
+class _FailedElsewhereError(CAPError):
+    """Raised where this process waited for another one that has failed; all know of it."""
+
+
+def _hear_of_failures() -> None:
+    """Inside `fail_together`, raise if another rank has failed. Every rank calls it equally often."""
+    task = _task.get()
+    if task is not None and _any_failed(False):
+        raise _FailedElsewhereError(_failed_elsewhere(task, _gather_objects(None)))
+
+
+def _any_failed(failed: bool) -> bool:
+    flag = torch.tensor(int(failed), device="cuda" if dist.get_backend() == "nccl" else "cpu")
+    dist.all_reduce(flag, op=dist.ReduceOp.MAX)
+    return bool(flag)
+
+
+def _failed_elsewhere(what: str, messages: list[str | None]) -> str:
     failed = [f"rank {r}: {message}" for r, message in enumerate(messages) if message is not None]
-    if failed:
-        raise CAPError(f"{what} failed on another process; {'; '.join(failed)}")
+    return f"{what} failed on another process; {'; '.join(failed)}"
+
+
+def _message(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-import glob
+import importlib
 import json
 import os
+import re
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator
@@ -12,7 +14,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-_ABANDONED = 3600.0  # seconds without a write, after which a temporary file is that of a process that was killed
+from lightning_cap.errors import ConfigError
+from lightning_cap.utilities.arguments import shown
+
+_ABANDONED = (
+    3600.0  # seconds without a write, after which a temporary file is abandoned, where folders cannot be locked
+)
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 
 
 @contextmanager
@@ -20,25 +28,84 @@ def atomic(path: Path) -> Iterator[Path]:
     """A temporary path in the same folder, renamed to ``path`` when the body has succeeded and removed if it has not.
 
     What was written is on the disk before the renaming, so that it is whole after a power cut too. A process that is killed
-    inside leaves its temporary file, hidden and under a name that nothing loads; a later writing of ``path`` removes it.
+    inside leaves its temporary file, hidden and under a name that nothing loads; the next writing in the folder removes it.
+
+    Raises:
+        OSError: The system refuses, as on a full disk; it names ``path``.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _remove_abandoned(path)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
     try:
-        yield temporary
-        with temporary.open("rb+") as written:
-            os.fsync(written.fileno())
-        os.replace(temporary, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with _writing_in(path.parent):
+            try:
+                yield temporary
+                with temporary.open("rb+") as written:
+                    os.fsync(written.fileno())
+                os.replace(temporary, path)
+            finally:
+                temporary.unlink(missing_ok=True)
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+@contextmanager
+def _writing_in(folder: Path) -> Iterator[None]:
+    """Hold a shared lock on a folder. If nobody else does, the temporary files in it are abandoned, and removed before."""
+    try:
+        fcntl: Any = importlib.import_module("fcntl")
+        held = os.open(folder, os.O_RDONLY)
+    except (ImportError, PermissionError):  # Windows, which opens no folder either
+        _remove_temporary(folder, older_than=_ABANDONED)
+        yield
+        return
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _remove_temporary(folder)
+            fcntl.flock(held, fcntl.LOCK_SH)
+        except BlockingIOError:
+            fcntl.flock(held, fcntl.LOCK_SH)  # waits while another one removes
+        except OSError:  # a network folder without locks
+            _remove_temporary(folder, older_than=_ABANDONED)
+        yield
     finally:
-        temporary.unlink(missing_ok=True)
+        os.close(held)
 
 
-def _remove_abandoned(path: Path) -> None:
-    for temporary in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):
-        with suppress(FileNotFoundError):  # another process has just renamed or removed it
-            if temporary.stat().st_mtime < time.time() - _ABANDONED:
-                temporary.unlink()
+def _remove_temporary(folder: Path, older_than: float | None = None) -> None:
+    for temporary in folder.glob(".*.tmp"):
+        if _TEMPORARY.fullmatch(temporary.name):
+            with suppress(FileNotFoundError):  # another process has just renamed or removed it
+                if older_than is None or temporary.stat().st_mtime < time.time() - older_than:
+                    temporary.unlink()
+
+
+def require_writable(argument: str, value: object, folder: Path) -> None:
+    """Refuse a folder that cannot be made or written to. Nothing is left behind.
+
+    Args:
+        argument: What to name.
+        value: Of the argument.
+        folder: Made for a moment, with its parents, if it is not there.
+
+    Raises:
+        ConfigError: The system refuses.
+    """
+    missing = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(
+            f"{argument}={shown(value)}: {str(folder)!r} cannot be written to ({error.strerror}). Give a folder that can."
+        ) from None
+    finally:
+        for place in missing:
+            with suppress(OSError):
+                place.rmdir()
 
 
 def save_json(path: Path, value: Any) -> None:

@@ -2,12 +2,20 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from lightning_cap.utilities.files import atomic, save_json
+from lightning_cap.errors import ConfigError
+from lightning_cap.utilities.files import atomic, require_writable, save_json
+from tests.support.processes import FORKED
 
 
 def test_atomic_leaves_all_or_nothing(tmp_path: Path) -> None:
@@ -33,11 +41,60 @@ def test_json(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "r.json").read_text()) == [1, {"a": None}]
 
 
-def test_abandoned_temporary_files_are_removed_by_the_next_writing(tmp_path: Path) -> None:
-    old, new, other = (tmp_path / f".{name}.tmp" for name in ("a[1].json.11111111", "a[1].json.22222222", "b.json.1"))
-    for path in (old, new, other):
+def hold(folder: Path, seconds: float) -> None:
+    with atomic(folder / "held.json") as temporary:
+        save_file({"x": torch.ones(3)}, temporary)  # as all that is written here, into the same file
+        (folder / "ready").touch()
+        time.sleep(seconds)
+
+
+def start(folder: Path, seconds: float) -> Any:
+    process = FORKED.Process(target=hold, args=(folder, seconds))
+    process.start()
+    while not (folder / "ready").exists():
+        time.sleep(0.01)
+    return process
+
+
+def test_temporary_files_of_killed_processes_are_removed_by_the_next_writing(tmp_path: Path) -> None:
+    killed = start(tmp_path, 600)
+    killed.kill()
+    killed.join()
+    (tmp_path / ".mine.tmp").touch()
+    assert len(list(tmp_path.glob(".held.json.*.tmp"))) == 1
+    save_json(tmp_path / "another.json", 1)
+    assert {path.name for path in tmp_path.iterdir()} == {"another.json", ".mine.tmp", "ready"}
+
+
+def test_a_file_that_is_being_written_is_left_alone(tmp_path: Path) -> None:
+    writer = start(tmp_path, 1.0)
+    save_json(tmp_path / "another.json", 1)
+    assert len(list(tmp_path.glob(".held.json.*.tmp"))) == 1
+    writer.join()
+    assert (writer.exitcode, (tmp_path / "held.json").exists()) == (0, True)
+
+
+def test_without_locks_a_file_is_abandoned_when_it_is_old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "fcntl", None)
+    old, new = (tmp_path / f".{name}.tmp" for name in ("a[1].json.11111111", "a[1].json.22222222"))
+    for path in (old, new):
         path.write_text("half")
-    for path in (old, other):
-        os.utime(path, (0, 0))
+    os.utime(old, (0, 0))
     save_json(tmp_path / "a[1].json", 1)
-    assert {path.name for path in tmp_path.iterdir()} == {"a[1].json", new.name, other.name}
+    assert {path.name for path in tmp_path.iterdir()} == {"a[1].json", new.name}
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path, full_disk: Callable[[], None]) -> None:
+    full_disk()
+    with pytest.raises(OSError, match=r"No space left on device: '.*r\.json'"):
+        save_json(tmp_path / "r.json", 1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file/deeper", tmp_path / ("x" * 300), Path("/proc/nothing/here")):
+        with pytest.raises(ConfigError, match=r"dirpath='given': .* cannot be written to"):
+            require_writable("dirpath", "given", folder)
+    require_writable("dirpath", "given", tmp_path / "a/b")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
