@@ -1,36 +1,27 @@
-"""Gradient samples for the Fisher: batches -> chunks ``{target name: (n, *shape)}``.
-
-Only `torch.autograd.grad` (or `torch.func.grad`) is used, never ``.backward()``: ``.grad``, DDP's buckets and
-accumulated state are not touched.
-"""
+"""Gradient samples for the Fisher: batches -> chunks ``{target name: (n, *shape)}``."""
 
 from __future__ import annotations
 
 import functools
 import logging
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
-from torch.utils import _pytree as pytree
 
-from lightning_cap.calibration.batches import batch_size, is_batched, slice_batch
+from lightning_cap.calibration.batches import batch_size, slice_batch
+from lightning_cap.calibration.rows import Loss, RowComputer, largest_difference
 from lightning_cap.calibration.sources import repeatable
-from lightning_cap.calibration.vmap_rules import vmap_friendly
 from lightning_cap.errors import GradientError
 from lightning_cap.sparsity.targets import Targets
-from lightning_cap.utilities import distributed
+from lightning_cap.utilities import distributed, rng
 from lightning_cap.utilities.memory import is_out_of_memory
 from lightning_cap.utilities.progress import Progress
 
 _log = logging.getLogger(__name__)
-
-#: ``loss(model, batch)`` -> scalar mean loss over the batch.
-Loss = Callable[[nn.Module, Any], Tensor]
 
 _VMAP_FLOATS = 2**27  # per-sample gradients held at once, 512 MiB
 _VMAP_ROWS = 64
@@ -70,13 +61,11 @@ class GradientCollector:
         scale: float = 1.0,
         progress: Progress | None = None,
     ) -> None:
-        self._program = _LossProgram(model, loss)
+        self._computer = RowComputer(model, targets, loss, samples_per_gradient, context, scale)
         self._targets = targets
         self._batches = batches
         self._num_gradients = num_gradients
         self._samples = samples_per_gradient
-        self._context = context
-        self._scale = scale
         self._progress = progress
         self._vmap = samples_per_gradient == 1
         self._checked = False
@@ -170,12 +159,41 @@ class GradientCollector:
         return 4 * self._targets.numel * (self._at_once if self._samples == 1 else 1)
 
     def probe(self, batch: Any) -> None:
-        """Compute one gradient row and throw it away, to fail early.
+        """Compute one gradient row and throw it away, to fail early; compare it with what vmap makes of the same sample.
 
         Raises:
             GradientError: The loss is not a scalar, has no gradient, or does not depend on any target.
         """
-        self._loop_row(next(iter(self._split(batch, 1))))
+        with rng.preserved():  # so that rows do not depend on whether they were tried before
+            one = next(iter(self._computer.split(batch, 1)))
+            row = self._computer.one(one)
+            if self._vmap:
+                self._compare(batch, row, one)
+        self._checked = True
+
+    def _compare(self, batch: Any, row: dict[str, Tensor], one: Any) -> None:
+        """Do without vmap where it gives other gradients than autograd, or none."""
+        size = batch_size(batch)
+        try:
+            rows = self._computer.at_once(slice_batch(batch, size, 0, min(2, size)))
+        except Exception as error:
+            if not is_out_of_memory(error):
+                self._fall_back(error)
+            return
+        tolerance = self._computer.tolerance
+        apart, name = largest_difference({n: some[:1] for n, some in rows.items()}, row)
+        del rows
+        if apart <= tolerance or not bool(torch.stack([torch.isfinite(r).all() for r in row.values()]).all()):
+            return
+        again, _ = largest_difference(self._computer.one(one), row)
+        if again <= tolerance / 10:  # else the loss is random, and its gradients cannot be compared
+            self._vmap = False
+            warnings.warn(
+                f"samples_per_gradient=1: torch.func.vmap gives another gradient than autograd for {name!r} (relative difference "
+                f"{apart:.2g}), so one of them is wrong. Falling back to a loop over samples, which is slower. Compare the "
+                "gradient with finite differences; see Troubleshooting in the README.",
+                stacklevel=4,
+            )
 
     def _conclude(self, attempted: int) -> None:
         if attempted == 0:
@@ -200,14 +218,13 @@ class GradientCollector:
         """Float32 rows of one batch, ``most`` of them at the most."""
         if not self._checked:
             self.probe(batch)
-            self._checked = True
         if self._vmap:
             size = batch_size(batch)
             start, stop = 0, min(size, most)
             while start < stop:
                 end = min(start + self._at_once, stop)
                 try:
-                    rows = self._vmap_rows(slice_batch(batch, size, start, end))
+                    rows = self._computer.at_once(slice_batch(batch, size, start, end))
                 except Exception as error:
                     if not is_out_of_memory(error):
                         self._fall_back(error)
@@ -222,10 +239,10 @@ class GradientCollector:
                     _log.warning("Out of memory in the gradients; going on with %d samples at once.", self._at_once)
                 else:
                     rest = slice_batch(batch, size, start, stop)
-                    yield from (self._loop_row(one) for one in self._split(rest, most))
+                    yield from (self._computer.one(one) for one in self._computer.split(rest, most))
                     return
             return
-        yield from (self._loop_row(piece) for piece in self._split(batch, most))
+        yield from (self._computer.one(piece) for piece in self._computer.split(batch, most))
 
     def _fall_back(self, error: Exception) -> None:
         self._vmap = False
@@ -236,58 +253,6 @@ class GradientCollector:
             stacklevel=4,
         )
 
-    def _split(self, batch: Any, most: int) -> Iterator[Any]:
-        size = batch_size(batch, default=0)
-        if size <= self._samples:
-            yield batch
-            return
-        for start in range(0, min(size // self._samples, most)):
-            yield slice_batch(batch, size, start * self._samples, (start + 1) * self._samples)
-
-    def _loop_row(self, batch: Any) -> dict[str, Tensor]:
-        with torch.inference_mode(False), torch.enable_grad(), self._context():
-            loss = self._program(batch)
-            if not isinstance(loss, Tensor) or loss.numel() != 1:
-                raise GradientError(
-                    f"loss: got {_describe(loss)} instead of a scalar tensor. Return the mean loss of the batch, or define "
-                    "calibration_step(batch, batch_idx) that does."
-                )
-            if not loss.requires_grad:
-                raise GradientError(
-                    "loss: it has no gradient (requires_grad is False). Do not detach it or compute it under no_grad; or "
-                    "define calibration_step(batch, batch_idx) that returns a differentiable loss."
-                )
-            grads = torch.autograd.grad(loss.reshape(()) * self._scale, list(self._targets.values()), allow_unused=True)
-        if all(g is None for g in grads):
-            raise GradientError(
-                f"loss: it depends on none of the {len(self._targets)} targets, so nothing can be pruned by it."
-            )
-        return {
-            name: (torch.zeros_like(weight) if g is None else g.detach()).float().div_(self._scale).unsqueeze(0)
-            for (name, weight), g in zip(self._targets.items(), grads, strict=True)
-        }
-
-    def _vmap_rows(self, batch: Any) -> dict[str, Tensor]:
-        leaves, spec = pytree.tree_flatten(batch)
-        size = batch_size(batch)
-        dims = [0 if is_batched(leaf, size) else None for leaf in leaves]
-        tensors = [leaf for leaf, dim in zip(leaves, dims, strict=True) if dim == 0]
-        names = list(self._targets)
-        paths = [f"model.{self._targets.paths[name]}" for name in names]
-
-        def loss(weights: Sequence[Tensor], sample: Sequence[Tensor]) -> Tensor:
-            inputs = iter(sample)
-            one = [next(inputs).unsqueeze(0) if dim == 0 else leaf for leaf, dim in zip(leaves, dims, strict=True)]
-            value = functional_call(
-                self._program, dict(zip(paths, weights, strict=True)), (pytree.tree_unflatten(one, spec),)
-            )
-            return value.reshape(()) * self._scale  # type: ignore[no-any-return]
-
-        with torch.inference_mode(False), torch.enable_grad(), self._context(), vmap_friendly():
-            weights = [weight.detach() for weight in self._targets.values()]
-            rows = vmap(grad(loss), in_dims=(None, 0), randomness="different")(weights, tensors)
-        return {name: row.detach().float().div_(self._scale) for name, row in zip(names, rows, strict=True)}
-
 
 def _finite(chunk: dict[str, Tensor]) -> dict[str, Tensor]:
     finite = torch.stack([torch.isfinite(row.flatten(1)).all(1) for row in chunk.values()]).all(0)
@@ -297,19 +262,3 @@ def _finite(chunk: dict[str, Tensor]) -> dict[str, Tensor]:
 def rows_at_once(targets: Targets) -> int:
     """Per-sample gradients in one vmap: a fixed function of the targets, so that results do not depend on free memory."""
     return max(1, min(_VMAP_ROWS, _VMAP_FLOATS // targets.numel))
-
-
-class _LossProgram(nn.Module):
-    """Makes ``loss(model, batch)`` a module's forward, so that `functional_call` can swap the weights."""
-
-    def __init__(self, model: nn.Module, loss: Loss) -> None:
-        super().__init__()
-        self.model = model
-        self._loss = loss
-
-    def forward(self, batch: Any) -> Tensor:
-        return self._loss(self.model, batch)
-
-
-def _describe(value: Any) -> str:
-    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"

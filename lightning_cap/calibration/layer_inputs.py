@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_cap.calibration.batches import batch_size, slice_batch
-from lightning_cap.calibration.gradients import Loss
+from lightning_cap.calibration.normalization import PlainNormalization
+from lightning_cap.calibration.rows import Loss
 from lightning_cap.calibration.sources import repeatable
 from lightning_cap.errors import TargetError
 from lightning_cap.sparsity.targets import Targets
@@ -120,7 +121,7 @@ class InputCollector:
             for name, layer in self._layers.items():
                 handle = layer.register_forward_pre_hook(hook(name), with_kwargs=True)
                 stack.callback(handle.remove)
-            with torch.inference_mode(False), torch.no_grad(), self._context():
+            with torch.inference_mode(False), torch.no_grad(), self._context(), PlainNormalization():
                 self._loss(self._model, batch)
         missing = [name for name in self._layers if name not in grams]
         if missing:

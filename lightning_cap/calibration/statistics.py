@@ -11,8 +11,9 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor, nn
 
 from lightning_cap.calibration.batches import CalibrationBatches
-from lightning_cap.calibration.gradients import GradientCollector, Loss, rows_at_once
+from lightning_cap.calibration.gradients import GradientCollector, rows_at_once
 from lightning_cap.calibration.layer_inputs import InputCollector
+from lightning_cap.calibration.rows import Loss
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities.progress import Progress
 

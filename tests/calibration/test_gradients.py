@@ -220,7 +220,7 @@ def test_out_of_memory_halves_the_samples_at_once(caplog: pytest.LogCaptureFixtu
     data = batches()
     expected = rows(GradientCollector(model, targets, loss, data, 20))
     collector = GradientCollector(model, targets, loss, data, 20)
-    compute, sizes = collector._vmap_rows, []
+    compute, sizes = collector._computer.at_once, []
 
     def scarce(batch: Any) -> dict[str, torch.Tensor]:
         sizes.append(len(batch[0]))
@@ -228,13 +228,60 @@ def test_out_of_memory_halves_the_samples_at_once(caplog: pytest.LogCaptureFixtu
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return compute(batch)
 
-    collector._vmap_rows = scarce  # type: ignore[method-assign]
+    collector._computer.at_once = scarce  # type: ignore[method-assign]
     found = rows(collector)
-    assert sizes[:6] == [8, 8, 8, 8, 4, 2]  # 64 at once, 32, 16, 8, 4, 2 of a batch of 8
-    assert max(sizes[5:]) == 2
+    assert sizes[:7] == [2, 8, 8, 8, 8, 4, 2]  # a try, then 64 at once, 32, 16, 8, 4, 2 of a batch of 8
+    assert max(sizes[6:]) == 2
     for name in targets:
         torch.testing.assert_close(found[name], expected[name])
     assert "going on with 2 samples at once" in caplog.text
-    collector._vmap_rows = lambda batch: scarce((torch.zeros(9), None))  # type: ignore[method-assign]
+    collector._computer.at_once = lambda batch: scarce((torch.zeros(9), None))  # type: ignore[method-assign]
     with pytest.raises(torch.OutOfMemoryError):
         list(collector)
+
+
+def wrong_in_vmap(collector: GradientCollector, name: str) -> None:
+    """Let vmap give another gradient of one target."""
+    compute = collector._computer.at_once
+
+    def wrong(batch: Any) -> dict[str, torch.Tensor]:
+        found = compute(batch)
+        return {**found, name: found[name] * 1.5}
+
+    collector._computer.at_once = wrong  # type: ignore[method-assign]
+
+
+def test_where_vmap_and_autograd_differ_the_loop_is_used_and_the_target_named() -> None:
+    model = mlp().eval()
+    targets = Targets.from_model(model)
+    collector = GradientCollector(model, targets, loss, batches(), 24)
+    wrong_in_vmap(collector, "2.weight")
+    with pytest.warns(
+        UserWarning, match=r"another gradient than autograd for '2\.weight' \(relative difference 0\.5\)"
+    ):
+        got = rows(collector)
+    expected = by_backward(model, targets, batches(), 1, 24)
+    torch.testing.assert_close(got["2.weight"], expected["2.weight"], rtol=1e-4, atol=1e-6)
+
+
+def test_the_difference_shows_in_the_dry_run_already() -> None:
+    model = mlp().eval()
+    collector = GradientCollector(model, Targets.from_model(model), loss, batches(), 24)
+    wrong_in_vmap(collector, "2.weight")
+    with pytest.warns(UserWarning, match="another gradient"):
+        collector.probe(batches()[0])
+
+
+def test_random_losses_are_not_compared_and_trying_leaves_the_random_state() -> None:
+    def noisy(model: nn.Module, batch: Any) -> torch.Tensor:
+        return loss(model, (batch[0] + 5 * torch.randn_like(batch[0]), batch[1]))
+
+    model = mlp().eval()
+    collector = GradientCollector(model, Targets.from_model(model), noisy, batches(), 24)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        torch.manual_seed(0)
+        first = rows(collector)
+        torch.manual_seed(0)
+        second = rows(collector)  # not tried again
+    assert torch.equal(first["2.weight"], second["2.weight"])
