@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -14,10 +15,34 @@ from torchvision import transforms
 
 from lightning_cap.data.recipes import TrainingRecipe
 from lightning_cap.errors import ConfigError
+from lightning_cap.utilities.arguments import is_real, require_counts, require_real, shown
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Crop = Literal["rrc", "pad"]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos"]
 Transform = Callable[[Any], Tensor]
+Channels = tuple[float, float, float]
+
+_SECTION = (
+    r"-((m|mstd|mmax|inc|n|p)\d+(\.\d+)?|t\w+)"  # of timm's RandAugment strings, which leaves out what it does not know
+)
+
+
+def require_channels(name: str, value: object, positive: bool) -> None:
+    """Refuse what is no number for each of three channels.
+
+    Raises:
+        ConfigError: names the argument.
+    """
+    entries = value if isinstance(value, (tuple, list)) else ()
+    if len(entries) == 3 and all(is_real(entry) and (entry > 0 or not positive) for entry in entries):
+        return
+    example = IMAGENET_STD if positive else IMAGENET_MEAN
+    raise ConfigError(
+        f"{name}={shown(value)}: give three{' positive' if positive else ''} numbers, one a channel, such as {example}."
+    )
 
 
 def train_transform(
@@ -49,7 +74,10 @@ def train_transform(
         "re_mode": "pixel",
         "re_count": max(1, recipe.erasing_count),
     }
+    wrong = recipe.rand_augment.startswith("rand") and not re.fullmatch(f"rand({_SECTION})*", recipe.rand_augment)
     try:
+        if wrong:
+            raise ValueError("a section of it is unknown")
         primary, secondary, final = create_transform(img_size, is_training=True, separate=True, **options)
     except (AssertionError, ValueError, KeyError) as error:
         raise ConfigError(
@@ -118,6 +146,10 @@ class MixupCollate:
     """
 
     def __init__(self, mixup: float, cutmix: float, label_smoothing: float, num_classes: int) -> None:
+        for name, value in (("mixup", mixup), ("cutmix", cutmix)):
+            require_real(name, value, "[0, inf)")
+        require_real("label_smoothing", label_smoothing, "[0, 1)")
+        require_counts(num_classes=num_classes)
         options = {"mixup_alpha": mixup, "cutmix_alpha": cutmix, "label_smoothing": label_smoothing}
         self.mixup = Mixup(num_classes=num_classes, **options)  # type: ignore[no-untyped-call]
 

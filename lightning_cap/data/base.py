@@ -13,7 +13,8 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, default_collate
 
-from lightning_cap.errors import ConfigError, DataError
+from lightning_cap.errors import DataError
+from lightning_cap.utilities.arguments import require_counts, require_flag, require_whole
 
 Collate = Callable[[Any], Any]
 
@@ -37,10 +38,12 @@ class ClassificationDataModule(LightningDataModule, ABC):
         self, batch_size: int, num_workers: int, pin_memory: bool | None, seed: int, calibration_augmentation: bool
     ) -> None:
         super().__init__()
-        if batch_size < 1:
-            raise ConfigError(f"batch_size={batch_size} must be at least 1.")
-        if num_workers < 0:
-            raise ConfigError(f"num_workers={num_workers} must be 0 (read in the main process) or more.")
+        require_counts(batch_size=batch_size)
+        require_whole("num_workers", num_workers, 0, 1024, example=4)
+        if pin_memory is not None:
+            require_flag("pin_memory", pin_memory)
+        require_whole("seed", seed, 0, 2**32 - 1)
+        require_flag("calibration_augmentation", calibration_augmentation)
         self.batch_size = batch_size
         self.num_workers = num_workers
         self.pin_memory = torch.cuda.is_available() if pin_memory is None else pin_memory

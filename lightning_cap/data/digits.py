@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from lightning_cap.data.base import ClassificationDataModule
-from lightning_cap.errors import ConfigError
+from lightning_cap.utilities.arguments import require_real, require_whole
 
 _MEAN, _STD = 4.884, 6.017  # of all pixels, whose values are 0 to 16
 _SPLIT_SEED = 0
@@ -50,12 +50,11 @@ class DigitsDataModule(ClassificationDataModule):
         calibration_augmentation: bool = True,
     ) -> None:
         super().__init__(batch_size, num_workers, pin_memory, seed, calibration_augmentation)
-        if not 0 < val_fraction < 1:
-            raise ConfigError(f"val_fraction={val_fraction} must be between 0 and 1.")
-        if not noise >= 0:
-            raise ConfigError(f"noise={noise} must be 0 (none) or more.")
-        if not 0 <= max_shift < 8:
-            raise ConfigError(f"max_shift={max_shift} must be from 0 (none) to 7 pixels, the images have 8.")
+        require_real(
+            "val_fraction", val_fraction, "[0.01, 0.99]", example=0.2
+        )  # at least one digit of each class in both
+        require_real("noise", noise, "[0, inf)", example=0.6)
+        require_whole("max_shift", max_shift, 0, 7)
         self.val_fraction = val_fraction
         self.noise = noise
         self.max_shift = max_shift

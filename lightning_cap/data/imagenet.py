@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -10,7 +12,18 @@ from timm.data.dataset_factory import create_dataset
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_cap.data.augment import Crop, Interpolation, MixupCollate, Transform, eval_transform, train_transform
+from lightning_cap.data.augment import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    Channels,
+    Crop,
+    Interpolation,
+    MixupCollate,
+    Transform,
+    eval_transform,
+    require_channels,
+    train_transform,
+)
 from lightning_cap.data.base import ClassificationDataModule, Collate
 from lightning_cap.data.reading import (
     OnBadImage,
@@ -22,8 +35,15 @@ from lightning_cap.data.reading import (
     reader_classes,
     verify,
 )
-from lightning_cap.data.recipes import TrainingRecipe, get_training_recipe
+from lightning_cap.data.recipes import get_training_recipe
 from lightning_cap.errors import ConfigError, DataError
+from lightning_cap.utilities.arguments import (
+    require_choice,
+    require_instance,
+    require_path,
+    require_text,
+    require_whole,
+)
 
 
 class ImageNetDataModule(ClassificationDataModule):
@@ -53,8 +73,9 @@ class ImageNetDataModule(ClassificationDataModule):
         crop: "rrc", random resized crops, or "pad", zero padding and a random crop, for images of CIFAR's size.
         crop_padding: pixels of padding on every side for `crop="pad"`.
         img_size: height and width in pixels.
-        mean: of the normalisation, per channel.
-        std: of the normalisation, per channel.
+        mean: of the normalisation, per channel; None: that of the model in the Trainer (`VisionClassifier` takes it from
+            timm's `pretrained_cfg`), or ImageNet's if it tells none.
+        std: the same, positive.
         interpolation: of every resize.
         batch_size: images per step and process.
         num_workers: worker processes a loader.
@@ -69,13 +90,13 @@ class ImageNetDataModule(ClassificationDataModule):
 
     Raises:
         ConfigError: an argument is unknown or out of range.
-        DataError: in `setup`: a path or split is missing, a class is empty, the classes of the splits differ, an image
-            cannot be decoded, or a package is missing.
+        DataError: a package for `name` is missing; in `setup`: a path or split is missing, an archive is damaged, a class
+            is empty, the classes of the splits differ, or an image cannot be decoded.
     """
 
     def __init__(
         self,
-        root: str | None = None,
+        root: str | Path | None = None,
         name: str = "",
         train_split: str = "train",
         val_split: str = "validation",
@@ -92,8 +113,8 @@ class ImageNetDataModule(ClassificationDataModule):
         crop: Crop = "rrc",
         crop_padding: int = 4,
         img_size: int = 224,
-        mean: tuple[float, float, float] = (0.485, 0.456, 0.406),
-        std: tuple[float, float, float] = (0.229, 0.224, 0.225),
+        mean: Channels | None = None,
+        std: Channels | None = None,
         interpolation: Interpolation = "bicubic",
         batch_size: int = 128,
         num_workers: int = 4,
@@ -104,7 +125,24 @@ class ImageNetDataModule(ClassificationDataModule):
         calibration_augmentation: bool = True,
     ) -> None:
         super().__init__(batch_size, num_workers, pin_memory, seed, calibration_augmentation)
-        self.root = root
+        require_path("root", root, "/data/imagenet", optional=True)
+        require_instance("name", name, str, "'' for class folders")
+        check_name(name)
+        require_text("train_split", train_split, "train")
+        require_text("val_split", val_split, "val")
+        if num_classes is not None:
+            require_whole("num_classes", num_classes)
+        require_whole("verify_up_to", verify_up_to, 0)
+        require_choice("on_bad_image", on_bad_image, get_args(OnBadImage))
+        require_choice("crop", crop, get_args(Crop))
+        require_choice("interpolation", interpolation, get_args(Interpolation))
+        require_whole("img_size", img_size, 1, 8192, example=224)
+        require_whole("crop_padding", crop_padding, 0, img_size, example=4)
+        if mean is not None:
+            require_channels("mean", mean, positive=False)
+        if std is not None:
+            require_channels("std", std, positive=True)
+        self.root = None if root is None else os.fspath(root)
         self.dataset_name = name
         self.splits = {"train_split": train_split, "val_split": val_split}
         self.on_bad_image = on_bad_image
@@ -112,21 +150,17 @@ class ImageNetDataModule(ClassificationDataModule):
         self.recipe = get_training_recipe(recipe).override(
             label_smoothing=label_smoothing,
             hflip=hflip,
-            crop_scale=None if crop_scale is None else tuple(crop_scale),
+            crop_scale=tuple(crop_scale) if isinstance(crop_scale, list) else crop_scale,
             rand_augment=rand_augment,
             mixup=mixup,
             cutmix=cutmix,
             erasing_prob=erasing_prob,
             test_crop_ratio=test_crop_ratio,
         )
-        _check_recipe(self.recipe)
-        _check_choice("crop", crop, get_args(Crop))
-        _check_choice("on_bad_image", on_bad_image, get_args(OnBadImage))
-        _check_choice("interpolation", interpolation, get_args(Interpolation))
-        if img_size < 1 or crop_padding < 0:
-            raise ConfigError(f"img_size={img_size} must be at least 1 and crop_padding={crop_padding} at least 0.")
-        self._train_transform = train_transform(self.recipe, img_size, mean, std, interpolation, crop, crop_padding)
-        self._eval_transform = eval_transform(self.recipe, img_size, mean, std, interpolation)
+        self.img_size, self.interpolation = img_size, interpolation
+        self._given = {"mean": mean, "std": std}
+        self._crop, self._crop_padding = crop, crop_padding
+        self._transform(augment=True)  # a wrong RandAugment string is found here
         self._num_classes = num_classes
         self._readers: dict[str, Any] = {}
         self._bad: dict[str, Tensor] = {}
@@ -141,13 +175,25 @@ class ImageNetDataModule(ClassificationDataModule):
         return len(reader_classes(known))
 
     @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Of an image in a batch: (3, img_size, img_size)."""
+        return 3, self.img_size, self.img_size
+
+    @property
+    def normalization(self) -> tuple[Channels, Channels]:
+        """Mean and standard deviation: as given, else those of the Trainer's model if it tells them, else ImageNet's."""
+        module = getattr(self.trainer, "lightning_module", None)
+        of_model = getattr(module, "normalization", None) or (IMAGENET_MEAN, IMAGENET_STD)
+        mean, std = self._given["mean"], self._given["std"]
+        return of_model[0] if mean is None else mean, of_model[1] if std is None else std
+
+    @property
     def bad_images(self) -> int:
         """How many images could not be decoded and were skipped so far, each counted once, over all workers."""
         return sum(int(marks.sum()) for marks in self._bad.values())
 
     def setup(self, stage: str) -> None:
         """Open the splits that the stage needs and check them, on every process alike."""
-        check_name(self.dataset_name)
         if is_stream(self.dataset_name):
             self._require_num_classes()
             if self.on_bad_image == "error":
@@ -169,11 +215,11 @@ class ImageNetDataModule(ClassificationDataModule):
 
     def training_set(self, augment: bool) -> Dataset[Any]:
         """Return the training images, opening the split if `setup` has not."""
-        return self._images("train_split", self._train_transform if augment else self._eval_transform, training=True)
+        return self._images("train_split", self._transform(augment), training=True)
 
     def validation_set(self) -> Dataset[Any]:
         """Return the validation images, opening the split if `setup` has not."""
-        return self._images("val_split", self._eval_transform, training=False)
+        return self._images("val_split", self._transform(augment=False), training=False)
 
     def training_collate(self) -> Collate:
         """Return timm's mixup/cutmix as a collate function if the recipe has either."""
@@ -182,8 +228,15 @@ class ImageNetDataModule(ClassificationDataModule):
             return super().training_collate()
         return MixupCollate(recipe.mixup, recipe.cutmix, recipe.label_smoothing, self.num_classes)
 
+    def _transform(self, augment: bool) -> Transform:
+        mean, std = self.normalization
+        if augment:
+            return train_transform(
+                self.recipe, self.img_size, mean, std, self.interpolation, self._crop, self._crop_padding
+            )
+        return eval_transform(self.recipe, self.img_size, mean, std, self.interpolation)
+
     def _images(self, split: str, transform: Transform, training: bool) -> Dataset[Any]:
-        check_name(self.dataset_name)
         if is_stream(self.dataset_name):
             return self._stream(split, transform, training)
         reader = self._reader(split)
@@ -192,7 +245,6 @@ class ImageNetDataModule(ClassificationDataModule):
     def _reader(self, split: str) -> Any:
         """Return timm's reader of a split; opened, and if it is small verified, once."""
         if split not in self._readers:
-            check_name(self.dataset_name)
             reader = open_reader(self.dataset_name, self.root, self.splits[split])
             bad: Tensor = torch.zeros(len(reader), dtype=torch.bool).share_memory_()
             if len(reader) <= self.verify_up_to:
@@ -225,22 +277,3 @@ class ImageNetDataModule(ClassificationDataModule):
             raise ConfigError(
                 f"num_classes is needed with name={self.dataset_name!r}: a stream does not say how many it has."
             )
-
-
-def _check_recipe(recipe: TrainingRecipe) -> None:
-    """Refuse values of a recipe that cannot work."""
-    for name in ("label_smoothing", "hflip", "erasing_prob"):
-        value = getattr(recipe, name)
-        if not 0 <= value <= 1:
-            raise ConfigError(f"{name}={value} must be between 0 and 1.")
-    for name in ("mixup", "cutmix"):
-        value = getattr(recipe, name)
-        if value < 0:
-            raise ConfigError(f"{name}={value} must be 0 (off) or more.")
-    if not 0 < recipe.test_crop_ratio <= 1:
-        raise ConfigError(f"test_crop_ratio={recipe.test_crop_ratio} must be above 0 and at most 1.")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ConfigError(f"{name}={value!r} is unknown: choose one of {', '.join(choices)}.")

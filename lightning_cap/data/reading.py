@@ -1,4 +1,4 @@
-"""Where the images of a split are, whether they can be used, and a data set that never hides a broken one."""
+"""The reader of a split, whether its images can be used, and a data set that never hides a broken one."""
 
 from __future__ import annotations
 
@@ -8,33 +8,31 @@ import os
 import struct
 import tarfile
 import warnings
-from collections.abc import Collection, Iterable, Sequence
-from pathlib import Path, PurePosixPath
+from collections.abc import Collection, Iterable
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
 from PIL import Image
 from timm.data.dataset_factory import create_dataset
-from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from lightning_cap.data.augment import Transform
+from lightning_cap.data.splits import check_folder, check_tar, find_split, some
 from lightning_cap.errors import ConfigError, DataError
 
 OnBadImage = Literal["error", "skip"]
 
-_SYNONYMS = (("train", "training"), ("validation", "val", "valid", "eval", "evaluation"))
 _PACKAGES = {"hfds": "datasets", "hfids": "datasets", "wds": "webdataset"}
 _STREAMS = ("hfids", "wds")
 
+# Whatever a file is called; others are not images of pixels, and PIL hands PostScript to a program.
+_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
+
 # What PIL, tarfile and the file system raise on an image that is cut short, garbled, gone or a decompression bomb.
 _UNREADABLE = (OSError, SyntaxError, ValueError, EOFError, struct.error, tarfile.TarError, Image.DecompressionBombError)
-
-
-def _extensions() -> tuple[str, ...]:
-    """Return the file name endings that timm takes for images."""
-    return tuple(get_img_extensions())  # type: ignore[no-untyped-call]
 
 
 def check_name(name: str) -> None:
@@ -76,97 +74,31 @@ def open_reader(name: str, root: str | None, split: str) -> Any:
         split: a split's name, or its folder or .tar, relative to `root` or absolute.
 
     Raises:
-        DataError: the split cannot be found or opened, or a class folder holds no image.
+        DataError: the split cannot be found or opened, it is damaged, or a class folder holds no image.
     """
     path = root if name else str(find_split(root, split))
-    if not name:
-        (_check_tar if os.path.isfile(str(path)) else _check_folder)(Path(str(path)))
+    images = None
+    if path is not None and not name:
+        if os.path.isfile(path):
+            images = check_tar(Path(path))
+        else:
+            check_folder(Path(path))
     try:
-        return create_dataset(name, root=path, split=split, search_split=False).reader
-    except (OSError, RuntimeError, ValueError, KeyError, AssertionError) as error:
+        reader = create_dataset(name, root=path, split=split, search_split=False).reader
+    except (OSError, RuntimeError, ValueError, KeyError, AssertionError, UnpicklingError) as error:
         raise DataError(f"split {split!r} of {name or path!r} could not be opened: {error}") from error
+    if images not in (None, len(reader)):  # of a large archive timm keeps a list beside it
+        raise DataError(
+            f"{path!r} holds {images} images, but timm found {len(reader)}: if there is a list of them beside it, named "
+            "_..._tarinfos.pickle, it is of another archive; remove it."
+        )
+    return reader
 
 
 def reader_classes(reader: Any) -> dict[str, int]:
     """Return {class name: index} of one of timm's readers, which spell the attribute in two ways."""
     names = getattr(reader, "class_to_idx", None)
     return dict(names if names is not None else reader.class_name_to_idx)
-
-
-def find_split(root: str | None, split: str) -> Path:
-    """Return the folder or .tar of a split: `root/split`, `root/split.tar`, or those of a synonym (val, validation).
-
-    Raises:
-        DataError: `root` does not exist, or nothing in it is that split; the message says what was found.
-    """
-    base = Path(root or ".").expanduser()
-    if not base.exists():
-        raise DataError(f"root={root!r} does not exist: give the folder that holds the splits.")
-    if base.is_file():
-        raise DataError(
-            f"root={root!r} is a file: give the folder that holds {base.name} and name the splits in it, "
-            f"as in train_split='{base.name}'."
-        )
-    names = next((group for group in _SYNONYMS if split in group), (split,))
-    for candidate in (split, *(name for name in names if name != split)):
-        folder, tar = base / candidate, base / f"{candidate}.tar"
-        if folder.is_dir() or (folder.is_file() and folder.suffix == ".tar"):
-            return folder
-        if tar.is_file():
-            return tar
-    found = ", ".join(sorted(entry.name for entry in base.iterdir())[:12]) or "nothing"
-    raise DataError(
-        f"split {split!r} is missing in root={str(base)!r}: looked for {', '.join(names)} as a folder or .tar, found "
-        f"{found}. Set train_split / val_split to the folder or .tar to use."
-    )
-
-
-def _check_folder(root: Path) -> None:
-    """Refuse class folders without images, which timm would leave out silently, and images outside of any class."""
-    extensions = set(_extensions())
-    empty: list[str] = []
-    for folder, subfolders, files in os.walk(root, followlinks=True):
-        has_image = any(os.path.splitext(name)[1].lower() in extensions for name in files)
-        if has_image and Path(folder) == root:
-            raise DataError(
-                f"{str(root)!r} holds images outside of class folders: sort them into one folder per class."
-            )
-        hidden = os.path.basename(folder).startswith(".")
-        if not has_image and not subfolders and not hidden and Path(folder) != root:
-            empty.append(os.path.relpath(folder, root))
-    _refuse_empty(root, empty)
-
-
-def _check_tar(path: Path) -> None:
-    """Refuse a broken archive, class folders without images in it, and images outside of any class."""
-    extensions = set(_extensions())
-    folders: set[PurePosixPath] = set()
-    filled: set[PurePosixPath] = set()
-    try:
-        with tarfile.open(path, "r:") as archive:
-            for member in archive:
-                entry = PurePosixPath(member.name)
-                if member.isdir():
-                    folders.add(entry)
-                elif member.isfile() and entry.suffix.lower() in extensions | {".tar"}:
-                    filled.update((entry, *entry.parents))
-                    if entry.suffix.lower() != ".tar" and entry.parent == PurePosixPath("."):
-                        raise DataError(f"{str(path)!r} holds {entry} outside of a class folder: one folder per class.")
-    except tarfile.TarError as error:
-        raise DataError(f"{str(path)!r} is no complete .tar archive ({error}): write or copy it again.") from error
-    if not filled:
-        raise DataError(f"{str(path)!r} holds no image ({', '.join(_extensions())}): is it the right archive?")
-    hidden = {folder for folder in folders if any(part.startswith(".") for part in folder.parts)}
-    parents = {parent for folder in folders for parent in folder.parents}
-    _refuse_empty(path, sorted(str(folder) for folder in folders - filled - hidden - parents))
-
-
-def _refuse_empty(path: Path, empty: Sequence[str]) -> None:
-    if empty:
-        raise DataError(
-            f"{str(path)!r} has class folders without an image: {some(empty)}. Remove them or add images "
-            f"({', '.join(_extensions())})."
-        )
 
 
 def check_same_classes(train: Collection[str], val: Collection[str]) -> None:
@@ -181,12 +113,6 @@ def check_same_classes(train: Collection[str], val: Collection[str]) -> None:
             f"the classes of the splits differ: only in training {some(only_train)}; only in validation "
             f"{some(only_val)}. Give both splits the same class folders."
         )
-
-
-def some(names: Sequence[str], limit: int = 8) -> str:
-    """Return the first few names for a message, and how many more there are."""
-    shown = ", ".join(names[:limit]) or "none"
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
 class ReadableImages(Dataset[tuple[Any, int]]):
@@ -233,7 +159,7 @@ class ReadableImages(Dataset[tuple[Any, int]]):
             _close_tars(self.reader)
             self._pid = os.getpid()
         stream, label = self.reader[index]
-        with stream, Image.open(stream) as image:
+        with stream, Image.open(stream, formats=_FORMATS) as image:
             return image.convert("RGB"), int(label)
 
     def _refuse_or_skip(self, index: int, error: BaseException) -> None:

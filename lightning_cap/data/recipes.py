@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lightning_cap.errors import ConfigError
+from lightning_cap.utilities.arguments import is_real, require_real, require_text, require_whole, shown
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,9 @@ class TrainingRecipe:
         erasing_prob: probability of random erasing.
         erasing_count: largest number of erased boxes an image.
         test_crop_ratio: side of the evaluation's centre crop over the side of the resized image.
+
+    Raises:
+        ConfigError: a value cannot work.
     """
 
     name: str
@@ -46,9 +50,37 @@ class TrainingRecipe:
     erasing_count: int
     test_crop_ratio: float
 
+    def __post_init__(self) -> None:
+        require_text("name", self.name, "deit")
+        for name in ("hflip", "erasing_prob"):
+            require_real(name, getattr(self, name), "[0, 1]")
+        for name in ("label_smoothing", "dropout", "drop_path_rate"):
+            require_real(name, getattr(self, name), "[0, 1)")
+        for name in ("weight_decay", "mixup", "cutmix"):
+            require_real(name, getattr(self, name), "[0, inf)")
+        if self.gradient_clip is not None:
+            require_real("gradient_clip", self.gradient_clip, "[0, inf)", example=1.0)
+        require_shares("crop_scale", self.crop_scale)
+        require_text("rand_augment", self.rand_augment, "rand-m9-mstd0.5-inc1")
+        require_whole("erasing_count", self.erasing_count, 0)
+        require_real("test_crop_ratio", self.test_crop_ratio, "(0, 1]", example=0.9)
+
     def override(self, **values: Any) -> TrainingRecipe:
         """Return a copy with the given values; those that are None keep the recipe's own."""
         return dataclasses.replace(self, **{name: value for name, value in values.items() if value is not None})
+
+
+def require_shares(name: str, value: object) -> None:
+    """Refuse what is no pair of shares of an area, the smaller one first.
+
+    Raises:
+        ConfigError: names the argument.
+    """
+    pair = value if isinstance(value, (tuple, list)) and len(value) == 2 and all(map(is_real, value)) else None
+    if pair is None or not 0 < pair[0] <= pair[1] <= 1:
+        raise ConfigError(
+            f"{name}={shown(value)}: give two shares of the area, 0 < smallest <= largest <= 1, such as (0.08, 1.0)."
+        )
 
 
 DEIT = TrainingRecipe(
@@ -93,8 +125,8 @@ def get_training_recipe(name: str) -> TrainingRecipe:
         ConfigError: there is no such recipe; the message names the nearest.
     """
     recipes = {recipe.name: recipe for recipe in (DEIT, LIGHT1)}
-    if name in recipes:
+    if isinstance(name, str) and name in recipes:
         return recipes[name]
     near = difflib.get_close_matches(str(name).lower(), recipes, n=1, cutoff=0.4)
     hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ConfigError(f"recipe={name!r} is unknown: {hint}Choose one of {', '.join(sorted(recipes))}.")
+    raise ConfigError(f"recipe={shown(name)} is unknown: {hint}Choose one of {', '.join(sorted(recipes))}.")
