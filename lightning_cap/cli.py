@@ -15,6 +15,8 @@ from lightning_cap.comparison.records import RESULTS
 from lightning_cap.errors import CAPError, ConfigError
 from lightning_cap.pruners import Pruner
 from lightning_cap.report import print_comparison, report
+from lightning_cap.utilities.arguments import require_instance, require_path
+from lightning_cap.utilities.files import require_writable
 
 
 class CAPTrainer(pl.Trainer):
@@ -55,7 +57,7 @@ class CAPTrainer(pl.Trainer):
             fisher_block: Draw the average block of the Fisher, of this size. Default: 0, for not.
             datamodule: Validation and calibration data.
             include: Globs or names of the weights to prune. Default: all Linear and Conv weights but the ends.
-            exclude: Globs or names to leave dense.
+            exclude: Globs or names to leave as they are.
             ckpt_path: A Lightning checkpoint to load first.
             output_dir: Folder for the results.
             save_weights: Write the pruned weights. Default: only of a single pruner.
@@ -66,6 +68,10 @@ class CAPTrainer(pl.Trainer):
         if (pruner is None) == (pruners is None):
             given = "both" if pruner is not None else "neither"
             raise ConfigError(f"pruner/pruners: {given} given. Give pruner, one method, or pruners, several by name.")
+        require_instance("pruner", pruner, Pruner, "CAP()", optional=True)
+        require_path("output_dir", output_dir, "oneshot")
+        if self.is_global_zero:
+            require_writable("output_dir", output_dir, Path(output_dir))
         records = compare(
             self,
             model,

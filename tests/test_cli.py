@@ -119,7 +119,7 @@ def test_oneshot_compares_pruners(tmp_path: Path, capsys: pytest.CaptureFixture[
     )
     main(arguments)
     out = capsys.readouterr().out
-    for text in ("val/acc at each sparsity", "CAP damp=0.0001", "magnitude", "dense", "90 %"):
+    for text in ("val/acc at each sparsity", "CAP damp=0.0001", "magnitude", "unpruned", "90 %"):
         assert text in out
     assert {p.name for p in (tmp_path / "out").iterdir()} == {
         "results.jsonl", "results.md", "accuracy.png", "layers.png", "losses.png", "iou.json", "iou.png", "grid-damp.png",
@@ -135,7 +135,7 @@ def test_oneshot_compares_pruners(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert "num_gradients=32" in (tmp_path / "out/results.md").read_text() != before
     again = {record.fingerprint for record in read_records(tmp_path / "out/results.jsonl", ComparisonRecord)}
     assert {r.pruner for r in records if r.fingerprint in again} == {
-        "dense",
+        "unpruned",
         "magnitude",
     }  # whatever else the command says
     assert {r.pruner for r in records if r.fingerprint not in again} == {"CAP"}
@@ -150,7 +150,7 @@ def test_oneshot_compares_pruners(tmp_path: Path, capsys: pytest.CaptureFixture[
         ("nowhere", {"pruners": {"CAP": {"class_path": "nowhere.CAP"}}}),
         ("damp=-1.0", {"pruners": {"CAP": a_cap(damp=-1.0)}}),
         ("surface.pruners", {"pruners": {"CAP": a_cap()}, "surface": {"pruners": ["CAP", "x"], "sparsity": 0.9}}),
-        ("pruner 'CAP': ", {"pruners": {"CAP": a_cap()}, "sparsities": [1.5]}),
+        ("sparsities=1.5", {"pruners": {"CAP": a_cap()}, "sparsities": [1.5]}),
         ("grids", {"pruners": {"CAP": a_cap()}, "grids": {"dampp": [1e-3]}}),
     ],
 )

@@ -6,18 +6,17 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
 from lightning_cap.calibration.sources import GradientSource
 from lightning_cap.comparison.fisher_block import average_blocks
 from lightning_cap.comparison.records import SURFACE, SurfaceRecord
+from lightning_cap.comparison.request import Request
 from lightning_cap.comparison.surface import measure_surface
-from lightning_cap.comparison.variants import Request, Variant
+from lightning_cap.comparison.variants import Variant
 from lightning_cap.errors import DataError
 from lightning_cap.export.safetensors import save_plain_weights
 from lightning_cap.sparsity.targets import Targets
@@ -56,39 +55,36 @@ class Artifacts:
                 path = self._request.folder / "fisher_block.safetensors"
                 save_plain_weights(path, blocks, {"fingerprint": self._block_fingerprint, "of": self._block_of})
 
-    def solution_file(self, variant: Variant, sparsity: float) -> str:
-        """Where the weights of a solution are kept until the surface is drawn; empty for those that it does not need."""
+    def needs(self, variant: Variant, sparsity: float) -> bool:
+        """Whether the surface that is to be drawn goes through this solution."""
         surface = self._request.surface
         if surface is None or not self.surface_wanted or variant not in self._as_given:
-            return ""
-        if variant.name not in surface.pruners or sparsity != surface.sparsity:
-            return ""
-        return f".work/surface-{self._fingerprints[variant.slug, sparsity]}.safetensors"
+            return False
+        return variant.name in surface.pruners and sparsity == surface.sparsity
 
-    def save_surface(self, loss: Callable[[], float], progress: Callable[[int, int], None]) -> None:
-        """Take the loss over the plane; every process must call it."""
+    def save_surface(
+        self,
+        weights: Callable[[Variant, float], Mapping[str, Tensor]],
+        loss: Callable[[], float],
+        progress: Callable[[int, int], None],
+    ) -> None:
+        """Take the loss over the plane; every process must call it.
+
+        Args:
+            weights: Gives the solution of a variant at a sparsity.
+            loss: Of the model as it is now.
+            progress: ``progress(done, total)``.
+        """
         surface, folder = self._request.surface, self._request.folder
         if surface is None or folder is None:
             return
-        one, two = (self._solution(folder, self._of(name)) for name in surface.pruners)
+        one, two = (weights(self._of(name), surface.sparsity) for name in surface.pruners)
         found = measure_surface(self._targets, (one, two), loss, surface, progress)
         with distributed.raise_on_all_ranks("Saving the loss surface"):
             if distributed.rank() == 0:
                 record = replace(found, of=self._surface_of, fingerprint=self._surface_fingerprint)
                 write_records(folder / SURFACE, [record])
         self.surface_wanted = False
-
-    def _solution(self, folder: Path, variant: Variant) -> dict[str, Tensor]:
-        """The weights that rank 0 has kept, on every rank."""
-        assert self._request.surface is not None
-        weights = self._targets.copies()
-        with distributed.raise_on_all_ranks("Reading the solutions for the loss surface"):
-            if distributed.rank() == 0:
-                weights = load_file(folder / self.solution_file(variant, self._request.surface.sparsity))
-        weights = {name: weights[name].to(weight.device) for name, weight in self._targets.items()}
-        for name in weights:
-            distributed.broadcast(weights[name])
-        return weights
 
     def _of(self, name: str) -> Variant:
         return next(variant for variant in self._as_given if variant.name == name)

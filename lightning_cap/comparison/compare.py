@@ -8,16 +8,17 @@ from pathlib import Path
 import lightning.pytorch as pl
 import torch
 
-from lightning_cap.calibration.statistics import GradientSamples
 from lightning_cap.comparison.records import RESULTS, ComparisonRecord
+from lightning_cap.comparison.request import Request, make_request
 from lightning_cap.comparison.runner import ComparisonRunner
 from lightning_cap.comparison.surface import LossSurface
-from lightning_cap.comparison.variants import Grids, Request, check_sparsities, file_name, make_variants
+from lightning_cap.comparison.variants import Grids
 from lightning_cap.errors import ConfigError
 from lightning_cap.pruners.base import Pruner
 from lightning_cap.trainer.checkpoints import WORDS, check_checkpoint, naming_mismatch
 from lightning_cap.trainer.compat import spawns_processes
-from lightning_cap.utilities.memory import parse_bytes
+from lightning_cap.utilities.arguments import require_instance
+from lightning_cap.utilities.files import require_writable
 from lightning_cap.utilities.records import read_records
 
 
@@ -44,9 +45,12 @@ def compare(
 
     Each path is solved once for all sparsities. Gradients are collected once for a seed and ``samples_per_gradient`` and read
     by all pruners that want them (the first ``num_gradients`` of them), from main memory, or from a file in ``folder``; only
-    where there is room for neither does each pruner collect its own. A comparison with a ``folder`` that is started
-    again does what is missing: records are not made again whose weights, settings (of the pruner; public attributes and
-    hyperparameters of module and datamodule), data (by its size and its first calibration batch) and version are the same.
+    where there is room for neither does each pruner collect its own.
+
+    A comparison with a ``folder`` that is started again does what is missing: records are not made again whose weights, settings
+    (of the pruner; public attributes and hyperparameters of module and datamodule), data (by its size and its first calibration
+    batch) and version are the same. Those of them that are not asked for this time stay in ``results.jsonl``. With other
+    ``loss_samples`` the calibration loss alone is measured again, of the pruned weights in ``masks/``.
 
     Args:
         trainer: Validates, and gives device, precision and processes.
@@ -56,7 +60,7 @@ def compare(
         seeds: Keys of the calibration samples and their augmentation. A pruner with a setting ``seed`` has it added.
         datamodule: Validation data and ``calibration_dataloader()`` (else ``train_dataloader()``).
         include: Globs or names of the weights to prune.
-        exclude: Globs or names to leave dense.
+        exclude: Globs or names to leave as they are.
         ckpt_path: A Lightning checkpoint to load first.
         folder: Where to write results, None for nowhere.
         num_recomputations: Reach each sparsity in so many steps, with fresh gradients for each.
@@ -64,12 +68,13 @@ def compare(
             too, the others as given. ``num_recomputations`` is a setting of all.
         surface: Take the loss in the plane of two solutions; needs a ``folder`` and a validation loss.
         fisher_block: Average the blocks of the Fisher, of this size, 0 for not; needs a ``folder``.
-        save_weights: Write the weights of every record but those of grids. Default: only of a single pruner.
+        save_weights: Write the weights of every record but those of grids. Default: only of a single pruner. False also leaves
+            out the weights in ``masks/``, which take ``1 - sparsity`` of those of the targets.
         loss_samples: Calibration samples whose loss is measured beside that of the validation data, 0 for none.
         max_rows_memory: Main memory for shared gradients of a process, as ``"20GB"`` or bytes. Default: a quarter of the free.
 
     Returns:
-        A record for the dense model, then one for each pruner, each value of the grids, seed and sparsity, as in
+        A record for the model as it was, then one for each pruner, each value of the grids, seed and sparsity, as in
         ``results.jsonl``.
 
     Raises:
@@ -77,36 +82,34 @@ def compare(
         DataError: The checkpoint cannot be loaded, or ``results.jsonl`` or ``exports.jsonl`` in ``folder`` holds something else.
             Nothing has run then.
     """
-    check_checkpoint(ckpt_path)
-    if ckpt_path in WORDS:
-        raise ConfigError(f"ckpt_path={ckpt_path!r}: a comparison takes the path of a checkpoint. Give a .ckpt file.")
-    single = isinstance(pruners, Pruner)
-    named = {type(pruners).__name__: pruners} if isinstance(pruners, Pruner) else dict(pruners)
-    variants = make_variants(named, seeds, grids, num_recomputations)
-    check_sparsities(variants, sparsities)
-    if surface is not None:
-        surface.check(list(named), list(sparsities))
-    if folder is None and (surface is not None or fisher_block or save_weights):
-        raise ConfigError("folder=None: surface, fisher_block and save_weights need a folder to write to.")
-    spawned = spawns_processes(trainer)
-    if folder is None and spawned:
-        raise ConfigError(
-            "folder=None: the strategy spawns processes, which take their records with them. Give a folder."
-        )
-    _check_numbers(named, fisher_block, loss_samples, max_rows_memory)
-    keep = single if save_weights is None else save_weights
-    request = Request(
-        variants=variants,
-        sparsities=sorted(sparsities),
+    require_instance("trainer", trainer, pl.Trainer, "lightning.pytorch.Trainer()")
+    require_instance("model", getattr(model, "_orig_mod", model), pl.LightningModule, "VisionClassifier(...)")
+    require_instance("datamodule", datamodule, pl.LightningDataModule, "DigitsDataModule()", optional=True)
+    request = make_request(
+        pruners=pruners,
+        sparsities=sparsities,
+        seeds=seeds,
         include=include,
         exclude=exclude,
-        folder=None if folder is None else Path(folder),
-        weights_in={name: "" if single else f"{file_name(name)}/" for name in named} if keep else {},
+        folder=folder,
+        num_recomputations=num_recomputations,
+        grids=grids,
         surface=surface,
         fisher_block=fisher_block,
+        save_weights=save_weights,
         loss_samples=loss_samples,
         max_rows_memory=max_rows_memory,
     )
+    if ckpt_path in WORDS:
+        raise ConfigError(f"ckpt_path={ckpt_path!r}: a comparison takes the path of a checkpoint. Give a .ckpt file.")
+    check_checkpoint(ckpt_path)
+    spawned = spawns_processes(trainer)
+    if request.folder is None and spawned:
+        raise ConfigError(
+            "folder=None: the strategy spawns processes, which take their records with them. Give a folder."
+        )
+    if request.folder is not None and trainer.is_global_zero:
+        require_writable("folder", folder, request.folder)
     hook = CompareInValidation(request)
     trainer.callbacks.append(hook)  # type: ignore[attr-defined]
     try:
@@ -115,21 +118,8 @@ def compare(
     finally:
         trainer.callbacks.remove(hook)  # type: ignore[attr-defined]
     if spawned and request.folder is not None:
-        return read_records(request.folder / RESULTS, ComparisonRecord)
+        return request.of(read_records(request.folder / RESULTS, ComparisonRecord))
     return hook.records
-
-
-def _check_numbers(
-    pruners: Mapping[str, Pruner], fisher_block: int, loss_samples: int, max_rows_memory: int | str | None
-) -> None:
-    parse_bytes(max_rows_memory, "max_rows_memory")
-    for name, number in (("fisher_block", fisher_block), ("loss_samples", loss_samples)):
-        if number < 0:
-            raise ConfigError(f"{name}={number}: give a whole number of at least 0.")
-    if fisher_block and not any(isinstance(pruner.statistic, GradientSamples) for pruner in pruners.values()):
-        raise ConfigError(
-            f"fisher_block={fisher_block}: none of {list(pruners)} reads gradients. Add one, such as CAP()."
-        )
 
 
 class CompareInValidation(pl.Callback):

@@ -7,7 +7,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from pathlib import PurePath
 from typing import Any
 
@@ -32,7 +32,34 @@ ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _DEPTH = 6  # of objects in objects
 
 
-def identity_of(trainer: pl.Trainer, module: pl.LightningModule, targets: Targets, calibrates: bool) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Basis:
+    """What the records of a comparison depend on beside the settings of the pruner, as checksums.
+
+    Attributes:
+        model: Weights, targets, module, validation batches, precision and version.
+        data: The datamodule, before calibration data is set up.
+        calibration: The datamodule after that, and the first calibration batch; empty if nothing here reads calibration data.
+    """
+
+    model: str
+    data: str
+    calibration: str
+
+    def holds(self, depends: Mapping[str, str]) -> bool:
+        """Whether a record that says what it `depends` on would be the same today, with the same settings."""
+        if depends.get("model") != self.model:
+            return False
+        if self.calibration and depends.get("calibration") == self.calibration:
+            return True
+        return depends.get("data") == self.data and not (self.calibration and depends.get("reads"))
+
+    def loss(self, samples: int) -> str:
+        """Of the samples that a calibration loss is measured on; empty for no such loss."""
+        return checksum([samples, self.calibration]) if samples and self.calibration else ""
+
+
+def basis_of(trainer: pl.Trainer, module: pl.LightningModule, targets: Targets, calibrates: bool) -> Basis:
     """What all records of a comparison depend on, as far as it can be known.
 
     Every process must call it; all get what rank 0 found.
@@ -46,22 +73,24 @@ def identity_of(trainer: pl.Trainer, module: pl.LightningModule, targets: Target
         targets: The weights that are pruned.
         calibrates: Whether calibration data is read; its first batch (seed 0) counts then.
     """
+    datamodule = getattr(trainer, "datamodule", None)
     with distributed.raise_on_all_ranks("Reading what the comparison depends on"):
-        calibration = _calibration(trainer, module, targets) if calibrates else None  # first: it may set the data up
+        data = _data(datamodule)
+        calibration = _calibration(trainer, module, targets) if calibrates else None  # it may set the data up
         tensors = {**module.state_dict(), **dict(module.named_buffers())}
         loaders = CombinedLoader(trainer.val_dataloaders, "sequential").flattened
-        identity = {
+        model = {
             "version": __version__,
             "weights": digest({name: value for name, value in tensors.items() if isinstance(value, Tensor)}),
             "targets": list(targets),
             "module": checksum([{n: _own(m) for n, m in module.named_modules()}, canonicalize(dict(module.hparams))]),
-            "data": _data(getattr(trainer, "datamodule", None)),
-            "calibration": calibration,
             "samples": [_length(getattr(loader, "dataset", None)) for loader in loaders],
             "batches": [float(number) for number in trainer.num_val_batches],
             "precision": str(trainer.precision),
         }
-    return dict(distributed.gather_objects(identity)[0])
+        found = Basis(checksum(model), checksum(data), checksum([calibration, _data(datamodule)]) if calibrates else "")
+    basis: Basis = distributed.gather_objects(found)[0]
+    return basis
 
 
 def checksum(value: Any) -> str:

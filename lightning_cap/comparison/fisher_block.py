@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,27 @@ from lightning_cap.calibration.sources import GradientSource
 from lightning_cap.errors import ConfigError
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities import distributed
+from lightning_cap.utilities.arguments import require_whole
+from lightning_cap.utilities.memory import format_bytes, free_memory
+
+_COPIES = 3  # of the sums of all targets: on the device, over all ranks, on the CPU
+
+
+def check_block_size(targets: Targets, block_size: int) -> None:
+    """Refuse a size that no target has a whole block of, or whose sums there is no memory for.
+
+    Raises:
+        ConfigError: It names the largest that works.
+    """
+    largest = max(weight.numel() for weight in targets.values())
+    require_whole("fisher_block", block_size, 1, largest, 64)
+    free = free_memory(targets.device)
+    room = math.isqrt(free // (4 * _COPIES * len(targets))) if free is not None else largest
+    if block_size > room:
+        raise ConfigError(
+            f"fisher_block={block_size}: a matrix of so many rows and columns for each of {len(targets)} targets is too large for "
+            f"the {format_bytes(free or 0)} of memory that are free. Give at most {room}, such as 64."
+        )
 
 
 def average_blocks(targets: Targets, gradients: GradientSource, block_size: int) -> dict[str, Tensor]:
@@ -27,14 +50,10 @@ def average_blocks(targets: Targets, gradients: GradientSource, block_size: int)
         blocks of all of them.
 
     Raises:
-        ConfigError: No target has a whole block.
+        ConfigError: See `check_block_size`.
     """
-    counts = {name: w.numel() // block_size for name, w in targets.items() if w.numel() >= block_size > 0}
-    if not counts:
-        largest = max(weight.numel() for weight in targets.values())
-        raise ConfigError(
-            f"fisher_block={block_size}: give a size from 1 to {largest}, the weights of the largest target."
-        )
+    check_block_size(targets, block_size)
+    counts = {name: w.numel() // block_size for name, w in targets.items() if w.numel() >= block_size}
     sums = {name: torch.zeros(block_size, block_size, device=targets[name].device) for name in counts}
     rows = torch.zeros((), device=targets.device)
     for chunk in gradients:

@@ -3,42 +3,50 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor
 
-from lightning_cap.comparison.records import RESULTS, ComparisonRecord
+from lightning_cap.comparison.records import MASKS, RESULTS, ComparisonRecord
 from lightning_cap.utilities import distributed
 from lightning_cap.utilities.records import known_records, write_records
 
+Place = tuple[str, int | None, float]
+
 
 class RecordStore:
-    """Records by their fingerprint, in ``results.jsonl`` after each new one. Only rank 0 reads and writes files.
+    """The records in ``results.jsonl``, written after each new one. Only rank 0 reads and writes files.
+
+    Records that nobody asks for this time stay, as long as what they depend on is the same. A new record takes the place of one
+    with the same label, seed and sparsity, or the same file of masks.
 
     Args:
         folder: Where to keep them, None for nowhere.
-        order: Fingerprints of the records that are wanted, in the order in which they are to stand.
+        order: The places of the records that are wanted, in the order in which they are to stand.
+        holds: Says of what a record depends on whether it is still so.
 
     Raises:
         DataError: There is a ``results.jsonl`` that holds something else.
     """
 
-    def __init__(self, folder: Path | None, order: Sequence[str]) -> None:
+    def __init__(self, folder: Path | None, order: Sequence[Place], holds: Callable[[Mapping[str, str]], bool]) -> None:
         self._folder, self._order = folder, list(order)
         with distributed.raise_on_all_ranks(f"Reading {RESULTS}"):
             reads = distributed.rank() == 0
             found = known_records(folder / RESULTS, ComparisonRecord) if folder is not None and reads else []
-        known = {record.fingerprint: record for record in found}
-        wanted = {key: known[key] for key in order if key in known}
-        self._records: dict[str, ComparisonRecord] = distributed.gather_objects(wanted)[0]
+        found = distributed.gather_objects(found)[0]
+        self._records: dict[Place, ComparisonRecord] = {r.place: r for r in found if holds(r.depends)}
+        kept = {record.masks for record in self._records.values()}
+        self._stale = {
+            r.masks for r in found if r.masks not in kept and PurePosixPath(r.masks).parent == PurePosixPath(MASKS)
+        }
 
-    def get(self, fingerprint: str, files: Collection[str] = ()) -> ComparisonRecord | None:
-        """The record, if it is there with the files (by the names of its fields) that it must have."""
-        record = self._records.get(fingerprint)
-        here = record is not None and all(self.exists(getattr(record, field)) for field in files)
-        return record if here else None
+    def get(self, place: Place) -> ComparisonRecord | None:
+        """The record of a place, if there is one."""
+        return self._records.get(place)
 
     def exists(self, name: str) -> bool:
         """Whether rank 0 has a file of this name in the folder; every process must ask."""
@@ -47,18 +55,36 @@ class RecordStore:
 
     def add(self, record: ComparisonRecord) -> None:
         """Keep a record; on the disk when this returns."""
-        self._records[record.fingerprint] = record
+        for place, other in list(self._records.items()):
+            if record.masks and other.masks.lower() == record.masks.lower():
+                del self._records[place]
+            elif record.weights and other.weights == record.weights:
+                self._records[place] = replace(other, weights="")
+        self._records[record.place] = record
+        self._stale.discard(record.masks)
         self.save()
 
+    def discard_stale(self) -> None:
+        """Remove the masks of records that do not hold any more; every process must call it."""
+        with distributed.raise_on_all_ranks("Removing masks of earlier records"):
+            if self._folder is not None and distributed.rank() == 0:
+                for name in self._stale:
+                    (self._folder / name).unlink(missing_ok=True)
+
     def save(self) -> None:
-        """Write the records that are wanted; every process must call it."""
+        """Write all records, those that are wanted first; every process must call it."""
         with distributed.raise_on_all_ranks("Saving the results"):
             if self._folder is not None and distributed.rank() == 0:
-                write_records(self._folder / RESULTS, self.records())
+                others = [record for place, record in self._records.items() if place not in self._order]
+                write_records(self._folder / RESULTS, [*self.records(), *others])
 
     def records(self) -> list[ComparisonRecord]:
-        """Those that there are, in the order in which they are to stand."""
-        return [self._records[key] for key in self._order if key in self._records]
+        """Those that are wanted and there, in the order in which they are to stand."""
+        return [self._records[place] for place in self._order if place in self._records]
+
+    def all(self) -> list[ComparisonRecord]:
+        """Those that are not wanted this time, too."""
+        return list(self._records.values())
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

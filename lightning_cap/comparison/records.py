@@ -9,15 +9,22 @@ from pathlib import Path
 from typing import ClassVar
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from lightning_cap.errors import DataError
 from lightning_cap.export.safetensors import save_plain_weights
 from lightning_cap.utilities.bits import pack_bits, unpack_bits
 from lightning_cap.utilities.records import Plain, Record
 
 RESULTS = "results.jsonl"
 SURFACE = "surface.json"
+MASKS = "masks"  # a folder
+
+#: The ``pruner`` of the record of the model as it was.
+UNPRUNED = "unpruned"
+
+_VALUES = ": kept"  # after a target's name: the weights that its mask keeps
 
 
 @dataclass(frozen=True)
@@ -30,11 +37,11 @@ class GridPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonRecord(Record):
-    """What a pruner with a seed gave at a sparsity; or the dense model.
+    """What a pruner with a seed gave at a sparsity; or the model as it was.
 
     Attributes:
-        pruner: Its name; ``"dense"`` for the dense model, whose ``seed`` is None and whose ``predicted_loss`` is 0.
-        label: The name, and what was changed for a grid.
+        pruner: Its name; ``"unpruned"`` for the model as it was, whose ``seed`` is None and whose ``predicted_loss`` is 0.
+        label: The name, and what was changed for a grid; of a model that was sparse, how much.
         grid: What was changed, None for the pruner as given.
         seed: Key of the calibration samples.
         goal: Sparsity that was asked for.
@@ -47,10 +54,12 @@ class ComparisonRecord(Record):
         settings: All settings of the pruner, for people.
         parameters: Those of its settings that are plain values, what was changed for a grid, and ``num_recomputations``.
         stats: The pruner's own numbers.
-        masks: File of the masks, in the folder of the results; empty if there is none.
+        masks: File of the masks, in the folder of the results, see `load_masks`; empty if there is none.
         weights: File of the pruned weights, likewise.
         solution: Checksum of the targets' weights.
-        fingerprint: Of everything that the record depends on.
+        depends: Checksums of what the record depends on: its ``settings``, the ``model`` and its validation, the ``data``, the
+            ``calibration`` data and whether the pruner ``reads`` it, and the samples of its calibration ``loss``.
+        fingerprint: Of all of them but the loss.
     """
 
     kind: ClassVar[str] = "comparison"
@@ -73,7 +82,13 @@ class ComparisonRecord(Record):
     masks: str = ""
     weights: str = ""
     solution: str
+    depends: Mapping[str, str] = field(default_factory=dict)
     fingerprint: str
+
+    @property
+    def place(self) -> tuple[str, int | None, float]:
+        """What no two records of a comparison share."""
+        return (self.pruner if self.pruner == UNPRUNED else self.label), self.seed, self.goal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +100,7 @@ class SurfaceRecord(Record):
         sparsity: Of both.
         axis: The values of ``α`` and of ``β``.
         loss: ``loss[j][i]`` at ``α = axis[i]``, ``β = axis[j]``.
-        corners: The loss of the dense weights (``"dense"``), of ``w1`` and of ``w2`` as they are, by the pruners' names.
+        corners: The loss of the weights as they were (``"unpruned"``), of ``w1`` and of ``w2`` as they are, by the pruners' names.
         of: Fingerprints of the records of ``w1`` and ``w2``.
         fingerprint: Of everything that the surface depends on.
     """
@@ -102,22 +117,51 @@ class SurfaceRecord(Record):
     fingerprint: str = ""
 
 
-def save_masks(path: Path, masks: Mapping[str, Tensor]) -> None:
-    """Write masks bit-packed, eight weights per byte."""
+def save_masks(path: Path, masks: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None) -> None:
+    """Write masks bit-packed, eight weights per byte; and the weights that they keep, if they are given."""
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
-    save_plain_weights(
-        path, {n: pack_bits(mask.flatten().cpu()) for n, mask in masks.items()}, {"shapes": json.dumps(shapes)}
-    )
+    tensors = {name: pack_bits(mask.flatten().cpu()) for name, mask in masks.items()}
+    tensors |= {f"{name}{_VALUES}": weight[masks[name]] for name, weight in (weights or {}).items()}
+    save_plain_weights(path, tensors, {"shapes": json.dumps(shapes)})
 
 
 def load_masks(path: Path) -> dict[str, Tensor]:
-    """What `save_masks` wrote: ``{target: bool (*shape)}``."""
-    with safe_open(path, "pt") as file:
-        shapes = json.loads(file.metadata()["shapes"])
-        return {
-            name: unpack_bits(file.get_tensor(name), torch.Size(shape).numel()).view(shape)
-            for name, shape in shapes.items()
-        }
+    """What `save_masks` wrote: ``{target: bool (*shape)}``.
+
+    Raises:
+        DataError: It is no such file.
+    """
+    return {name: mask for name, (mask, _) in _load(path).items()}
+
+
+def load_weights(path: Path) -> dict[str, Tensor]:
+    """The pruned weights that `save_masks` was given: ``{target: (*shape)}``; empty if they were not.
+
+    Raises:
+        DataError: It is no such file.
+    """
+    found = {name: (mask, values) for name, (mask, values) in _load(path).items() if values is not None}
+    return {name: values.new_zeros(mask.shape).masked_scatter_(mask, values) for name, (mask, values) in found.items()}
+
+
+def _load(path: Path) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Of each target the mask, and the weights that it keeps."""
+    try:
+        with safe_open(path, "pt") as file:
+            shapes = {name: torch.Size(shape) for name, shape in json.loads(file.metadata()["shapes"]).items()}
+            names = set(file.keys())
+            return {
+                name: (
+                    unpack_bits(file.get_tensor(name), shape.numel()).view(shape),
+                    file.get_tensor(f"{name}{_VALUES}") if f"{name}{_VALUES}" in names else None,
+                )
+                for name, shape in shapes.items()
+            }
+    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise DataError(
+            f"{path}: it holds no masks of a comparison ({' '.join(str(error).split())}). Remove it and start the comparison "
+            "again, which makes it anew."
+        ) from error
 
 
 def intersection_over_union(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:

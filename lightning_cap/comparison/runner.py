@@ -7,34 +7,32 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import lightning.pytorch as pl
 from torch import Tensor
 
 from lightning_cap.calibration.sources import TimedSource
 from lightning_cap.comparison.artifacts import Artifacts
-from lightning_cap.comparison.fingerprint import checksum, identity_of
+from lightning_cap.comparison.fingerprint import basis_of
+from lightning_cap.comparison.fisher_block import check_block_size
 from lightning_cap.comparison.gradient_cache import SharedRows, find, share
-from lightning_cap.comparison.measure import Measure, loss_name
-from lightning_cap.comparison.record_store import RecordStore, digest
-from lightning_cap.comparison.records import ComparisonRecord, save_masks
-from lightning_cap.comparison.variants import Request, Variant, check_targets, naming
-from lightning_cap.errors import ConfigError
-from lightning_cap.export.records import EXPORTS, ExportRecord
-from lightning_cap.export.safetensors import save_plain_weights, save_weights
+from lightning_cap.comparison.measure import loss_name
+from lightning_cap.comparison.recorder import Recorder
+from lightning_cap.comparison.records import ComparisonRecord
+from lightning_cap.comparison.request import Request
+from lightning_cap.comparison.solutions import Solutions
+from lightning_cap.comparison.variants import Variant, check_targets, naming
+from lightning_cap.errors import ConfigError, DataError
 from lightning_cap.pruners.paths import PruneResult
 from lightning_cap.sparsity.cost import steps_to
 from lightning_cap.sparsity.masks import MaskSet
-from lightning_cap.sparsity.targets import Targets, measured_sparsity
+from lightning_cap.sparsity.targets import Targets
 from lightning_cap.trainer.calibration import calibrating
 from lightning_cap.trainer.evaluation import evaluate
 from lightning_cap.trainer.event import PruningEvent
 from lightning_cap.trainer.progress_bar import event_progress
 from lightning_cap.utilities import distributed, rng
-from lightning_cap.utilities.distributed import check_equal_on_all_ranks
 from lightning_cap.utilities.progress import Progress
-from lightning_cap.utilities.records import known_records
 
 _WORK = ".work"  # folder in the folder, gone in the end
 
@@ -59,44 +57,76 @@ class ComparisonRunner:
         check_targets(request.variants, self._targets, self._masks, request.sparsities)
         self._before = self._targets.copies()
         calibrates = any(variant.pruner.statistic is not None for variant in request.variants)
-        identity = {
-            **identity_of(trainer, module, self._targets, calibrates),
-            "loss_samples": request.loss_samples,
-        }
-        self._measure = Measure(trainer, module, self._targets, request.loss_samples if calibrates else 0)
+        self._basis = basis_of(trainer, module, self._targets, calibrates)
+        if request.fisher_block:
+            check_block_size(self._targets, request.fisher_block)
+        self._recorder = Recorder(trainer, module, request, self._targets, self._basis)
+        self._solutions = Solutions(request.folder, self._targets)
         wanted = [(v, s) for v in request.variants for s in request.sparsities]
-        own = {(v.slug, s): v.fingerprint(s, identity) for v, s in wanted}
-        self._fingerprints: dict[tuple[str, float], str] = distributed.gather_objects(own)[0]
-        self._dense_fingerprint = checksum(identity)
-        self._results = RecordStore(request.folder, [self._dense_fingerprint, *self._fingerprints.values()])
-        self._refuse_foreign_exports()
-        self._artifacts = Artifacts(request, self._targets, self._fingerprints)
-        for record in self._results.records():
-            self._measure.cache(record.solution, record.metrics)
+        fingerprints = {(v.slug, s): self._recorder.fingerprint(v, s) for v, s in wanted}
+        self._artifacts = Artifacts(request, self._targets, distributed.gather_objects(fingerprints)[0])
         self._todo: dict[Variant, list[float]] = {}
         self._started = 0
-        self._dense_losses: dict[int, float | None] = {}
 
     def run(self) -> list[ComparisonRecord]:
-        """Do what is missing; the records in the order of the request, the dense model's first."""
+        """Do what is missing; the records in the order of the request, the unpruned model's first."""
         try:
-            self._todo = {v: left for v in self._request.variants if (left := self._missing(v))}
+            mends = self._sort()
             self._dry_run()
-            self._dense = self._dense_record()
-            for seed in {variant.seed for variant in self._todo}:
-                self._dense_losses[seed] = self._measure.calibration_loss(self._dense.solution, seed)
+            self._recorder.store.discard_stale()
+            self._recorder.measure_unpruned({v.seed for v in (*self._todo, *(v for v, _ in mends))})
+            self._mend(mends)
             for seed in dict.fromkeys(v.seed for v in self._request.variants):
                 self._run_seed(seed)
-            if self._artifacts.surface_wanted:
-                with event_progress(self._trainer, "Loss surface") as progress:
-                    loss = self._surface_loss()
-                    self._artifacts.save_surface(loss, lambda done, total: progress("loss", done, total))
+            self._draw_surface()
         finally:
             self._targets.restore(self._before)
-        self._results.save()
+        self._recorder.store.save()
         if self._request.folder is not None and distributed.gather_objects(None):  # when all have come here
             shutil.rmtree(self._request.folder / _WORK, ignore_errors=True)
-        return self._results.records()
+        return self._recorder.store.records()
+
+    def _sort(self) -> list[tuple[Variant, ComparisonRecord]]:
+        """Take note of what is to be solved, and return the records that only lack something that their weights tell."""
+        mends = []
+        for variant in self._request.variants:
+            for goal in self._request.sparsities:
+                record = self._recorder.known(variant, goal)
+                if record is not None:
+                    whole = self._recorder.is_whole(variant, record)
+                    needed = not whole or self._artifacts.needs(variant, goal)
+                    if not needed or self._solutions.load(record) is not None:
+                        mends += [] if whole else [(variant, record)]
+                        continue
+                self._todo.setdefault(variant, []).append(goal)
+        return mends
+
+    def _mend(self, mends: Sequence[tuple[Variant, ComparisonRecord]]) -> None:
+        """Put the weights of records into the model again, and measure what is missing."""
+        with event_progress(self._trainer, "Losses of earlier records") as progress:
+            for number, (variant, record) in enumerate(mends):
+                progress("measure", number, len(mends))
+                try:
+                    self._targets.restore(self._weights_of(record))
+                    self._recorder.mend(variant, record)
+                finally:
+                    self._targets.restore(self._before)
+
+    def _weights_of(self, record: ComparisonRecord | None) -> dict[str, Tensor]:
+        weights = self._solutions.load(record) if record is not None else None
+        if record is None or weights is None:
+            raise DataError("masks: files were removed or changed while the comparison ran. Start it again.")
+        return weights
+
+    def _draw_surface(self) -> None:
+        if not self._artifacts.surface_wanted:
+            return
+        with event_progress(self._trainer, "Loss surface") as progress:
+            self._artifacts.save_surface(
+                lambda variant, goal: self._weights_of(self._recorder.known(variant, goal)),
+                self._surface_loss(),
+                lambda done, total: progress("loss", done, total),
+            )
 
     def _dry_run(self) -> None:
         """Compute one batch for each kind of source, and throw it away: what cannot work is to fail before anything runs."""
@@ -126,24 +156,13 @@ class ComparisonRunner:
         source = self._event(variant, progress).collector(0)
         return TimedSource(source if source is not None else (), lambda: calibrating(self._trainer, self._module))
 
-    def _missing(self, variant: Variant) -> list[float]:
-        """Sparsities whose record, or a file of it, is not there yet."""
-        return [s for s in self._request.sparsities if not self._has(variant, s)]
-
-    def _has(self, variant: Variant, sparsity: float) -> bool:
-        keys = ["masks"] if self._request.folder is not None else []
-        keys += ["weights"] if self._request.weights_file(variant, sparsity) else []
-        kept = self._artifacts.solution_file(variant, sparsity)
-        record = self._results.get(self._fingerprints[variant.slug, sparsity], keys)
-        return record is not None and (not kept or self._results.exists(kept))
-
     def _shared(self, readers: Sequence[Variant]) -> SharedRows | None:
         """The rows for pruners of one seed and ``samples_per_gradient``, if there is more than one."""
         request, wanted = self._request, {v: v.gradients for v in readers if v.gradients is not None}
         largest = max(wanted, key=lambda v: wanted[v].n)
         m, most = wanted[largest].per_sample, wanted[largest].n
         folder = None if request.folder is None else request.folder / _WORK / f"rows-seed={largest.seed}-m={m}"
-        key = f"{self._dense_fingerprint} {largest.seed} {m}"
+        key = f"{self._basis.model} {self._basis.calibration} {largest.seed} {m}"
         found = find(self._targets, most, folder, key)
         if found is not None or len(readers) < 2:
             return found
@@ -202,78 +221,12 @@ class ComparisonRunner:
         self, variant: Variant, sparsity: float, result: PruneResult, saliency: float, seconds: dict[str, float]
     ) -> None:
         """Apply, measure, keep the record and its files, put the weights back."""
+        keep = self._request.keeps_values or self._artifacts.needs(variant, sparsity)
         result.apply(self._targets)
         try:
-            check_equal_on_all_ranks({"the weights": self._targets.weights(), "the masks": result.masks})
-            started = time.perf_counter()
-            measured = self._measured()
-            increase = self._loss_increase(measured["metrics"], measured["solution"], variant.seed)
-            record = ComparisonRecord(
-                **variant.describe(sparsity),
-                **measured,
-                predicted_loss=saliency if variant.pruner.predicts_loss else None,
-                loss_increase=increase,
-                seconds={**seconds, "evaluate": time.perf_counter() - started},
-                stats=dict(result.stats),
-                masks=self._request.masks_file(variant, sparsity),
-                weights=self._request.weights_file(variant, sparsity),
-                fingerprint=self._fingerprints[variant.slug, sparsity],
-            )
-            self._save_files(variant, record, result)
-            self._results.add(record)
+            self._recorder.add(variant, sparsity, result, saliency, seconds, keep)
         finally:
             self._targets.restore(self._before)
-
-    def _measured(self) -> dict[str, Any]:
-        """What is measured of the weights as they are now."""
-        weights = self._targets.weights()
-        solution = digest(weights)
-        return {
-            "sparsity": measured_sparsity(self._targets),
-            "sparsities": {name: 1 - int(w.count_nonzero()) / w.numel() for name, w in weights.items()},
-            "metrics": self._measure.metrics(solution),
-            "solution": solution,
-        }
-
-    def _loss_increase(self, metrics: Mapping[str, float], solution: str, seed: int) -> dict[str, float | None]:
-        now, dense = (each.get(loss_name(each) or "") for each in (metrics, self._dense.metrics))
-        calibration = self._measure.calibration_loss(solution, seed)
-        return {"validation": _less(now, dense), "calibration": _less(calibration, self._dense_losses.get(seed))}
-
-    def _dense_record(self) -> ComparisonRecord:
-        record = self._results.get(self._dense_fingerprint)
-        if record is None:
-            record = ComparisonRecord(
-                pruner="dense",
-                label="dense",
-                seed=None,
-                goal=0.0,
-                predicted_loss=0.0,
-                fingerprint=self._dense_fingerprint,
-                **self._measured(),
-            )
-            self._results.add(record)
-        return record
-
-    def _save_files(self, variant: Variant, record: ComparisonRecord, result: PruneResult) -> None:
-        folder, kept = self._request.folder, self._artifacts.solution_file(variant, record.goal)
-        with distributed.raise_on_all_ranks("Saving the masks and weights"):
-            if folder is not None and distributed.rank() == 0:
-                save_masks(folder / record.masks, result.masks)
-                if record.weights:
-                    path = folder / record.weights
-                    save_weights(self._module, self._targets, path, sparsity=record.sparsity, goal=record.goal)
-                if kept:
-                    save_plain_weights(folder / kept, self._targets.weights(), {})
-
-    def _refuse_foreign_exports(self) -> None:
-        """Refuse to write weights beside an ``exports.jsonl`` that holds something else."""
-        request = self._request
-        with distributed.raise_on_all_ranks(f"Reading {EXPORTS}"):
-            if request.folder is not None and distributed.rank() == 0:
-                files = {request.weights_file(v, s) for v in request.variants for s in request.sparsities}
-                for folder in {(request.folder / file).parent for file in files if file}:
-                    known_records(folder / EXPORTS, ExportRecord)
 
     def _event(self, variant: Variant, progress: Progress | None = None) -> PruningEvent:
         args = self._trainer, self._module, variant.pruner, self._targets, self._masks, variant.seed
@@ -281,12 +234,12 @@ class ComparisonRunner:
 
     def _surface_loss(self) -> Callable[[], float]:
         """The validation loss, of as many batches as the surface wants."""
-        name = loss_name(self._dense.metrics)
+        metrics = self._recorder.unpruned.metrics
+        name = loss_name(metrics)
         batches = self._request.surface.batches if self._request.surface is not None else None
         if name is None:
             raise ConfigError(
-                f"surface: the module logs no loss in validation, but only {list(self._dense.metrics)}. Log one, under a name "
-                "with 'loss' in it."
+                f"surface: the module logs no loss in validation, but only {list(metrics)}. Log one, with 'loss' in its name."
             )
         return lambda: evaluate(self._trainer, self._module, batches)[name]
 
@@ -306,10 +259,6 @@ def _seconds(event: PruningEvent, rows: SharedRows | None) -> dict[str, float]:
     spent = event.report.seconds
     collect = spent["collect"] if rows is None else rows.seconds * min(1.0, rows.most / max(1, rows.total))
     return {"collect": collect, "solve": spent["plan"] + spent["solve"]}
-
-
-def _less(value: float | None, dense: float | None) -> float | None:
-    return None if value is None or dense is None else value - dense
 
 
 @contextmanager

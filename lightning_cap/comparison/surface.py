@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from lightning_cap.comparison.records import SurfaceRecord
+from lightning_cap.comparison.records import UNPRUNED, SurfaceRecord
 from lightning_cap.errors import ConfigError
 from lightning_cap.sparsity.targets import Targets
+from lightning_cap.utilities.arguments import require_real, require_whole, shown
+
+_MOST_POINTS = 201  # along an axis
 
 
 @dataclass(frozen=True)
 class LossSurface:
-    """Ask a comparison for the loss on ``w0 + α (w1 - w0) + β (w2 - w0)``: the dense weights and two pruned ones.
+    """Ask a comparison for the loss on ``w0 + α (w1 - w0) + β (w2 - w0)``: the weights before pruning and two pruned ones.
 
     Args:
         pruners: Names of the two pruners, ``w1`` and ``w2``.
@@ -23,6 +26,9 @@ class LossSurface:
         points: Along each axis; the loss is taken ``points²`` times.
         batches: Of the validation data for each point. Default: all.
         margin: How far beyond 0 and 1 the axes go.
+
+    Raises:
+        ConfigError: An argument cannot work.
     """
 
     pruners: tuple[str, str]
@@ -31,22 +37,33 @@ class LossSurface:
     batches: int | None = None
     margin: float = 0.25
 
+    def __post_init__(self) -> None:
+        if (
+            isinstance(self.pruners, str)
+            or not isinstance(self.pruners, Sequence)
+            or len(self.pruners) != 2
+            or not all(isinstance(name, str) for name in self.pruners)
+        ):
+            raise ConfigError(f"pruners={shown(self.pruners)}: give the names of two pruners, such as ['CAP', 'OBD'].")
+        require_real("sparsity", self.sparsity, "[0, 1)", 0.8)
+        require_whole("points", self.points, 2, _MOST_POINTS)
+        if self.batches is not None:
+            require_whole("batches", self.batches)
+        require_real("margin", self.margin, "[0, 10]", 0.25)
+
     def check(self, names: list[str], sparsities: list[float]) -> None:
         """Refuse what the comparison does not have.
 
         Raises:
-            ConfigError: A pruner or the sparsity is not one of the comparison's, or a number is out of range.
+            ConfigError: A pruner or the sparsity is not one of the comparison's.
         """
         unknown = [name for name in self.pruners if name not in names]
         if unknown or len(set(self.pruners)) != 2:
-            raise ConfigError(f"surface.pruners={list(self.pruners)}: give two different names of {names}.")
-        if self.sparsity not in sparsities:
-            raise ConfigError(f"surface.sparsity={self.sparsity}: the comparison has {sorted(sparsities)}.")
-        if self.points < 2 or (self.batches is not None and self.batches < 1) or not 0 <= self.margin < 10:
             raise ConfigError(
-                f"surface: points={self.points}, batches={self.batches}, margin={self.margin}: give at least 2 points, at "
-                "least 1 batch, and a margin from 0 to 10."
+                f"surface.pruners={shown(list(self.pruners))}: give two different names of {shown(names)}."
             )
+        if self.sparsity not in sparsities:
+            raise ConfigError(f"surface.sparsity={self.sparsity}: the comparison has {shown(sorted(sparsities))}.")
 
 
 def measure_surface(
@@ -90,7 +107,7 @@ def measure_surface(
         sparsity=surface.sparsity,
         axis=tuple(axis),
         loss=tuple(map(tuple, plane)),
-        corners=dict(zip(("dense", *surface.pruners), corners, strict=True)),
+        corners=dict(zip((UNPRUNED, *surface.pruners), corners, strict=True)),
     )
 
 

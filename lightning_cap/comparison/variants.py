@@ -7,24 +7,26 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from lightning_cap.calibration.statistics import GradientSamples
 from lightning_cap.comparison.fingerprint import ADDRESS, canonicalize, checksum
-from lightning_cap.comparison.records import GridPoint
-from lightning_cap.comparison.surface import LossSurface
-from lightning_cap.errors import CAPError, ConfigError
-from lightning_cap.export.safetensors import sparsity_stem
+from lightning_cap.comparison.records import MASKS, UNPRUNED, GridPoint
+from lightning_cap.errors import CAPError, ConfigError, PatternError
 from lightning_cap.pruners.base import Pruner, refuse_regrowth
 from lightning_cap.sparsity.cost import steps_to
 from lightning_cap.sparsity.targets import Targets
+from lightning_cap.utilities.arguments import is_whole, require_instance, require_real, require_whole, shown
 from lightning_cap.utilities.records import Plain
 
 #: Setting -> values to try, one setting at a time, the others as given.
 Grids = Mapping[str, Sequence[Any]]
+
+_MOST_STEPS = 1000  # to a sparsity
+_LONGEST_NAME = 80  # characters of a pruner's name
+_LONGEST_FILE = 160  # bytes of a file's name, before what is added to it
 
 RECOMPUTATIONS = "num_recomputations"  # a setting of the run, not of a pruner
 
@@ -89,38 +91,10 @@ class Variant:
             },
         }
 
-    def fingerprint(self, sparsity: float, identity: Mapping[str, Any]) -> str:
-        """Of everything that the record at a sparsity depends on, as far as it is known."""
-        settings = self.settings, canonicalize(vars(self.pruner))
-        return checksum([settings, self.seed, self.num_recomputations, sparsity, dict(identity)])
-
-
-@dataclass(frozen=True)
-class Request:
-    """What to compare; see `lightning_cap.comparison.compare`. ``weights_in`` maps a pruner's name to a folder, if any."""
-
-    variants: Sequence[Variant]
-    sparsities: Sequence[float]
-    include: Sequence[str] | None
-    exclude: Sequence[str] | None
-    folder: Path | None
-    weights_in: Mapping[str, str]
-    surface: LossSurface | None
-    fisher_block: int
-    loss_samples: int
-    max_rows_memory: int | str | None
-
-    def masks_file(self, variant: Variant, goal: float) -> str:
-        """Name of the file of masks in the folder, empty without a folder."""
-        return "" if self.folder is None else f"masks/{variant.slug}-{sparsity_stem(goal)}.safetensors"
-
-    def weights_file(self, variant: Variant, goal: float) -> str:
-        """Name of the file of pruned weights in the folder, empty if none is wanted."""
-        place = self.weights_in.get(variant.name)
-        if place is None or variant.setting is not None or self.folder is None:
-            return ""
-        several = len({v.seed for v in self.variants}) > 1
-        return f"{place}{f'seed={variant.seed}/' if several else ''}{sparsity_stem(goal)}.safetensors"
+    @property
+    def key(self) -> str:
+        """A checksum of all settings, the seed and the steps."""
+        return checksum([self.settings, canonicalize(vars(self.pruner)), self.seed, self.num_recomputations])
 
 
 def make_variants(
@@ -132,20 +106,20 @@ def make_variants(
         ConfigError: A name, a seed or a grid cannot work.
     """
     _check_names(pruners)
-    if not seeds or len(set(seeds)) != len(seeds) or min(seeds) < 0:
-        raise ConfigError(f"seeds={list(seeds)}: give different whole numbers of at least 0, such as [0, 1, 2].")
+    _require_list("seeds", seeds, "[0, 1, 2]")
+    if not all(is_whole(seed) and seed >= 0 for seed in seeds) or len(set(seeds)) != len(seeds):
+        raise ConfigError(f"seeds={shown(seeds)}: give different whole numbers of at least 0, such as [0, 1, 2].")
     plain = [(name, pruner, num_recomputations, None, None) for name, pruner in pruners.items()]
-    every = [*plain, *_grid_variants(pruners, grids or {}, num_recomputations)]
+    every = [*plain, *_grid_variants(pruners, grids, num_recomputations)]
     for name, pruner, steps, _, _ in every:
-        if steps < 1 or steps != int(steps):
-            raise ConfigError(f"{RECOMPUTATIONS}={steps}: give whole numbers of at least 1.")
+        require_whole(RECOMPUTATIONS, steps, 1, _MOST_STEPS)
         if steps > 1 and pruner.pattern.sparsity is not None:
             raise ConfigError(
                 f"{RECOMPUTATIONS}={steps}: {pruner.pattern} of pruner {name!r} has only one sparsity, so that it cannot be "
                 "reached in steps. Leave it at 1, or compare that pruner by itself."
             )
     variants = [
-        Variant(name, _seeded(pruner, seed), seed, int(steps), setting, value)
+        Variant(name, _seeded(pruner, seed), seed, steps, setting, value)
         for name, pruner, steps, setting, value in every
         for seed in seeds
     ]
@@ -162,8 +136,11 @@ def check_sparsities(variants: Sequence[Variant], sparsities: Sequence[float]) -
     Raises:
         ConfigError: There are none, or one is given twice, or it is refused by a pruner, which is named.
     """
-    if not sparsities or len(set(sparsities)) != len(sparsities):
-        raise ConfigError(f"sparsities={list(sparsities)}: give at least one, each once, such as [0.5, 0.75, 0.9].")
+    _require_list("sparsities", sparsities, "[0.5, 0.75, 0.9]")
+    for sparsity in sparsities:
+        require_real("sparsities", sparsity, "[0, 1)", 0.75, PatternError)
+    if len(set(sparsities)) != len(sparsities):
+        raise ConfigError(f"sparsities={shown(list(sparsities))}: give each once, such as [0.5, 0.75, 0.9].")
     for variant in variants:
         for sparsity in sparsities:
             try:
@@ -207,46 +184,67 @@ def naming(variant: Variant) -> Iterator[None]:
 
 
 def file_name(text: str) -> str:
-    """The text without what file systems or globs could take otherwise."""
-    return re.sub(r"[^\w=.+-]+", "-", text).strip("-.")
+    """The text without what file systems or globs could take otherwise; of a long one the start, and a checksum."""
+    name = re.sub(r"[^\w=.+-]+", "-", text).strip("-.")
+    return name if len(name.encode()) <= _LONGEST_FILE else f"{name[: _LONGEST_FILE // 4]}-{checksum(text)}"
+
+
+def _require_list(name: str, value: object, example: str) -> None:
+    if isinstance(value, (str, bytes)) or not isinstance(value, Sequence) or not value:
+        raise ConfigError(f"{name}={shown(value)}: give a list with at least one entry, such as {example}.")
 
 
 def _check_names(pruners: Mapping[str, Pruner]) -> None:
-    if not pruners:
-        raise ConfigError("pruners={}: give at least one, such as {'CAP': CAP(), 'magnitude': Magnitude()}.")
+    if isinstance(pruners, type) and issubclass(pruners, Pruner):
+        require_instance("pruners", pruners, Pruner, "CAP()")
+    if not isinstance(pruners, Mapping) or not pruners:
+        example = "{'CAP': CAP(), 'magnitude': Magnitude()}"
+        raise ConfigError(f"pruners={shown(pruners)}: give a pruner, or several by name, such as {example}.")
     files: dict[str, str] = {}
     for name, pruner in pruners.items():
-        if not isinstance(pruner, Pruner):
-            raise ConfigError(f"pruners: {name!r} is a {type(pruner).__name__}, not a Pruner.")
+        if not isinstance(name, str) or not name.isprintable() or len(name) > _LONGEST_NAME:
+            raise ConfigError(
+                f"pruners: {shown(name)} is no name. Give strings of one line, of at most {_LONGEST_NAME} characters."
+            )
+        require_instance(f"pruners[{name!r}]", pruner, Pruner, "CAP()")
         refuse_regrowth(pruner)
         stem = file_name(name).lower()
-        if not stem or stem in ("dense", "masks") or stem in files:
+        if not stem or stem in (UNPRUNED, MASKS) or stem in files:
             other = f"its files would be those of {files[stem]!r}" if stem in files else "that name is not free"
             raise ConfigError(f"pruners: the name {name!r} cannot be used: {other}. Choose another.")
         files[stem] = name
 
 
 def _grid_variants(
-    pruners: Mapping[str, Pruner], grids: Grids, num_recomputations: int
+    pruners: Mapping[str, Pruner], grids: Grids | None, num_recomputations: int
 ) -> list[tuple[str, Pruner, int, str | None, Any]]:
     found: list[tuple[str, Pruner, int, str | None, Any]] = []
-    for setting, values in grids.items():
-        if not values or len(set(values)) != len(values):
-            raise ConfigError(f"grids: {setting}={list(values)}: give at least one value, each once.")
+    if grids is not None and not isinstance(grids, Mapping):
+        raise ConfigError(f"grids={shown(grids)}: give settings with their values, such as {{'damp': [1e-8, 1e-6]}}.")
+    for setting, values in (grids or {}).items():
+        _require_list(f"grids: {setting}", values, "[1e-8, 1e-6]")
+        if len({_key(value) for value in values}) != len(values):
+            raise ConfigError(f"grids: {setting}={shown(list(values))}: give each value once.")
         having = {name: pruner for name, pruner in pruners.items() if setting in _settings(pruner)}
         if setting == RECOMPUTATIONS:
             having = {name: pruner for name, pruner in pruners.items() if pruner.pattern.sparsity is None}
         if not having:
             raise ConfigError(
-                f"grids: no pruner of {list(pruners)} has a setting {setting!r}. Look at their arguments."
+                f"grids: no pruner of {shown(list(pruners))} has a setting {shown(setting)}. Look at their arguments."
             )
         for name, pruner in having.items():
             for value in values:
-                if setting == RECOMPUTATIONS and value != num_recomputations:
+                if setting == RECOMPUTATIONS and _key(value) != _key(num_recomputations):
                     found.append((name, pruner, value, setting, value))
-                elif setting != RECOMPUTATIONS and value != getattr(pruner, setting):
+                elif setting != RECOMPUTATIONS and _key(value) != _key(getattr(pruner, setting)):
                     found.append((name, changed(pruner, setting, value), num_recomputations, setting, value))
     return found
+
+
+def _key(value: Any) -> Any:
+    """Equal for equal values, whatever they are."""
+    plain = isinstance(value, (int, float)) and not isinstance(value, bool)
+    return float(value) if plain else checksum(canonicalize(value))
 
 
 def changed(pruner: Pruner, setting: str, value: Any) -> Pruner:

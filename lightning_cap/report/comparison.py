@@ -16,7 +16,6 @@ from lightning_cap.report.records import (
     accuracy_name,
     as_given,
     by_label,
-    dense_record,
     goals_of,
     grid_settings,
     in_grid,
@@ -24,8 +23,11 @@ from lightning_cap.report.records import (
     metric_values,
     number_first,
     percent,
+    require_records,
+    unpruned_record,
     value_of,
 )
+from lightning_cap.utilities.arguments import require_instance
 from lightning_cap.utilities.files import atomic
 
 _Cell = Callable[[Records], str]
@@ -41,6 +43,8 @@ def report(records: Records, folder: Path) -> list[str]:
     Returns:
         The names of the files.
     """
+    require_records(records)
+    require_instance("folder", folder, Path, "Path('runs/comparison')")
     with atomic(folder / "results.md") as path:
         path.write_text(markdown(records))
     return ["results.md", *draw_all(records, folder)]
@@ -53,6 +57,8 @@ def print_comparison(records: Records, console: Console | None = None) -> None:
         records: What `lightning_cap.comparison.compare` returned.
         console: Where to. Default: standard output.
     """
+    require_records(records)
+    require_instance("console", console, Console, "rich.console.Console()", optional=True)
     labels = by_label(records)
     table = (
         _one_pruner(records)
@@ -71,12 +77,12 @@ def print_comparison(records: Records, console: Console | None = None) -> None:
 
 def _one_pruner(records: Records) -> Table:
     metrics = list(records[0].metrics)
-    (label, goals), dense = next(iter(by_label(records).items())), dense_record(records)
+    (label, goals), unpruned = next(iter(by_label(records).items())), unpruned_record(records)
     table = Table(title=f"One-shot pruning by {label}")
     for name in ("sparsity", "predicted loss", *metrics):
         table.add_column(name, justify="right")
-    for goal, seeds in {**({0.0: [dense]} if dense else {}), **goals}.items():
-        name = "dense" if goal == 0 else f"{seeds[0].sparsity:.4f}"
+    for goal, seeds in {**({0.0: [unpruned]} if unpruned else {}), **goals}.items():
+        name = seeds[0].label if goal == 0 else f"{seeds[0].sparsity:.4f}"
         predicted = _number(mean_and_deviation([record.predicted_loss for record in seeds]), ".4g")
         table.add_row(name, predicted, *(_number(mean_and_deviation(metric_values(seeds, m))) for m in metrics))
     return table
@@ -88,27 +94,30 @@ def markdown(records: Records) -> str:
     Args:
         records: What `lightning_cap.comparison.compare` returned.
     """
+    require_records(records)
     given, name = as_given(records), accuracy_name(records)
     seeds = sorted({record.seed for record in given if record.seed is not None})
-    dense = dense_record(records)
+    unpruned = unpruned_record(records)
     parts = [
         "# Comparison of pruners",
         f"Mean ± standard deviation over {len(seeds)} seeds ({', '.join(map(str, seeds))})."
         if len(seeds) > 1
         else f"Seed {seeds[0]}.",
         f"## {name or 'Metric'}",
-        "" if dense is None else f"Dense: {_number(mean_and_deviation(metric_values([dense], name)))}.",
+        ""
+        if unpruned is None
+        else f"{unpruned.label.capitalize()}: {_number(mean_and_deviation(metric_values([unpruned], name)))}.",
         _table(_by_sparsity(records, given, _accuracy(records))),
         "## Increase of the loss",
         "Predicted by the pruner, where it predicts the loss:",
-        _table(_by_sparsity(records, given, _predicted, with_dense=False)),
+        _table(_by_sparsity(records, given, _predicted, with_unpruned=False)),
         "Measured on calibration samples:",
-        _table(_by_sparsity(records, given, _increase("calibration"), with_dense=False)),
+        _table(_by_sparsity(records, given, _increase("calibration"), with_unpruned=False)),
         "Measured on the validation data:",
-        _table(_by_sparsity(records, given, _increase("validation"), with_dense=False)),
+        _table(_by_sparsity(records, given, _increase("validation"), with_unpruned=False)),
         "## Seconds",
         "To collect gradients (as if each pruner did so by itself) and to solve, then to read one sparsity.",
-        _table(_by_sparsity(records, given, _seconds, with_dense=False)),
+        _table(_by_sparsity(records, given, _seconds, with_unpruned=False)),
     ]
     for setting in grid_settings(records):
         parts += [
@@ -130,16 +139,16 @@ def _labelled(records: Records, setting: str) -> list[ComparisonRecord]:
     return [replace(record, label=f"{record.pruner} {setting}={value_of(record, setting)}") for record in every]
 
 
-def _by_sparsity(records: Records, chosen: Records, cell: _Cell, with_dense: bool = True) -> list[list[str]]:
+def _by_sparsity(records: Records, chosen: Records, cell: _Cell, with_unpruned: bool = True) -> list[list[str]]:
     """Header and lines: a line for each label, a column for each sparsity."""
-    goals, dense = goals_of(records), dense_record(records)
+    goals, unpruned = goals_of(records), unpruned_record(records)
     lines = [["pruner", *(percent(goal) for goal in goals)]]
     for label, found in by_label(chosen).items():
         lines.append([label, *(cell(found[goal]) if goal in found else "-" for goal in goals)])
-    if with_dense and dense is not None:
-        lines[0].insert(1, "dense")
+    if with_unpruned and unpruned is not None:
+        lines[0].insert(1, unpruned.label)
         for line in lines[1:]:
-            line.insert(1, cell([dense]))
+            line.insert(1, cell([unpruned]))
     return lines
 
 

@@ -14,13 +14,13 @@ from lightning_cap.report.records import (
     accuracy_name,
     as_given,
     by_label,
-    dense_record,
     goals_of,
     in_grid,
     mean_and_deviation,
     metric_values,
     number_first,
     percent,
+    unpruned_record,
     value_of,
 )
 from lightning_cap.report.style import grid, legend, panels, save, styles
@@ -33,11 +33,11 @@ def plot_accuracy(records: Records, path: Path) -> None:
         records: What `lightning_cap.comparison.compare` returned.
         path: A ``.png``, ``.svg`` or ``.pdf`` file.
     """
-    name, dense, found = accuracy_name(records), dense_record(records), by_label(as_given(records))
+    name, unpruned, found = accuracy_name(records), unpruned_record(records), by_label(as_given(records))
     looks = styles(list(found))
     figure, (axes,) = panels(1, 5.2, 3.8)
-    if dense is not None and name is not None:
-        axes.axhline(dense.metrics[name], color="0.5", linewidth=1, linestyle=(0, (4, 3)), label="dense")
+    if unpruned is not None and name is not None:
+        axes.axhline(unpruned.metrics[name], color="0.5", linewidth=1, linestyle=(0, (4, 3)), label=unpruned.label)
     for label, goals in found.items():
         points = [
             (100 * seeds[0].sparsity, value)

@@ -10,13 +10,13 @@ import torch
 from matplotlib.colors import BoundaryNorm, LogNorm
 from torch import Tensor
 
-from lightning_cap.comparison.records import SurfaceRecord
+from lightning_cap.comparison.records import UNPRUNED, SurfaceRecord
 from lightning_cap.report.records import percent
 from lightning_cap.report.style import panels, save
 
 
 def plot_surface(surface: SurfaceRecord, path: Path) -> None:
-    """Contours of the loss in the plane of the dense weights and two pruned ones, the three marked (figure 4).
+    """Contours of the loss in the plane of the weights before pruning and two pruned ones, the three marked (figure 4).
 
     Args:
         surface: The record in ``surface.json``.
@@ -35,15 +35,15 @@ def plot_surface(surface: SurfaceRecord, path: Path) -> None:
     axes.clabel(lines, fmt="%.4g", fontsize=7)
     bar = figure.colorbar(filled, ax=axes, ticks=levels[1::4], format="%.4g")
     bar.set_label("validation loss")
-    for name, x, y, marker in (("dense", 0, 0, "*"), (one, 1, 0, "o"), (two, 0, 1, "s")):
+    for name, x, y, marker in ((UNPRUNED, 0, 0, "*"), (one, 1, 0, "o"), (two, 0, 1, "s")):
         place = {"color": "#D55E00", "marker": marker, "markersize": 9, "linestyle": "none", "clip_on": False}
         axes.plot([x], [y], markeredgecolor="white", zorder=5, **place)
         text = f"{name} ({surface.corners[name]:.3g})"
         box = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "boxstyle": "round,pad=0.2"}
         shift, side = ((-7, 8), "right") if x else ((7, 8), "left")
         axes.annotate(text, (x, y), shift, textcoords="offset points", fontsize=8, zorder=6, ha=side, bbox=box)
-    axes.set_xlabel(f"dense to {one}")
-    axes.set_ylabel(f"dense to {two}")
+    axes.set_xlabel(f"unpruned to {one}")
+    axes.set_ylabel(f"unpruned to {two}")
     axes.set_title(f"{percent(surface.sparsity)} sparsity", fontsize=9)
     axes.set_aspect("equal")
     save(figure, path)

@@ -7,9 +7,23 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from lightning_cap.comparison.records import ComparisonRecord
+from lightning_cap.comparison.records import UNPRUNED, ComparisonRecord
+from lightning_cap.errors import ConfigError
+from lightning_cap.utilities.arguments import shown
 
 Records = Sequence[ComparisonRecord]
+
+
+def require_records(records: object) -> None:
+    """Refuse what is no list of the records of a comparison.
+
+    Raises:
+        ConfigError: It is something else, or empty.
+    """
+    if not isinstance(records, Sequence) or not records or not all(isinstance(r, ComparisonRecord) for r in records):
+        raise ConfigError(
+            f"records={shown(records)}: give the records of a comparison, which compare() returns and read_records reads."
+        )
 
 
 def accuracy_name(records: Records) -> str | None:
@@ -18,21 +32,21 @@ def accuracy_name(records: Records) -> str | None:
     return min(names, key=lambda n: ("acc" not in n.lower(), "val" not in n.lower(), len(n)), default=None)
 
 
-def dense_record(records: Records) -> ComparisonRecord | None:
+def unpruned_record(records: Records) -> ComparisonRecord | None:
     """The unpruned model's."""
-    return next((record for record in records if record.pruner == "dense"), None)
+    return next((record for record in records if record.pruner == UNPRUNED), None)
 
 
 def as_given(records: Records) -> list[ComparisonRecord]:
-    """Those of the pruners as given, without the grids' and the dense model's."""
-    return [record for record in records if record.pruner != "dense" and record.grid is None]
+    """Those of the pruners as given, without the grids' and the unpruned model's."""
+    return [record for record in records if record.pruner != UNPRUNED and record.grid is None]
 
 
 def by_label(records: Records) -> dict[str, dict[float, list[ComparisonRecord]]]:
-    """``{label: {goal: records of the seeds}}``, rising goals, without the dense model's."""
+    """``{label: {goal: records of the seeds}}``, rising goals, without the unpruned model's."""
     found: dict[str, dict[float, list[ComparisonRecord]]] = {}
     for record in records:
-        if record.pruner != "dense":
+        if record.pruner != UNPRUNED:
             found.setdefault(record.label, {}).setdefault(record.goal, []).append(record)
     return {label: dict(sorted(goals.items())) for label, goals in found.items()}
 
@@ -44,7 +58,7 @@ def first_seed(records: Records) -> list[ComparisonRecord]:
 
 def goals_of(records: Records) -> list[float]:
     """The sparsities that were asked for, rising."""
-    return sorted({record.goal for record in records if record.pruner != "dense"})
+    return sorted({record.goal for record in records if record.pruner != UNPRUNED})
 
 
 def grid_settings(records: Records) -> list[str]:

@@ -32,7 +32,7 @@ def test_gradients_are_collected_once_for_all(tmp_path: Path, monkeypatch: pytes
     assert counts == [48, 48]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert [(record.pruner, record.seed, record.goal) for record in records] == [
-        ("dense", None, 0.0),
+        ("unpruned", None, 0.0),
         *((name, seed, s) for name in ("CAP", "few", "GM") for seed in (0, 1) for s in (0.5, 0.75)),
     ]
     assert results(tmp_path) == records
@@ -98,7 +98,7 @@ def test_grids_change_one_setting_at_a_time(tmp_path: Path, monkeypatch: pytest.
     records = run(tmp_path, {"CAP": cap(), "GM": Magnitude()}, [0.75], grids=grids, loss_samples=0)
     by_label = {record.label: record for record in records}
     assert list(by_label) == [
-        "dense", "CAP", "GM", "CAP damp=0.01", "CAP num_gradients=32", "CAP num_gradients=64", "CAP block_size=8",
+        "unpruned", "CAP", "GM", "CAP damp=0.01", "CAP num_gradients=32", "CAP num_gradients=64", "CAP block_size=8",
         "CAP num_recomputations=2", "GM num_recomputations=2",
     ]  # fmt: skip
     assert sorted(counts) == [48, 64]  # one for all, and one at the model after the first of two steps
@@ -166,12 +166,12 @@ FLOOR, MAP = Magnitude(allocation=Global(0.3)), Magnitude(allocation=PerTarget({
     ("error", "message", "change"),
     [
         (ConfigError, r"pruners=\{\}", {"pruners": {"": None}}),
-        (ConfigError, "not a Pruner", {"pruners": {"CAP": "CAP"}}),
+        (ConfigError, r"pruners\['CAP'\]='CAP': give a Pruner", {"pruners": {"CAP": "CAP"}}),
         (ConfigError, "files would be those of 'C AP'", {"pruners": {"C AP": cap(), "c-ap": cap()}}),
         (ConfigError, "cannot be used", {"pruners": {"masks": cap()}}),
         (ConfigError, r"sparsities=\[\]", {"sparsities": []}),
         (ConfigError, r"sparsities=\[0.5, 0.5\]", {"sparsities": [0.5, 0.5]}),
-        (PatternError, "pruner 'CAP'", {"sparsities": [0.5, 1.0]}),
+        (PatternError, "sparsities=1.0", {"sparsities": [0.5, 1.0]}),
         (PatternError, "pruner 'nm'", {"pruners": {"nm": cap(pattern=NofM(2, 4))}, "sparsities": [0.75]}),
         (ConfigError, r"seeds=\[\]", {"seeds": []}),
         (ConfigError, r"seeds=\[-1\]", {"seeds": [-1]}),
@@ -185,9 +185,9 @@ FLOOR, MAP = Magnitude(allocation=Global(0.3)), Magnitude(allocation=PerTarget({
                                                     "num_recomputations": 2}),
         (ConfigError, "surface.pruners", {"surface": LossSurface(("CAP", "WF"), 0.5)}),
         (ConfigError, "surface.sparsity=0.6", {"surface": LossSurface(("CAP", "GM"), 0.6)}),
-        (ConfigError, "points=1", {"surface": LossSurface(("CAP", "GM"), 0.5, points=1)}),
         (ConfigError, "folder=None", {"folder": None, "surface": LossSurface(("CAP", "GM"), 0.5)}),
         (ConfigError, "fisher_block=16: none", {"pruners": {"GM": Magnitude()}, "fisher_block": 16}),
+        (ConfigError, "fisher_block=300: give a whole number from 1 to 256", {"fisher_block": 300}),
         (ConfigError, "loss_samples=-1", {"loss_samples": -1}),
         (DataError, "ckpt_path='none.ckpt': it cannot be read", {"ckpt_path": "none.ckpt"}),
         (ConfigError, "ckpt_path='best'", {"ckpt_path": "best"}),

@@ -19,8 +19,10 @@ from lightning_cap.report import curves, markdown, mask_plots, print_comparison,
 from lightning_cap.report import heatmaps as planes
 from lightning_cap.utilities.records import write_records
 
-DENSE = ComparisonRecord(pruner="dense", label="dense", seed=None, goal=0.0, sparsity=0.0, sparsities={}, predicted_loss=0.0,
-                         metrics={"val_loss": 0.1, "val_acc": 0.99}, solution="", fingerprint="d")  # fmt: skip
+UNPRUNED = ComparisonRecord(
+    pruner="unpruned", label="unpruned", seed=None, goal=0.0, sparsity=0.0, sparsities={}, predicted_loss=0.0,
+    metrics={"val_loss": 0.1, "val_acc": 0.99}, solution="", fingerprint="d",
+)  # fmt: skip
 
 
 def record(
@@ -51,14 +53,14 @@ def records() -> list[ComparisonRecord]:
     found = [record(name, s, seed, 0.9 - s / 10 - seed / 50, loss=0.08 + seed / 25) for name, s, seed in every]
     grid = [GridPoint("damp", value) for value in (1e-8, 1e-4)]
     found += [record("A", s, seed, 0.8, point) for point in grid for s in (0.5, 0.9) for seed in (0, 1)]
-    return [DENSE, *found]
+    return [UNPRUNED, *found]
 
 
 def test_markdown_has_means_deviations_and_settings() -> None:
     text = markdown(records())
     lines = text.splitlines()
     assert "Mean ± standard deviation over 2 seeds (0, 1)." in lines
-    assert "| pruner | dense | 50 % | 90 % |" in lines
+    assert "| pruner | unpruned | 50 % | 90 % |" in lines
     assert "| A | 0.9900 | 0.8400 ± 0.0141 | 0.8000 ± 0.0141 |" in lines
     start = lines.index("## Increase of the loss")
     assert [line for line in lines[start:] if line.startswith("| B |")][:3] == [
@@ -74,7 +76,7 @@ def test_markdown_has_means_deviations_and_settings() -> None:
 
 
 def test_what_is_not_known_is_a_dash() -> None:
-    some = [DENSE, record("A", 0.5, 0, 0.9, loss=None), record("B", 0.9, 0, 0.8)]
+    some = [UNPRUNED, record("A", 0.5, 0, 0.9, loss=None), record("B", 0.9, 0, 0.8)]
     lines = markdown(some).splitlines()
     assert "Seed 0." in lines
     assert {"| A | 0.005 | - |", "| A | - | - |", "| A | 0.1 | - |"} <= set(lines)
@@ -85,12 +87,12 @@ def test_what_is_no_loss_is_not_called_one(tmp_path: Path, monkeypatch: pytest.M
     titles: list[str] = []
     monkeypatch.setattr(Axes, "set_title", lambda self, text, **style: titles.append(text))
     silent = replace(record("B", 0.5, 0, 0.8), predicted_loss=None)
-    lines = markdown([DENSE, record("A", 0.5, 0, 0.9), silent]).splitlines()
+    lines = markdown([UNPRUNED, record("A", 0.5, 0, 0.9), silent]).splitlines()
     assert [line for line in lines if line.startswith("| B |")][1] == "| B | - |"
-    assert curves.plot_losses([DENSE, record("A", 0.5, 0, 0.9), silent], tmp_path / "losses.png")
+    assert curves.plot_losses([UNPRUNED, record("A", 0.5, 0, 0.9), silent], tmp_path / "losses.png")
     assert titles == ["no loss predicted by: B"]
-    assert not curves.plot_losses([DENSE, silent], tmp_path / "losses.png")
-    assert " - " in printed([DENSE, silent])
+    assert not curves.plot_losses([UNPRUNED, silent], tmp_path / "losses.png")
+    assert " - " in printed([UNPRUNED, silent])
 
 
 def printed(some: Any) -> str:
@@ -104,16 +106,16 @@ def test_the_console_has_a_line_for_each_pruner_or_for_each_sparsity_of_one() ->
     assert "val_acc at each sparsity" in text
     assert "0.8400" in text
     assert "A damp=1e-08" in text
-    one = printed([DENSE, record("A", 0.5, 0, 0.9), record("A", 0.9, 0, 0.8)])
+    one = printed([UNPRUNED, record("A", 0.5, 0, 0.9), record("A", 0.9, 0, 0.8)])
     assert "One-shot pruning by A" in one
-    assert all(word in one for word in ("dense", "predicted loss", "val_loss", "0.9000", "0.005"))
+    assert all(word in one for word in ("unpruned", "predicted loss", "val_loss", "0.9000", "0.005"))
 
 
 def test_a_report_draws_what_there_is(tmp_path: Path) -> None:
     some = records()
     masks = {"A": torch.tensor([1, 1, 0, 0]).bool(), "B": torch.tensor([1, 0, 1, 0]).bool()}
     some = [replace(r, masks=f"masks/{r.fingerprint}.safetensors" if r.grid is None else "") for r in some]
-    some[0] = DENSE
+    some[0] = UNPRUNED
     for each in some:
         if each.masks:
             save_masks(tmp_path / each.masks, {"net.0.weight": masks[each.pruner]})
@@ -122,7 +124,7 @@ def test_a_report_draws_what_there_is(tmp_path: Path) -> None:
     assert agreement["0.5"] == {"pruners": ["A", "B"], "iou": [[1.0, third], [third, 1.0]]}
     surface = SurfaceRecord(
         pruners=("A", "B"), sparsity=0.5, axis=(0.0, 0.5, 1.0), loss=((1.0, 2.0, 3.0), (2.0, 3.0, 4.0), (3.0, 4.0, 5.0)),
-        corners={"dense": 1.0, "A": 3.0, "B": 3.0}, of=(some[1].fingerprint,),
+        corners={"unpruned": 1.0, "A": 3.0, "B": 3.0}, of=(some[1].fingerprint,),
     )  # fmt: skip
     write_records(tmp_path / "surface.json", [surface])
     block = torch.eye(4) + 0.1
@@ -144,16 +146,16 @@ def test_a_report_draws_what_there_is(tmp_path: Path) -> None:
 def test_flat_surfaces_zero_blocks_and_losses_that_fell_can_be_drawn(tmp_path: Path) -> None:
     flat = SurfaceRecord(
         pruners=("A", "B"), sparsity=0.5, axis=(0.0, 1.0), loss=((1.0, 1.0), (1.0, 1.0)),
-        corners={"dense": 1.0, "A": 1.0, "B": 1.0},
+        corners={"unpruned": 1.0, "A": 1.0, "B": 1.0},
     )  # fmt: skip
     planes.plot_surface(flat, tmp_path / "surface.png")
     planes.plot_surface(replace(flat, loss=((math.nan, math.nan), (math.nan, math.inf))), tmp_path / "surface.png")
     planes.plot_fisher_block({"all": torch.zeros(3, 3)}, tmp_path / "block.png")
-    assert not curves.plot_losses([DENSE, record("A", 0.5, 0, 0.9, loss=-0.1)], tmp_path / "losses.png")
+    assert not curves.plot_losses([UNPRUNED, record("A", 0.5, 0, 0.9, loss=-0.1)], tmp_path / "losses.png")
     assert curves.plot_losses(
-        [DENSE, record("A", 0.5, 0, 0.9, loss=-0.1), record("A", 0.9, 0, 0.9)], tmp_path / "losses.png"
+        [UNPRUNED, record("A", 0.5, 0, 0.9, loss=-0.1), record("A", 0.9, 0, 0.9)], tmp_path / "losses.png"
     )
-    lost = [DENSE, record("A", 0.5, 0, math.nan, loss=math.nan), record("A", 0.9, 0, 0.9, loss=math.inf)]
+    lost = [UNPRUNED, record("A", 0.5, 0, math.nan, loss=math.nan), record("A", 0.9, 0, 0.9, loss=math.inf)]
     assert not curves.plot_losses(lost, tmp_path / "losses.png")
     curves.plot_accuracy(lost, tmp_path / "losses.png")
     assert "| A | 0.9900 | nan | 0.9000 |" in markdown(lost)

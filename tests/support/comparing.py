@@ -11,7 +11,7 @@ import lightning.pytorch as pl
 import pytest
 from torch.utils.data import DataLoader
 
-from lightning_cap.comparison import compare, runner
+from lightning_cap.comparison import compare, measure, runner
 from lightning_cap.comparison.records import ComparisonRecord
 from lightning_cap.pruners import Magnitude
 from lightning_cap.utilities.records import read_records
@@ -61,6 +61,16 @@ def paths(monkeypatch: pytest.MonkeyPatch) -> list[str]:
             lambda self, v, *a, real=real: labels.append(f"{v.label}/{v.seed}") or real(self, v, *a),
         )
     return labels
+
+
+def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Grows by the module's class at every pass over the validation data."""
+    passes: list[str] = []
+    real = measure.evaluate
+    monkeypatch.setattr(
+        measure, "evaluate", lambda trainer, module: passes.append(type(module).__name__) or real(trainer, module)
+    )
+    return passes
 
 
 def results(folder: Path) -> list[ComparisonRecord]:

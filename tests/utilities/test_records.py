@@ -179,7 +179,7 @@ RECORDS: list[Record] = [
     EVENT,
     ExportRecord(format="safetensors", path="a.safetensors", goal=0.5, sparsity=0.5, architecture="", bytes=10),
     CycleRecord(0.5, 3, None, 0.5).with_files(Path("folder")),
-    SurfaceRecord(pruners=("a", "b"), sparsity=0.5, axis=(0.0,), loss=((1.0,),), corners={"dense": 1.0}, of=("f",)),
+    SurfaceRecord(pruners=("a", "b"), sparsity=0.5, axis=(0.0,), loss=((1.0,),), corners={"unpruned": 1.0}, of=("f",)),
     ComparisonRecord(
         pruner="CAP", label="CAP damp=1", grid=GridPoint("damp", 1), seed=0, goal=0.5, sparsity=0.5, sparsities={"w": 0.5},
         metrics={"val_acc": 0.5}, predicted_loss=0.1, loss_increase={"validation": 0.1, "calibration": None},
