@@ -22,6 +22,7 @@ from lightning_cap.sparsity.allocation import Allocation, Global
 from lightning_cap.sparsity.patterns import Unstructured
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities.arguments import require_counts
+from lightning_cap.utilities.decimals import as_written
 from lightning_cap.utilities.progress import Progress
 
 _LARGEST_FLOAT = 0x7F7FFFFF  # bits of the largest finite float32
@@ -150,7 +151,7 @@ class DropAndGrowPath(PruningPath):
         """What the targets of one budget keep: bool ``(len(together), 1)``."""
         alive = self._alive[together]
         masked = len(together) - int(alive.sum())
-        exchanged = int(self._fraction * (len(together) - zeros)) if masked else 0
+        exchanged = int(as_written(self._fraction) * (len(together) - zeros)) if masked else 0
         existing = self._existing()
         most = self._allocation.max_zeros(self._layout.shapes, existing)
         room = {name: most[name] - existing[name] for name in names}

@@ -5,11 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from itertools import pairwise
-from numbers import Integral, Real
 from typing import Any
 
 from lightning_cap.errors import ScheduleError
-from lightning_cap.utilities.arguments import shown
+from lightning_cap.utilities.arguments import require_flag, require_real, require_whole, shown
+from lightning_cap.utilities.decimals import plain_float
+
+_MOST_EVENTS = 10**6
 
 
 class SparsitySchedule(ABC):
@@ -46,26 +48,31 @@ def check_events(
     """Check the events of a schedule and put them in order.
 
     Args:
-        events: Sparsity to reach by epoch.
+        events: Sparsity to reach by epoch. Keys may be strings of digits; one that names an epoch again stands in its place, as
+            ``--...steps.0=0.4`` on a command line does.
         max_epochs: The number of epochs of the run; ``None`` means unlimited.
         allow_decrease: Whether a later sparsity may be lower than an earlier one.
 
     Returns:
-        The same events ordered by epoch, as plain ints and floats.
+        The same events ordered by epoch, as plain ints and floats (`np.float32(0.3)` is 0.3).
 
     Raises:
-        ScheduleError: If there are none, if an epoch or a sparsity is not one, if the sparsity falls although
-            ``allow_decrease`` is not set, or if an event lies beyond the last epoch.
+        ScheduleError: There are none, an epoch or a sparsity is not one, the sparsity falls although
+            ``allow_decrease`` is not set, or an event lies beyond the last epoch.
     """
-    if not events:
-        raise ScheduleError(f"the schedule has no pruning event ({events!r}); give at least one {{epoch: sparsity}}")
-    ordered = dict(
-        sorted(
-            (checked_epoch("epoch", _key(e)), checked_sparsity(f"sparsity at epoch {e}", s)) for e, s in events.items()
-        )
-    )
-    if len(ordered) < len(events):
-        raise ScheduleError(f"the schedule names an epoch twice ({list(events)!r}); give each epoch once")
+    require_max_epochs(max_epochs)
+    require_flag("allow_decrease", allow_decrease)
+    if not isinstance(events, Mapping) or not events:
+        raise ScheduleError(f"events={shown(events)}: give at least one {{epoch: sparsity}}, such as {{0: 0.5}}.")
+    read: dict[int, float] = {}
+    for key, sparsity in events.items():
+        epoch = _key(key)
+        require_epoch("epoch", epoch)
+        require_sparsity(f"sparsity of epoch {epoch}", sparsity)
+        if epoch in read and not isinstance(key, str):
+            raise ScheduleError(f"epoch={epoch}: it is there twice, in {shown(list(events))}. Give each epoch once.")
+        read[int(epoch)] = plain_float(sparsity)
+    ordered = dict(sorted(read.items()))
     steps = list(ordered.items())
     if not allow_decrease:
         for (epoch, sparsity), (later, lower) in pairwise(steps):
@@ -84,37 +91,36 @@ def check_events(
     return ordered
 
 
-def is_int(value: Any) -> bool:
-    """Whether ``value`` is a whole number, and no bool."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
+def require_epoch(name: str, value: object, at_least: int = 0) -> None:
+    """Refuse what is no epoch, or an earlier one than ``at_least``."""
+    require_whole(name, value, at_least=at_least, example=max(20, at_least), error=ScheduleError)
 
 
-def is_real(value: Any) -> bool:
-    """Whether ``value`` is a real number, and no bool."""
-    return isinstance(value, Real) and not isinstance(value, bool)
+def require_sparsity(name: str, value: object) -> None:
+    """Refuse what is no fraction of zeros."""
+    require_real(name, value, "[0, 1)", example=0.5, error=ScheduleError)
+
+
+def require_max_epochs(value: object) -> None:
+    """Refuse what is neither None nor a number of epochs."""
+    if value is not None:
+        require_whole("max_epochs", value, at_least=0, example=100, error=ScheduleError)
+
+
+def every(frequency: int, start: int, end: int) -> range:
+    """The epochs from ``start`` to before ``end``, ``frequency`` apart.
+
+    Raises:
+        ScheduleError: There are more than a million.
+    """
+    epochs = range(start, end, frequency)
+    if (end - start) // frequency > _MOST_EVENTS:
+        raise ScheduleError(
+            f"end={end}: from epoch {start} on every {frequency} epochs, that is more than {_MOST_EVENTS} events. Give fewer."
+        )
+    return epochs
 
 
 def _key(epoch: Any) -> Any:
     """The epoch of a mapping's key; strings of digits are taken, since JSON and YAML keys may be strings."""
     return int(epoch) if isinstance(epoch, str) and epoch.strip().isdecimal() else epoch
-
-
-def checked_epoch(name: str, value: Any) -> int:
-    """An epoch as a plain int."""
-    if not is_int(value) or value < 0:
-        raise ScheduleError(f"{name}={value!r} is not an epoch; give an integer >= 0 (epochs are counted from 0)")
-    return int(value)
-
-
-def checked_sparsity(name: str, value: Any) -> float:
-    """A sparsity as a plain float."""
-    if not is_real(value) or not 0 <= value < 1:
-        raise ScheduleError(f"{name}={shown(value)} is not a sparsity; give the fraction of zeros, 0 <= sparsity < 1")
-    return float(value)
-
-
-def checked_frequency(value: Any) -> int:
-    """A number of epochs between events as a plain int."""
-    if not is_int(value) or value < 1:
-        raise ScheduleError(f"frequency={value!r} is not a number of epochs; give an integer >= 1")
-    return int(value)

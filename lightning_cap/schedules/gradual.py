@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from lightning_cap.errors import ScheduleError
 from lightning_cap.schedules.base import (
     SparsitySchedule,
     check_events,
-    checked_epoch,
-    checked_frequency,
-    checked_sparsity,
-    is_real,
+    every,
+    require_epoch,
+    require_max_epochs,
+    require_sparsity,
 )
+from lightning_cap.utilities.arguments import require_flag, require_real, require_whole, shown
+from lightning_cap.utilities.decimals import plain_float
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,8 @@ class SparsitySteps(SparsitySchedule):
     """Prune to given sparsities at given epochs, as in ``SparsitySteps({0: 0.40, 20: 0.50, 40: 0.60})``.
 
     Args:
-        steps: Sparsity to reach in ``[0, 1)`` by epoch (counted from 0). Keys may be strings of integers, as JSON
-            and some YAML writers give them.
+        steps: Sparsity to reach in ``[0, 1)`` by epoch (counted from 0). Keys may be strings of digits, as JSON, some YAML
+            writers and command lines give them; see `check_events`.
         allow_decrease: Declares that a later sparsity may be lower than an earlier one. A step to 0 lifts all masks; one to
             another lower sparsity brings back the weights of largest mean gradient. Regrown weights start at zero. With
             a step to 0 among them, the others in front of it and behind it are sparse phases, each of which begins without
@@ -32,12 +35,15 @@ class SparsitySteps(SparsitySchedule):
         ScheduleError: If the steps are empty, malformed, or decrease without being allowed to.
     """
 
-    steps: dict[int, float]
+    steps: Mapping[Any, Any]  # of int keys, jsonargparse would make whole numbers: epoch 0 of 0.5, epoch 1 of true
     allow_decrease: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.steps, Mapping):
-            raise ScheduleError(f"steps={self.steps!r} is not a mapping; write {{epoch: sparsity}}, as in {{0: 0.5}}")
+        require_flag("allow_decrease", self.allow_decrease)
+        if not isinstance(self.steps, Mapping) or not self.steps:
+            raise ScheduleError(
+                f"steps={shown(self.steps)}: give the sparsity to reach by epoch, at least one, such as {{0: 0.5, 20: 0.75}}."
+            )
         object.__setattr__(self, "steps", check_events(self.steps, None, allow_decrease=self.allow_decrease))
 
     @property
@@ -79,11 +85,11 @@ class PolynomialSchedule(SparsitySchedule):
 
     def __post_init__(self) -> None:
         _check_rise(self.initial, self.final, self.start_epoch, self.end_epoch, self.frequency)
-        if not (is_real(self.power) and 0 < self.power < float("inf")):
-            raise ScheduleError(f"power={self.power!r} is not a positive number; 3 is cubic, 1 is linear")
+        require_real("power", self.power, "(0, inf)", example=3, error=ScheduleError)
 
     def sparsity_at(self, epoch: int) -> float:
-        """The polynomial at an epoch between ``start_epoch`` and ``end_epoch``."""
+        """The polynomial at an epoch from ``start_epoch`` to ``end_epoch``."""
+        _require_between(epoch, self.start_epoch, self.end_epoch)
         if epoch == self.start_epoch:
             return self.initial
         left = 1 - (epoch - self.start_epoch) / (self.end_epoch - self.start_epoch)
@@ -91,7 +97,7 @@ class PolynomialSchedule(SparsitySchedule):
 
     def events(self, max_epochs: int | None) -> dict[int, float]:
         """The polynomial at every ``frequency`` epochs; see :meth:`SparsitySchedule.events`."""
-        epochs = [*range(self.start_epoch, self.end_epoch, self.frequency), self.end_epoch]
+        epochs = [*every(self.frequency, self.start_epoch, self.end_epoch), self.end_epoch]
         sparsities = {epoch: self.sparsity_at(epoch) for epoch in epochs}
         return check_events({epoch: s for epoch, s in sparsities.items() if s > 0}, max_epochs)
 
@@ -125,7 +131,8 @@ class ExponentialSchedule(SparsitySchedule):
         _check_rise(self.initial, self.final, self.start_epoch, self.end_epoch, self.frequency)
 
     def sparsity_at(self, epoch: int) -> float:
-        """The curve at an epoch between ``start_epoch`` and ``end_epoch``, exact at both."""
+        """The curve at an epoch from ``start_epoch`` to ``end_epoch``, exact at both."""
+        _require_between(epoch, self.start_epoch, self.end_epoch)
         if epoch in (self.start_epoch, self.end_epoch):
             return self.initial if epoch == self.start_epoch else self.final
         done = (epoch - self.start_epoch) / (self.end_epoch - self.start_epoch)
@@ -133,7 +140,7 @@ class ExponentialSchedule(SparsitySchedule):
 
     def events(self, max_epochs: int | None) -> dict[int, float]:
         """The curve at every ``frequency`` epochs; see :meth:`SparsitySchedule.events`."""
-        epochs = [*range(self.start_epoch, self.end_epoch, self.frequency), self.end_epoch]
+        epochs = [*every(self.frequency, self.start_epoch, self.end_epoch), self.end_epoch]
         sparsities = {epoch: self.sparsity_at(epoch) for epoch in epochs}
         return check_events({epoch: s for epoch, s in sparsities.items() if s > 0}, max_epochs)
 
@@ -155,12 +162,13 @@ class OneShot(SparsitySchedule):
     epoch: int | None = 0
 
     def __post_init__(self) -> None:
-        checked_sparsity("sparsity", self.sparsity)
+        require_sparsity("sparsity", self.sparsity)
         if self.epoch is not None:
-            checked_epoch("epoch", self.epoch)
+            require_epoch("epoch", self.epoch)
 
     def events(self, max_epochs: int | None) -> dict[int, float]:
         """The one event, at ``max_epochs`` if ``epoch`` is ``None``; see :meth:`SparsitySchedule.events`."""
+        require_max_epochs(max_epochs)
         if self.epoch is not None:
             return check_events({self.epoch: self.sparsity}, max_epochs)
         if max_epochs is None:
@@ -168,19 +176,27 @@ class OneShot(SparsitySchedule):
                 "epoch=None prunes at the end of training, but the run is unlimited (max_epochs=None); "
                 "give the Trainer max_epochs, or OneShot an epoch"
             )
-        return {max_epochs: float(self.sparsity)}
+        return {int(max_epochs): plain_float(self.sparsity)}
 
 
 def _check_rise(initial: float, final: float, start_epoch: int, end_epoch: int, frequency: int) -> None:
     """Refuse a curve that does not rise from ``initial`` at ``start_epoch`` to ``final`` at a later ``end_epoch``."""
-    if checked_sparsity("initial", initial) > checked_sparsity("final", final) or final == 0:
+    require_sparsity("initial", initial)
+    require_sparsity("final", final)
+    if initial > final or final == 0:
         raise ScheduleError(
-            f"final={final!r} must be above 0 and not below initial={initial!r}; "
-            f"for falling sparsities use SparsitySteps(..., allow_decrease=True)"
+            f"final={final!r}: it must be above 0 and not below initial={initial!r}. For falling sparsities use "
+            "SparsitySteps(..., allow_decrease=True)."
         )
-    if checked_epoch("end_epoch", end_epoch) <= checked_epoch("start_epoch", start_epoch):
+    require_epoch("start_epoch", start_epoch)
+    require_epoch("end_epoch", end_epoch)
+    if end_epoch <= start_epoch:
         raise ScheduleError(
-            f"end_epoch={end_epoch!r} is not after start_epoch={start_epoch!r}; "
-            f"raise end_epoch, or use OneShot to prune once"
+            f"end_epoch={end_epoch!r}: it is not after start_epoch={start_epoch!r}. Raise it, or use OneShot to prune once."
         )
-    checked_frequency(frequency)
+    require_whole("frequency", frequency, example=5, error=ScheduleError)
+    every(frequency, start_epoch, end_epoch)
+
+
+def _require_between(epoch: int, first: int, last: int) -> None:
+    require_whole("epoch", epoch, at_least=first, at_most=last, error=ScheduleError)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from typing import Any
 
@@ -11,6 +10,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from lightning_cap.errors import ConfigError
+from lightning_cap.utilities.arguments import require_instance, require_real, require_whole
+from lightning_cap.utilities.decimals import plain_float
 
 
 class CyclicLinearLR(LRScheduler):
@@ -32,26 +33,28 @@ class CyclicLinearLR(LRScheduler):
         auto_period: Whether the period was left open, so that whoever restarts the cycle should also set it.
 
     Raises:
-        ConfigError: If ``min_lr`` is negative, not finite or above a group's learning rate, or ``period`` is not an
-            integer >= 1.
+        ConfigError: ``optimizer`` is none, ``min_lr`` is negative, not finite or above a group's learning rate, ``period`` is not a
+            whole number of at least 1, or ``last_epoch`` not one of at least -1.
     """
 
     def __init__(
         self, optimizer: Optimizer, min_lr: float = 0.0, period: int | None = None, last_epoch: int = -1
     ) -> None:
-        if not (math.isfinite(min_lr) and min_lr >= 0):
-            raise ConfigError(f"min_lr={min_lr!r} is not a learning rate; give a finite number >= 0")
-        self.min_lr = float(min_lr)
+        require_instance("optimizer", optimizer, Optimizer, "torch.optim.AdamW(model.parameters())")
+        require_real("min_lr", min_lr, "[0, inf)", example=1e-5)
+        _require_period(period)
+        require_whole("last_epoch", last_epoch, at_least=-1)
+        self.min_lr = plain_float(min_lr)
         self.auto_period = period is None
-        self._period = None if period is None else _checked_period(period)
+        self._period = None if period is None else int(period)
         self._cycle_start = 0
         self._warned = False
         super().__init__(optimizer, last_epoch)  # takes the initial step
         lowest = min(float(lr) for lr in self.base_lrs)
         if lowest < self.min_lr:
             raise ConfigError(
-                f"min_lr={min_lr!r} is above the learning rate of a parameter group ({lowest!r}), from which the decay "
-                f"starts; lower min_lr or raise the optimizer's lr"
+                f"min_lr={min_lr!r}: it is above the learning rate of a parameter group ({lowest!r}), from which the decay "
+                "starts. Lower min_lr, or raise the optimizer's lr."
             )
 
     @property
@@ -71,10 +74,11 @@ class CyclicLinearLR(LRScheduler):
             period: The length of the cycles from here on, in calls of :meth:`step`; ``None`` keeps the present one.
 
         Raises:
-            ConfigError: If ``period`` is not an integer >= 1.
+            ConfigError: ``period`` is not a whole number of at least 1.
         """
         if period is not None:
-            self._period = _checked_period(period)
+            _require_period(period)
+            self._period = int(period)
         self._cycle_start = self.last_epoch
         self._write_lrs()
 
@@ -136,7 +140,6 @@ class CyclicLinearLR(LRScheduler):
         self._last_lr = lrs
 
 
-def _checked_period(period: int) -> int:
-    if isinstance(period, bool) or not isinstance(period, int) or period < 1:
-        raise ConfigError(f"period={period!r} is not a number of steps; give an integer >= 1")
-    return period
+def _require_period(period: int | None) -> None:
+    if period is not None:
+        require_whole("period", period, example=1000)

@@ -8,11 +8,12 @@ from lightning_cap.errors import ScheduleError
 from lightning_cap.schedules.base import (
     SparsitySchedule,
     check_events,
-    checked_epoch,
-    checked_frequency,
-    checked_sparsity,
-    is_int,
+    every,
+    require_epoch,
+    require_max_epochs,
+    require_sparsity,
 )
+from lightning_cap.utilities.arguments import require_whole
 
 
 @dataclass(frozen=True)
@@ -42,14 +43,16 @@ class AlternatingSchedule(SparsitySchedule):
     end_epoch: int | None = None
 
     def __post_init__(self) -> None:
-        if checked_sparsity("sparsity", self.sparsity) == 0:
-            raise ScheduleError("sparsity=0 makes the sparse phases dense; give a sparsity above 0")
-        checked_epoch("start_epoch", self.start_epoch)
-        for name, value in (("sparse_epochs", self.sparse_epochs), ("dense_epochs", self.dense_epochs)):
-            if not is_int(value) or value < 1:
-                raise ScheduleError(f"{name}={value!r} is not a number of epochs; give an integer >= 1")
+        require_sparsity("sparsity", self.sparsity)
+        if self.sparsity == 0:
+            raise ScheduleError(
+                f"sparsity={self.sparsity!r}: the sparse phases would be dense. Give a sparsity above 0."
+            )
+        require_epoch("start_epoch", self.start_epoch)
+        require_whole("sparse_epochs", self.sparse_epochs, example=5, error=ScheduleError)
+        require_whole("dense_epochs", self.dense_epochs, example=5, error=ScheduleError)
         if self.end_epoch is not None:
-            checked_epoch("end_epoch", self.end_epoch)
+            require_epoch("end_epoch", self.end_epoch)
             self._check_room(self.end_epoch)
 
     @property
@@ -59,6 +62,7 @@ class AlternatingSchedule(SparsitySchedule):
 
     def events(self, max_epochs: int | None) -> dict[int, float]:
         """``sparsity`` where a sparse phase begins, 0 where a dense one does; see :meth:`SparsitySchedule.events`."""
+        require_max_epochs(max_epochs)
         if self.end_epoch is None and max_epochs is None:
             raise ScheduleError(
                 "end_epoch=None ends the phases shortly before the end of training, but the run is unlimited "
@@ -67,7 +71,7 @@ class AlternatingSchedule(SparsitySchedule):
         end = self.end_epoch if self.end_epoch is not None else (max_epochs or 0) - self.sparse_epochs
         self._check_room(end)
         period = self.sparse_epochs + self.dense_epochs
-        sparse = range(self.start_epoch, end + 1, period)
+        sparse = every(period, self.start_epoch, end + 1)
         dense = {epoch - self.dense_epochs: 0.0 for epoch in sparse[1:]}
         return check_events({**dict.fromkeys(sparse, self.sparsity), **dense}, max_epochs, allow_decrease=True)
 
@@ -75,9 +79,9 @@ class AlternatingSchedule(SparsitySchedule):
         second = self.start_epoch + self.sparse_epochs + self.dense_epochs
         if second > end:
             raise ScheduleError(
-                f"the second sparse phase would begin at epoch {second}, after epoch {end}, where the last one begins at the "
-                f"latest (end_epoch={self.end_epoch!r}); shorten the phases, begin them earlier or raise max_epochs, or use "
-                f"OneShot for a single sparse phase"
+                f"end_epoch={self.end_epoch!r}: the second sparse phase would begin at epoch {second}, after epoch {end}, where "
+                "the last one begins at the latest. Shorten the phases, begin them earlier or raise max_epochs, or use OneShot for "
+                "a single sparse phase."
             )
 
 
@@ -102,20 +106,23 @@ class RepeatedSchedule(SparsitySchedule):
     end_epoch: int | None = None
 
     def __post_init__(self) -> None:
-        checked_sparsity("sparsity", self.sparsity)
-        checked_frequency(self.frequency)
-        checked_epoch("start_epoch", self.start_epoch)
-        if self.end_epoch is not None and checked_epoch("end_epoch", self.end_epoch) < self.start_epoch:
-            raise ScheduleError(
-                f"end_epoch={self.end_epoch!r} is before start_epoch={self.start_epoch!r}; raise end_epoch, or begin earlier"
-            )
+        require_sparsity("sparsity", self.sparsity)
+        require_whole("frequency", self.frequency, example=5, error=ScheduleError)
+        require_epoch("start_epoch", self.start_epoch)
+        if self.end_epoch is not None:
+            require_epoch("end_epoch", self.end_epoch)
+            if self.end_epoch < self.start_epoch:
+                raise ScheduleError(
+                    f"end_epoch={self.end_epoch!r}: it is before start_epoch={self.start_epoch!r}. Raise it, or begin earlier."
+                )
 
     def events(self, max_epochs: int | None) -> dict[int, float]:
         """Every ``frequency`` epochs; see :meth:`SparsitySchedule.events`."""
+        require_max_epochs(max_epochs)
         if self.end_epoch is None and max_epochs is None:
             raise ScheduleError(
                 "end_epoch=None is three quarters of the run, but the run is unlimited (max_epochs=None); give "
                 "RepeatedSchedule an end_epoch, or the Trainer max_epochs"
             )
         end = self.end_epoch if self.end_epoch is not None else max(self.start_epoch, 3 * (max_epochs or 0) // 4)
-        return check_events(dict.fromkeys(range(self.start_epoch, end + 1, self.frequency), self.sparsity), max_epochs)
+        return check_events(dict.fromkeys(every(self.frequency, self.start_epoch, end + 1), self.sparsity), max_epochs)

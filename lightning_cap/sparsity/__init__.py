@@ -2,6 +2,7 @@
 
 from lightning_cap.sparsity.allocation import ERK, Allocation, Global, PerTarget, Uniform
 from lightning_cap.sparsity.cost import Cost, Parameters
+from lightning_cap.sparsity.ends import Ends, find_ends
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.patterns import BlockOf, NofM, OutputRows, Pattern, Unstructured, check_pattern
 from lightning_cap.sparsity.targets import Targets
@@ -11,6 +12,7 @@ __all__ = [
     "Allocation",
     "BlockOf",
     "Cost",
+    "Ends",
     "Global",
     "MaskSet",
     "NofM",
@@ -22,4 +24,5 @@ __all__ = [
     "Uniform",
     "Unstructured",
     "check_pattern",
+    "find_ends",
 ]

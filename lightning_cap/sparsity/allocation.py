@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from lightning_cap.errors import ConfigError
-from lightning_cap.sparsity.cost import Shapes, budget_of
+from lightning_cap.sparsity.cost import Shapes
+from lightning_cap.utilities.decimals import as_written, round_share
 
 #: ``[(target names, zeros for them together, existing ones included)]``.
 Budgets = list[tuple[list[str], int]]
@@ -53,7 +54,7 @@ class Allocation(ABC):
     def max_zeros(self, shapes: Shapes, existing: Mapping[str, int]) -> dict[str, int]:
         """How many zeros each target may have, by its floor."""
         sizes = {name: math.prod(shape) for name, shape in shapes.items()}
-        floor = Fraction(str(self.min_density))  # as it was written: 0.05 of 1,000 weights is 50, not a rounding above
+        floor = as_written(self.min_density)  # 0.05 of 1,000 weights is 50, not a rounding above
         kept = {name: math.ceil(floor * size) for name, size in sizes.items()}
         return {name: max(existing[name], size - kept[name]) for name, size in sizes.items()}
 
@@ -164,7 +165,7 @@ class PerTarget(Allocation):
         self.check(shapes)
         sizes = {name: math.prod(shape) for name, shape in shapes.items()}
         given = {name: self._given(name) for name in shapes}
-        named = {n: max(existing[n], budget_of(s, sizes[n])) for n, s in given.items() if s is not None}
+        named = {n: max(existing[n], round_share(s, sizes[n])) for n, s in given.items() if s is not None}
         others = {n: shape for n, shape in shapes.items() if n not in named}
         rest = zeros - sum(named.values())
         if not others and abs(rest) <= 0.005 * sum(sizes.values()):

@@ -6,6 +6,8 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
+from lightning_cap.utilities.decimals import round_share
+
 Shapes = Mapping[str, tuple[int, ...]]
 
 
@@ -25,8 +27,8 @@ class Cost(ABC):
         return sum(price * zeros[name] for name, price in self.prices(shapes).items())
 
     def budget(self, goal: float, total: int) -> int:
-        """What a goal saves of a total: exactly ``floor(goal · total + 0.5)``."""
-        return budget_of(goal, total)
+        """What a goal saves of a total: exactly ``floor(goal · total + 0.5)``, of the goal as its decimals are written."""
+        return round_share(goal, total)
 
     def is_exceeded(self, goal: float, saved: int, total: int) -> bool:
         """Whether more is saved already than the goal asks for, so that there is nothing left to prune."""
@@ -39,11 +41,6 @@ class Parameters(Cost):
     def prices(self, shapes: Shapes) -> dict[str, int]:
         """1 for each target."""
         return dict.fromkeys(shapes, 1)
-
-
-def budget_of(goal: float, total: int) -> int:
-    """The whole number that a share of a total means: ``floor(goal · total + 0.5)``."""
-    return int(goal * total + 0.5)
 
 
 def steps_to(goal: float, start: float, num_steps: int) -> list[float]:

@@ -173,21 +173,21 @@ def require_instance(
     raise error(f"{name}={shown(value)}: give {_a(wanted)}{_such_as(example, quote=False)}.")
 
 
-def require_names(name: str, value: object, example: str = "*.attn.qkv.weight") -> None:
+def require_names(
+    name: str, value: object, example: str = "*.attn.qkv.weight", error: type[ConfigError] = ConfigError
+) -> None:
     """Refuse what is neither None nor a list of strings. A single string is a mistake: it would be taken letter by letter.
 
     Raises:
-        ConfigError: It is something else, or empty.
+        ConfigError: It is something else, or empty (or ``error``).
     """
     if value is None:
         return
     if isinstance(value, str) or not isinstance(value, Sequence):
-        raise ConfigError(
-            f"{name}={shown(value)}: give a list of names or globs, such as {name}=[{example!r}], or None."
-        )
+        raise error(f"{name}={shown(value)}: give a list of names or globs, such as {name}=[{example!r}], or None.")
     for entry in value:
         if not isinstance(entry, str) or not entry:
-            raise ConfigError(
+            raise error(
                 f"{name}={shown(value)}: {shown(entry)} is no name. Give a list of names or globs, such as {name}=[{example!r}]."
             )
 

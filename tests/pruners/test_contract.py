@@ -5,9 +5,11 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Iterator
+from fractions import Fraction
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -19,6 +21,7 @@ from lightning_cap.sparsity.targets import Targets
 from tests.support.problems import MIXED, Rows, gradient_rows, random_masks, random_targets, same_result
 from tests.support.pruners import CASES, Case, select
 
+HALF = Fraction(1, 2)
 SPARSITIES = [0.0, 0.1, 0.33, 0.5, 0.75, 0.9, 0.99]
 
 
@@ -72,7 +75,7 @@ def test_counts_are_exact(case: Case, targets: Targets, rows: Rows) -> None:
     path = case.path(targets, rows)
     assert path.sparsity == 0
     for sparsity in SPARSITIES:
-        _check(path.at(sparsity), targets, math.floor(sparsity * targets.numel + 0.5), case.signed)
+        _check(path.at(sparsity), targets, math.floor(Fraction(str(sparsity)) * targets.numel + HALF), case.signed)
 
 
 def test_nothing_but_a_loss_is_called_one(case: Case, targets: Targets, rows: Rows) -> None:
@@ -81,13 +84,25 @@ def test_nothing_but_a_loss_is_called_one(case: Case, targets: Targets, rows: Ro
         assert result.predicted_loss == (result.saliency if case.predicts_loss else None)
 
 
+def test_decimals_are_taken_as_they_are_written(case: Case) -> None:
+    """``0.29 * 50`` is 14.499999999999998, and 0.29 of 50 weights are 15."""
+    targets = random_targets({"w": (5, 10)})
+    path = case.path(targets, gradient_rows(targets, 12))
+    assert [_zeros(path.at(sparsity)) for sparsity in (0.29, 0.57, np.float32(0.29), np.float64(0.57))] == [
+        15,
+        29,
+        15,
+        29,
+    ]
+
+
 def test_masked_stays_masked(lasting: Case, targets: Targets, rows: Rows) -> None:
     masks = random_masks(targets, 0.2)
     path = lasting.path(targets, rows, masks)
     low = sum(int((~m).sum()) for m in masks.values())
     assert path.sparsity == pytest.approx(low / targets.numel)
     for sparsity in SPARSITIES:
-        zeros = math.floor(sparsity * targets.numel + 0.5)
+        zeros = math.floor(Fraction(str(sparsity)) * targets.numel + HALF)
         if zeros < low:
             continue
         result = path.at(sparsity)
@@ -231,7 +246,12 @@ def test_sparsity_outside_is_refused(case: Case, targets: Targets, rows: Rows, s
 
 @pytest.mark.parametrize("sparsity", [0.995, 0.999, 1 - 1e-9])
 def test_to_the_last_weight(case: Case, targets: Targets, rows: Rows, sparsity: float) -> None:
-    _check(case.path(targets, rows).at(sparsity), targets, math.floor(sparsity * targets.numel + 0.5), case.signed)
+    _check(
+        case.path(targets, rows).at(sparsity),
+        targets,
+        math.floor(Fraction(str(sparsity)) * targets.numel + HALF),
+        case.signed,
+    )
 
 
 def test_one_target_of_one_weight(case: Case) -> None:

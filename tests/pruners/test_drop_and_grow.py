@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def oracle(
 ) -> tuple[np.ndarray, np.ndarray]:
     """One update of one budget in float64: new weights and mask, all flat; ``gradients`` (n, d)."""
     d, masked = len(weights), int((~alive).sum())
-    exchanged = math.floor(fraction * (d - zeros)) if masked else 0
+    exchanged = math.floor(Fraction(str(fraction)) * (d - zeros)) if masked else 0
     mask, weights = alive.copy(), np.where(alive, weights, 0.0)
     for i in np.argsort(np.abs(weights), kind="stable"):  # drop
         if (~mask).sum() >= zeros + exchanged:

@@ -2,12 +2,22 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 import yaml
 from jsonargparse import ArgumentParser
 
 from lightning_cap.errors import ScheduleError
-from lightning_cap.schedules import OneShot, PolynomialSchedule, SparsitySchedule, SparsitySteps, check_events
+from lightning_cap.schedules import (
+    AlternatingSchedule,
+    ExponentialSchedule,
+    OneShot,
+    PolynomialSchedule,
+    RepeatedSchedule,
+    SparsitySchedule,
+    SparsitySteps,
+    check_events,
+)
 
 
 def test_steps_come_in_order() -> None:
@@ -32,7 +42,7 @@ def test_steps_take_string_keys() -> None:
 
 @pytest.mark.parametrize("key", ["a", "1.5", "-1", "", 1.5, -1, True, None])
 def test_steps_refuse_bad_epochs(key: object) -> None:
-    with pytest.raises(ScheduleError, match=r"epoch=.*integer >= 0"):
+    with pytest.raises(ScheduleError, match=r"^epoch=.*: give a whole number of at least 0, such as 20\."):
         SparsitySteps({key: 0.5})  # type: ignore[dict-item]
 
 
@@ -44,13 +54,17 @@ def test_sparsity_outside_the_range_is_refused(sparsity: object) -> None:
         lambda: PolynomialSchedule(sparsity, 0, 4),  # type: ignore[arg-type]
         lambda: PolynomialSchedule(0.9, 0, 4, initial=sparsity),  # type: ignore[arg-type]
     ):
-        with pytest.raises(ScheduleError, match=r"is not a sparsity; give the fraction of zeros, 0 <= sparsity < 1"):
+        with pytest.raises(ScheduleError, match=r"=.*: give a number in \[0, 1\), such as 0\.5\."):
             make()
 
 
 @pytest.mark.parametrize(
     ("steps", "words"),
-    [({}, "no pruning event"), ({"1": 0.5, 1: 0.5}, "twice"), ([0.5], "not a mapping")],
+    [
+        ({}, r"steps=\{\}: give the sparsity"),
+        ({"1": 0.5, 1: 0.5}, "twice"),
+        ([0.5], r"steps=\[0\.5\]: give the sparsity"),
+    ],
 )
 def test_steps_refuse_malformed_mappings(steps: object, words: str) -> None:
     with pytest.raises(ScheduleError, match=words):
@@ -94,10 +108,10 @@ def test_polynomial_with_a_frequency_beyond_the_end() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"end_epoch": 2}, "end_epoch=2 is not after start_epoch=2"),
-        ({"start_epoch": -1}, "start_epoch=-1 is not an epoch"),
-        ({"start_epoch": "1"}, "start_epoch='1' is not an epoch"),
-        ({"end_epoch": 4.0}, r"end_epoch=4\.0 is not an epoch"),
+        ({"end_epoch": 2}, "end_epoch=2: it is not after start_epoch=2"),
+        ({"start_epoch": -1}, "start_epoch=-1: give a whole number"),
+        ({"start_epoch": "1"}, "start_epoch='1': give a whole number"),
+        ({"end_epoch": 4.0}, r"end_epoch=4\.0: give a whole number"),
         ({"initial": 0.95}, r"not below initial=0\.95"),
         ({"final": 0.0}, "must be above 0"),
         ({"frequency": 0}, "frequency=0"),
@@ -117,7 +131,7 @@ def test_one_shot() -> None:
     assert OneShot(0.75, epoch=None).events(10) == {10: 0.75}
     with pytest.raises(ScheduleError, match=r"epoch=None prunes at the end of training.*give the Trainer max_epochs"):
         OneShot(0.75, epoch=None).events(None)
-    with pytest.raises(ScheduleError, match="epoch=-3 is not an epoch"):
+    with pytest.raises(ScheduleError, match="epoch=-3: give a whole number"):
         OneShot(0.75, epoch=-3)
 
 
@@ -155,3 +169,52 @@ def test_instantiates_from_yaml(text: str, events: dict[int, float]) -> None:
     for cfg in (config, again):
         instantiate = getattr(parser, "instantiate", parser.instantiate_classes)
         assert instantiate(cfg).schedule.events(3) == pytest.approx(events)
+
+
+def parsed(*arguments: str) -> SparsitySchedule:
+    """The schedule that a command line makes, as jsonargparse reads it."""
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--schedule", type=SparsitySchedule)
+    config = parser.parse_args(["--schedule=SparsitySteps", *arguments])
+    instantiate = getattr(parser, "instantiate", parser.instantiate_classes)
+    schedule = instantiate(config).schedule
+    assert instantiate(parser.parse_string(parser.dump(config))).schedule == schedule  # as a saved config is read back
+    assert isinstance(schedule, SparsitySchedule)
+    return schedule
+
+
+@pytest.mark.parametrize(
+    "steps", ["{0.5: 0.5}", "{0.1: 0.5, 0.2: 0.6}", "{true: 0.5}", "{1.0: 0.5}", "{a: 0.5}", "{null: 0.5}"]
+)
+def test_yaml_cuts_no_epoch_to_a_whole_number(steps: str) -> None:
+    with pytest.raises(ValueError, match="epoch=") as caught:
+        parsed(f"--schedule.steps={steps}")
+    assert "epoch=" in str(caught.value.__cause__ or caught.value)
+
+
+@pytest.mark.parametrize("steps", ["{0: true}", "{1: 0.5, 0: null}", "{0: [0.5]}", "{0: 1.5}", "{0: much}"])
+def test_yaml_makes_no_sparsity_of_what_is_none(steps: str) -> None:
+    with pytest.raises(ValueError, match="sparsity of epoch 0="):
+        parsed(f"--schedule.steps={steps}")
+
+
+def test_command_lines_override_single_epochs() -> None:
+    assert parsed("--schedule.steps={0: 0.5, '3': 0.75}").events(4) == {0: 0.5, 3: 0.75}
+    overridden = parsed("--schedule.steps={0: 0.5, 3: 0.75}", "--schedule.steps.0=0.4", "--schedule.steps.2=0.6")
+    assert overridden.events(4) == {0: 0.4, 2: 0.6, 3: 0.75}
+
+
+def test_sparsities_are_the_decimals_that_were_written() -> None:
+    assert SparsitySteps({np.int64(1): np.float32(0.3)}).events(2) == {1: 0.3}
+    assert OneShot(np.float32(0.3), epoch=None).events(2) == {2: 0.3}
+
+
+def test_a_schedule_of_a_million_events_is_refused_at_once() -> None:
+    for make in (
+        lambda: PolynomialSchedule(0.5, 0, 10**12),
+        lambda: ExponentialSchedule(0.5, 0, 10**12, frequency=10),
+        lambda: RepeatedSchedule(0.5).events(10**12),
+        lambda: AlternatingSchedule(0.5, 0, 1, 1).events(10**12),
+    ):
+        with pytest.raises(ScheduleError, match="more than 1000000 events"):
+            make()

@@ -35,12 +35,12 @@ def test_exponential_leaves_the_empty_start_out_and_ends_at_the_end() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"end_epoch": 2}, "end_epoch=2 is not after start_epoch=2"),
+        ({"end_epoch": 2}, "end_epoch=2: it is not after start_epoch=2"),
         ({"initial": 0.95}, r"not below initial=0\.95"),
         ({"final": 0.0}, "must be above 0"),
-        ({"final": 1.0}, r"final=1\.0 is not a sparsity"),
+        ({"final": 1.0}, r"final=1\.0: give a number in"),
         ({"frequency": 0}, "frequency=0"),
-        ({"start_epoch": -1}, "start_epoch=-1 is not an epoch"),
+        ({"start_epoch": -1}, "start_epoch=-1: give a whole number"),
     ],
 )
 def test_exponential_refuses(arguments: dict[str, float], words: str) -> None:
@@ -69,13 +69,13 @@ def test_phases_end_a_sparse_phase_before_the_run_does() -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ({"sparsity": 0.0}, "sparsity=0 makes the sparse phases dense"),
-        ({"sparsity": 1.0}, r"sparsity=1\.0 is not a sparsity"),
-        ({"start_epoch": -1}, "start_epoch=-1 is not an epoch"),
-        ({"sparse_epochs": 0}, "sparse_epochs=0 is not a number of epochs"),
-        ({"dense_epochs": 1.5}, r"dense_epochs=1\.5 is not a number of epochs"),
+        ({"sparsity": 0.0}, r"sparsity=0\.0: the sparse phases would be dense"),
+        ({"sparsity": 1.0}, r"sparsity=1\.0: give a number in"),
+        ({"start_epoch": -1}, "start_epoch=-1: give a whole number"),
+        ({"sparse_epochs": 0}, "sparse_epochs=0: give a whole number"),
+        ({"dense_epochs": 1.5}, r"dense_epochs=1\.5: give a whole number"),
         ({"end_epoch": 5}, "second sparse phase would begin at epoch 6, after epoch 5"),
-        ({"end_epoch": -5}, "end_epoch=-5 is not an epoch"),
+        ({"end_epoch": -5}, "end_epoch=-5: give a whole number"),
     ],
 )
 def test_alternation_refuses(arguments: dict[str, float], words: str) -> None:
@@ -96,7 +96,7 @@ def test_repeated() -> None:
     assert RepeatedSchedule(0.9, start_epoch=9).events(10) == {9: 0.9}  # three quarters are over by then
     with pytest.raises(ScheduleError, match="end_epoch=None is three quarters"):
         RepeatedSchedule(0.9).events(None)
-    with pytest.raises(ScheduleError, match="end_epoch=2 is before start_epoch=3"):
+    with pytest.raises(ScheduleError, match="end_epoch=2: it is before start_epoch=3"):
         RepeatedSchedule(0.9, start_epoch=3, end_epoch=2)
     for wrong in ({"sparsity": 1.0}, {"frequency": 0}, {"start_epoch": -1}, {"end_epoch": 1.5}):
         with pytest.raises(ScheduleError):

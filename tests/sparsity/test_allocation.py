@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
@@ -15,16 +16,17 @@ from jsonargparse import ArgumentParser
 from lightning_cap.errors import ConfigError
 from lightning_cap.pruners import Magnitude, Pruner
 from lightning_cap.sparsity.allocation import ERK, Allocation, Global, PerTarget, Uniform, apportion
-from lightning_cap.sparsity.cost import budget_of
 from lightning_cap.sparsity.targets import Targets
+from lightning_cap.utilities.decimals import round_share
 from tests.support.pruners import METHODS
 
 
-@pytest.mark.parametrize("numel", [1, 7, 100, 12345, 85_000_001])
-@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.75, 0.9, 0.999])
-def test_budget_is_rounded_half_up(sparsity: float, numel: int) -> None:
-    assert budget_of(sparsity, numel) == math.floor(sparsity * numel + 0.5)
-    assert budget_of(0.5, 5) == 3
+@given(st.decimals(0, "0.99", places=2), st.integers(1, 400))
+def test_named_targets_get_their_share_as_it_is_written(sparsity: Decimal, size: int) -> None:
+    """0.29 of 50 are 15, though ``0.29 * 50`` is 14.499999999999998."""
+    share = math.floor(Fraction(sparsity) * size + Fraction(1, 2))
+    budgets = PerTarget({"a": float(sparsity)}).budgets({"a": (size,), "b": (10,)}, {"a": 0, "b": 0}, share)
+    assert budgets[0] == (["a"], share)
 
 
 TARGETS = st.lists(
@@ -93,7 +95,7 @@ def _feasible(allocation: Allocation, shapes: Any, existing: dict[str, int], zer
     if not isinstance(allocation, PerTarget):
         return zeros <= sum(most.values())
     size = math.prod(shapes["t0"])
-    rest = zeros - max(existing["t0"], budget_of(0.5, size))
+    rest = zeros - max(existing["t0"], round_share(0.5, size))
     if len(shapes) == 1:
         return abs(rest) <= 0.005 * size
     return sum(existing.values()) - existing["t0"] <= rest <= sum(most.values()) - most["t0"]
@@ -110,7 +112,7 @@ def test_sequential_floors_and_exact_totals(layers: Any, kind: str, floor: float
         n: min(math.prod(s) - existing[n], math.ceil(Fraction(str(floor)) * math.prod(s))) for n, s in shapes.items()
     }
     for sparsity in sorted(sparsities):
-        zeros = max(budget_of(sparsity, numel), sum(existing.values()))
+        zeros = max(round_share(sparsity, numel), sum(existing.values()))
         if not _feasible(allocation, shapes, existing, zeros):
             with pytest.raises(ConfigError, match=r"leaves room|so the whole can have"):
                 allocation.budgets(shapes, existing, zeros)
@@ -240,7 +242,7 @@ def test_global_with_a_floor_is_the_least_sum_that_keeps_it(
 ) -> None:
     weights = {f"t{i}": torch.tensor([row], dtype=torch.float32) for i, row in enumerate(scores)}
     targets, allocation = Targets(weights), Global(floor)
-    zeros = budget_of(sparsity, targets.numel)
+    zeros = round_share(sparsity, targets.numel)
     kept = [math.ceil(Fraction(str(floor)) * len(row)) for row in scores]
     if zeros > sum(len(row) - keep for row, keep in zip(scores, kept, strict=True)):
         with pytest.raises(ConfigError, match="leaves room for"):

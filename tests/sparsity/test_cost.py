@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import math
+from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lightning_cap.sparsity import Cost, Parameters
-from lightning_cap.sparsity.cost import Shapes, budget_of, steps_to
+from lightning_cap.sparsity.cost import Shapes, steps_to
 
 SHAPES = {"a": (4, 3), "b": (2, 2, 2, 1)}
 
@@ -34,8 +35,9 @@ def test_prices_weigh_the_targets() -> None:
 
 @given(st.floats(0, 0.999), st.integers(1, 10**7))
 def test_a_goal_is_reached_at_its_own_budget_and_exceeded_by_one_more(goal: float, total: int) -> None:
-    cost, budget = Parameters(), budget_of(goal, total)
-    assert budget == math.floor(goal * total + 0.5)
+    cost = Parameters()
+    budget = cost.budget(goal, total)
+    assert budget == math.floor(Fraction(str(goal)) * total + Fraction(1, 2))
     assert not cost.is_exceeded(goal, budget, total)
     assert cost.is_exceeded(goal, budget + 1, total)
 

@@ -1,13 +1,16 @@
 from __future__ import annotations
 
 import fnmatch
+from collections.abc import Callable
 
 import pytest
 import timm
 import torch
+import torch.nn.utils.prune
 from torch import nn
 
 from lightning_cap.errors import TargetError
+from lightning_cap.sparsity.ends import Ends, find_ends
 from lightning_cap.sparsity.targets import Targets, plain_name
 
 VIT = {"img_size": 32, "embed_dim": 16, "depth": 2, "num_heads": 2}
@@ -51,7 +54,7 @@ def test_own_head_on_a_headless_timm_model(tiny_vit: nn.Module) -> None:
 
 def test_default_targets_of_plain_models(tiny_cnn: nn.Module) -> None:
     assert list(Targets.from_model(tiny_cnn)) == ["2.weight", "6.weight"]
-    with pytest.raises(TargetError, match=r"no prunable weight left.*'0\.weight'"):
+    with pytest.raises(TargetError, match=r"no prunable weight left; dense: 0 \(first\), 1 \(last\)"):
         Targets.from_model(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)))
     with pytest.raises(TargetError, match="no prunable weight"):
         Targets.from_model(nn.Sequential(nn.BatchNorm2d(3), nn.ReLU()))
@@ -116,7 +119,7 @@ def test_patterns_that_select_nothing(tiny_vit: nn.Module, argument: str) -> Non
         select(["*.mlp.fc3.weigth"])
     with pytest.raises(TargetError, match=r"matches no parameter"):
         select(["*.QKV.weight"])
-    with pytest.raises(TargetError, match=rf"{argument}='\*' is a string. Give a list.*{argument}=\['\*'\]"):
+    with pytest.raises(TargetError, match=rf"{argument}='\*': give a list of names or globs"):
         select("*")
 
 
@@ -132,13 +135,71 @@ def test_patterns_for_vectors(tiny_vit: nn.Module) -> None:
         Targets.from_model(tiny_vit, include=["head.weight"], exclude=["head.weight"])
 
 
-def test_frozen_targets_are_refused_others_may_be_frozen(tiny_cnn: nn.Module) -> None:
-    tiny_cnn[0].weight.requires_grad_(False)
-    assert len(Targets.from_model(tiny_cnn)) == 2
-    tiny_cnn[6].weight.requires_grad_(False)
-    with pytest.raises(TargetError, match=r"'6\.weight' is frozen.*exclude=\['6\.weight'\]"):
+def test_frozen_layers_are_dense_unless_they_are_named(tiny_cnn: nn.Module) -> None:
+    tiny_cnn[2].weight.requires_grad_(False)
+    targets = Targets.from_model(tiny_cnn)
+    assert list(targets) == ["6.weight"]
+    assert "2 (frozen)" in targets.summary
+    with pytest.raises(TargetError, match=r"'2\.weight' is frozen.*exclude=\['2\.weight'\]"):
+        Targets.from_model(tiny_cnn, include=["2.weight", "6.weight"])
+    tiny_cnn.requires_grad_(False)
+    with pytest.raises(TargetError, match=r"no prunable weight left; dense: 4 frozen \(0, 2, 6, \.\.\.\).*unfreeze"):
         Targets.from_model(tiny_cnn)
-    assert list(Targets.from_model(tiny_cnn, exclude=["6.weight"])) == ["2.weight"]
+
+
+def test_what_is_pruned_is_summed_up(tiny_vit: nn.Module, tiny_cnn: nn.Module) -> None:
+    total = sum(p.numel() for p in tiny_vit.parameters())
+    share = f"{100 * 6144 / total:.1f} % of {total / 1000:.1f} k weights"
+    assert Targets.from_model(tiny_vit).summary == (
+        f"8 targets, {share}; dense: patch_embed.proj (first), head (last); first and last by order of registration: "
+        "no forward pass was run"
+    )
+    ends = Ends(("patch_embed.proj.weight",), ("head.weight",))
+    assert Targets.from_model(tiny_vit, exclude=["*.fc?.weight"], ends=ends).summary == (
+        f"4 targets, {100 * 2048 / total:.1f} % of {total / 1000:.1f} k weights; dense: patch_embed.proj (first), head (last), "
+        "4 excluded (blocks.0.mlp.fc1, blocks.0.mlp.fc2, blocks.1.mlp.fc1, ...)"
+    )
+    chosen = Targets.from_model(tiny_cnn, include=["2.weight", "6.weight"])
+    assert chosen.summary.endswith("; dense: 0 (not in include), 7 (not in include)")
+    assert chosen.ends is None
+    assert Targets({"w": torch.ones(2)}).summary == ""
+
+
+def _spectral(layer: nn.Module) -> nn.Module:
+    return nn.utils.spectral_norm(layer)
+
+
+def _pruned(layer: nn.Module) -> nn.Module:
+    return nn.utils.prune.l1_unstructured(layer, "weight", amount=0.5)
+
+
+@pytest.mark.parametrize(
+    ("change", "by"),
+    [
+        (nn.utils.weight_norm, "weight_norm"),
+        (_spectral, "spectral_norm"),
+        (_pruned, "torch.nn.utils.prune"),
+        (nn.utils.parametrizations.weight_norm, "parametrized by WeightNorm"),
+        (nn.utils.parametrizations.orthogonal, "parametrized by Orthogonal"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_weights_that_are_no_parameters_are_named(
+    tiny_cnn: nn.Module, change: Callable[[nn.Module], nn.Module], by: str
+) -> None:
+    tiny_cnn[6] = change(tiny_cnn[6])
+    x = torch.zeros(1, 3, 8, 8)
+    ends = find_ends(tiny_cnn.eval(), lambda: tiny_cnn(x))
+    assert ends == Ends(("0.weight",), ("7.weight",))  # it is a layer like any other
+    for options in ({}, {"ends": ends}, {"include": ["*"]}, {"exclude": ["0.weight"]}):
+        targets = Targets.from_model(tiny_cnn, **options)  # type: ignore[arg-type]
+        assert "6.weight" not in targets
+        assert f"6 ({by})" in targets.summary
+    assert "6 (excluded)" in Targets.from_model(tiny_cnn, exclude=["6.weight"]).summary
+    with pytest.raises(
+        TargetError, match=rf"'6\.weight' matches only weights that are no parameters, 6 \({by}\). Take that off"
+    ):
+        Targets.from_model(tiny_cnn, include=["6.weight"])
 
 
 def _net_with(a: nn.Parameter, b: nn.Parameter, c: nn.Parameter | None = None) -> nn.Module:

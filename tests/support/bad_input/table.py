@@ -138,7 +138,7 @@ def run_command(folder: str, args: list[str], environment: Mapping[str, str | No
     code: Any = 0
     with contextlib.redirect_stderr(told):
         try:
-            main(args)
+            main()
         except SystemExit as end:
             code = end.code
             if isinstance(code, str):  # what Python does with it

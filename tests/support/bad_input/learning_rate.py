@@ -1,0 +1,38 @@
+"""Bad input to the cyclic learning rate."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_cap import CyclicLinearLR
+from lightning_cap.errors import ConfigError
+from tests.support.bad_input.table import NO_COUNTS, NO_NUMBERS, Line, wrong
+
+
+def optimizer() -> torch.optim.Optimizer:
+    return torch.optim.SGD([nn.Parameter(torch.ones(1))], lr=0.1)
+
+
+def cyclic(**given: Any) -> CyclicLinearLR:
+    """Named as the class, with an optimizer."""
+    return CyclicLinearLR(**{"optimizer": optimizer(), **given})
+
+
+def restart(value: Any) -> Line:
+    def run(_: Path) -> None:
+        CyclicLinearLR(optimizer(), period=3).restart(value)
+
+    return Line(f"CyclicLinearLR.restart({value!r})", run, ConfigError, ("period=", "whole number"))
+
+
+LINES = [
+    *wrong(CyclicLinearLR, "optimizer", None, "adam", [0.1], torch.optim.SGD, nn.Linear(2, 2)),
+    *wrong(cyclic, "min_lr", *NO_NUMBERS, -1.0, 0.2),
+    *wrong(cyclic, "period", *(value for value in NO_COUNTS if value is not None)),
+    *wrong(cyclic, "last_epoch", "0", None, True, 1.0, -2),
+    *(restart(value) for value in ("3", True, 2.5, 0, [3])),
+]
