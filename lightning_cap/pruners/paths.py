@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from typing_extensions import Self
 
-from lightning_cap.errors import ConfigError
+from lightning_cap.errors import ConfigError, UnsupportedError
 from lightning_cap.sparsity.allocation import Allocation
 from lightning_cap.sparsity.block_layout import BlockLayout
 from lightning_cap.sparsity.cost import Cost, Parameters
@@ -72,6 +72,7 @@ class PruningPath(ABC):
 
         Raises:
             PatternError: The sparsity is not in [0, 1) or not one that the pattern gives.
+            UnsupportedError: A reconstructed weight is beyond the range of its target's type.
         """
 
     @abstractmethod
@@ -132,13 +133,24 @@ class PruningPath(ABC):
     def _result(self, weights: Tensor, kept: Tensor, saliency: float, stats: Mapping[str, float]) -> PruneResult:
         unpacked = self._layout.unpack(weights)
         return PruneResult(
-            weights={name: weight.to(self._dtypes[name]) for name, weight in unpacked.items()},
+            weights={name: _cast(name, weight, self._dtypes[name]) for name, weight in unpacked.items()},
             masks=self._layout.unpack(kept),
             saliency=saliency,
             predicted_loss=saliency if self._predicts_loss else None,
             sparsity=1 - int(kept.sum()) / self._numel,
             stats=stats,
         )
+
+
+def _cast(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """A target's new weights in its own type. They are the same on every process, so all refuse alike."""
+    cast = weight.to(dtype)
+    if not bool(torch.isfinite(cast).all()):
+        raise UnsupportedError(
+            f"target {name!r}: a reconstructed weight of {float(weight.abs().max()):.6g} is beyond {torch.finfo(dtype).max:.6g}, the "
+            f"largest number of {dtype}. Nothing is changed. Raise damp, or prune the model in float32 or bfloat16."
+        )
+    return cast
 
 
 def pack_alive(targets: Targets, layout: BlockLayout, masks: Mapping[str, Tensor] | None) -> Tensor:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lightning_cap import pruners
-from lightning_cap.errors import CAPError, ConfigError, GradientError, PatternError
+from lightning_cap.errors import CAPError, ConfigError, GradientError, PatternError, UnsupportedError
 from lightning_cap.pruners import Pruner, PruneResult, PruningPath
 from lightning_cap.sparsity.targets import Targets
 from tests.support.problems import MIXED, Rows, gradient_rows, random_masks, random_targets, same_result
@@ -181,6 +181,17 @@ def test_other_types_of_weights(case: Case, targets: Targets, rows: Rows, dtype:
     if not case.updates:
         half = path.at(0.5)
         assert all(torch.equal(half.weights[n], w * half.masks[n]) for n, w in cast.items())
+
+
+@pytest.mark.parametrize("name", select(updates=True))
+def test_weights_beyond_float16_are_refused_by_name(name: str) -> None:
+    """Correlated weights are merged into one: four of 40,000 into one of 160,000, which would be infinite."""
+    weights = {"small": torch.full((1, 4), 2.0).half(), "large": torch.full((1, 4), 4e4).half()}
+    targets = Targets({n: nn.Parameter(w) for n, w in weights.items()})
+    path = CASES[name].path(targets, [{n: torch.ones(8, 1, 4) for n in weights}])
+    with pytest.raises(UnsupportedError, match=r"'large'.* is beyond 65504, the largest number of torch.float16"):
+        path.at(0.8)
+    assert all(torch.equal(targets[n], w) for n, w in weights.items())
 
 
 def test_float64_weights_keep_their_digits(case: Case, targets: Targets, rows: Rows) -> None:
