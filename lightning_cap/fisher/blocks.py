@@ -41,6 +41,11 @@ class FisherBlocks:
         return len(self._sums)
 
     @property
+    def count(self) -> int:
+        """Gradient rows that they are of, ``N``."""
+        return round(1 / self._scale)
+
+    @property
     def diagonal(self) -> Tensor:
         """``(K, B)``, what tells whether two passes saw the same gradients."""
         return self._sums.diagonal() * self._scale
@@ -271,4 +276,5 @@ class _PackedSums(BlockSums):
 
     def diagonal(self) -> Tensor:
         i = torch.arange(self._block_size, device=self.device)
-        return self.sums[:, i * (i + 3) // 2]
+        diagonal = self.sums[:, i * (i + 3) // 2]
+        return diagonal.flip(-1) if self.device.type == "cpu" else diagonal

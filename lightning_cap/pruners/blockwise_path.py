@@ -14,6 +14,7 @@ from lightning_cap.errors import GradientError
 from lightning_cap.fisher.memory_plan import MemoryPlan
 from lightning_cap.pruners.base import Pruner
 from lightning_cap.pruners.paths import PruneResult, PruningPath, pack_weights
+from lightning_cap.pruners.zero_gradients import check_zeros
 from lightning_cap.solver import Elimination
 from lightning_cap.solver.ranking import at_group_ends, select
 from lightning_cap.sparsity.block_layout import BlockLayout
@@ -33,7 +34,7 @@ class BlockMethod(Pruner):
 
     @abstractmethod
     def read_blocks(self, layout: BlockLayout, plan: MemoryPlan, number: int, gradients: GradientSource) -> Any:
-        """Read the source for this rank's blocks of one pass."""
+        """Read the source for this rank's blocks of one pass, as what has a ``diagonal`` ``(k, B)`` and a ``count`` of samples."""
 
     @abstractmethod
     def order_blocks(
@@ -92,6 +93,7 @@ class BlockwisePath(PruningPath):
         self._closed = False
         self._seen: dict[int, Tensor] = {}  # diagonals of the first time that each group was read
         parts = [Elimination.untouched(0, layout.block_size, pruner.damp, self._alive.device)]
+        found, count = [], 0  # whether anything of a block is not zero, and the samples
         for number, blocks in enumerate(self.plan.groups if sum(self._sizes) else ()):
             fisher = self._fisher(number)
             here = blocks.to(self._alive.device)
@@ -101,8 +103,11 @@ class BlockwisePath(PruningPath):
                         fisher, self._weights[here].float(), self._alive[here], self.plan.chunk, progress
                     )
                 )
+            found.append(((fisher.diagonal != 0).to(here.device) & self._alive[here]).any(-1))
+            count = fisher.count
             self._kept = fisher if self.plan.passes == 1 else None
             del fisher
+        self._check_zeros(torch.cat(found) if found else None, count)
         self.elimination: Elimination = Elimination.joined(parts)
         del parts
         self._scores = pruner.merge_scores(self.elimination.losses)
@@ -128,6 +133,20 @@ class BlockwisePath(PruningPath):
                 "gradients: they differ between two passes over the source, which memory makes necessary. Give a source that "
                 "yields the same rows each time (no shuffling, no new augmentation), or raise max_memory."
             )
+
+    def _check_zeros(self, found: Tensor | None, count: int) -> None:
+        """Refuse gradients that are all zero. Every process must call it, with ``(K_r,)`` bool of its own blocks."""
+        if found is None:  # no process has a weight left to prune
+            return
+        ends = torch.tensor([span.stop for span in self._layout.spans.values()])
+        targets = torch.bucketize(self._own, ends, right=True)
+        own = torch.zeros(len(ends), dtype=torch.int64).index_add_(0, targets, found.cpu().long())
+        alive = torch.stack([self._alive[span].any() for span in self._layout.spans.values()]).tolist()
+        all_ranks = torch.stack(gather_tensors(own.to(self._alive.device))).sum(0).tolist()
+        any_found = {
+            n: n_found > 0 for n, n_found, left in zip(self._layout.spans, all_ranks, alive, strict=True) if left
+        }
+        check_zeros(any_found, count, self._pruner.statistic.unit if self._pruner.statistic else "gradients")
 
     def _gather_stats(self) -> dict[str, float]:
         own = self.elimination

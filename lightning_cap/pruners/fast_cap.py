@@ -16,6 +16,7 @@ from lightning_cap.errors import GradientError
 from lightning_cap.fisher.memory_plan import MemoryPlan
 from lightning_cap.pruners.base import Pruner, in_blocks
 from lightning_cap.pruners.scored import ScoredPath, require_weightwise_pattern
+from lightning_cap.pruners.zero_gradients import check_zeros
 from lightning_cap.solver.damping import require_damp, solve_with_damping
 from lightning_cap.solver.groups import diagonal_groups, group_losses
 from lightning_cap.solver.linalg import spd_inverse
@@ -235,7 +236,7 @@ def shared_blocks(layout: BlockLayout, gradients: GradientSource, device: torch.
         device: Where to add them up.
 
     Raises:
-        GradientError: There is no row, a row is not finite, a target is missing or its rows do not have its shape.
+        GradientError: There is no row, all are zero, a row is not finite, a target is missing or its rows do not have its shape.
     """
     B = layout.block_size
     shapes = {name: (_places(layout, name), shape[0]) for name, shape in layout.shapes.items()}
@@ -262,6 +263,7 @@ def shared_blocks(layout: BlockLayout, gradients: GradientSource, device: torch.
             raise GradientError(
                 f"gradients: those of {name!r} are not finite. Leave such samples out, or scale the loss down."
             )
+    check_zeros({name: bool(trace.any()) for name, trace in traces.items()}, sum(counts), "gradients")
     return {name: SharedFisher(sums[name], traces[name]) for name in shapes}
 
 

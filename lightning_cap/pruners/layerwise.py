@@ -91,8 +91,7 @@ class LayerwiseOBS(Blockwise):
     ) -> SharedBlocks:
         """Add up the Hessians."""
         grams = _sum_up(layout, plan.device, gradients)
-        own = plan.groups[number]
-        return SharedBlocks(layout, grams, own, plan.device)
+        return SharedBlocks(layout, *grams, plan.groups[number], plan.device)
 
     def order_blocks(
         self, fisher: SharedBlocks, weights: Tensor, alive: Tensor, chunk: int, progress: Progress | None
@@ -113,6 +112,7 @@ class SharedBlocks:
     Args:
         layout: With blocks inside output rows.
         hessians: ``{target: (G, I, I)}`` float64, ``I`` in the order of the weight as stored; emptied.
+        count: Samples that they are of.
         own: ``(K_r,)`` indices of this process's blocks.
         device: Where to hand them out.
 
@@ -123,8 +123,10 @@ class SharedBlocks:
 
     triangles = None
 
-    def __init__(self, layout: BlockLayout, hessians: dict[str, Tensor], own: Tensor, device: torch.device) -> None:
-        B = layout.block_size
+    def __init__(
+        self, layout: BlockLayout, hessians: dict[str, Tensor], count: int, own: Tensor, device: torch.device
+    ) -> None:
+        B, self.count = layout.block_size, count
         blocks, places, scales, first = [], [], [], 0
         for name, shape in layout.shapes.items():
             hessian = _ordered(hessians.pop(name), shape, layout.group_size)
@@ -145,6 +147,11 @@ class SharedBlocks:
     def __len__(self) -> int:
         return len(self._places)
 
+    @property
+    def diagonal(self) -> Tensor:
+        """``(K_r, B)``, zero for inputs that are zero in every sample."""
+        return self._blocks.diagonal(dim1=-2, dim2=-1)[self._places]
+
     def __getitem__(self, index: Tensor) -> Tensor:
         """``(k,)`` int64 -> ``(k, B, B)`` float32."""
         taken: Tensor = self._blocks[self._places[index]]
@@ -160,8 +167,8 @@ def _ordered(hessian: Tensor, shape: tuple[int, ...], group_size: int) -> Tensor
     return split.permute(0, 2, 1, 4, 3).reshape(hessian.shape)
 
 
-def _sum_up(layout: BlockLayout, device: torch.device, source: GradientSource) -> dict[str, Tensor]:
-    """``2 X Xᵀ / n`` of every target, ``(G, I, I)`` float64, over all processes."""
+def _sum_up(layout: BlockLayout, device: torch.device, source: GradientSource) -> tuple[dict[str, Tensor], int]:
+    """``2 X Xᵀ / n`` of every target, ``(G, I, I)`` float64, and ``n``, over all processes."""
     sums: dict[str, Tensor] = {}
     count = 0
     with distributed.raise_on_all_ranks("Collecting layer inputs"), reading(source) as chunks:
@@ -183,4 +190,5 @@ def _sum_up(layout: BlockLayout, device: torch.device, source: GradientSource) -
     if min(counts) == 0:  # a process without a batch of its own
         shapes = next(s for s in distributed.gather_objects({n: list(t.shape) for n, t in sums.items()}) if s)
         sums = sums or {n: torch.zeros(shape, dtype=torch.float64, device=device) for n, shape in shapes.items()}
-    return {name: distributed.sum_over_ranks(sums.pop(name)).mul_(2 / sum(counts)) for name in layout.shapes}
+    n = sum(counts)
+    return {name: distributed.sum_over_ranks(sums.pop(name)).mul_(2 / n) for name in layout.shapes}, n

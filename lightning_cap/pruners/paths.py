@@ -147,8 +147,8 @@ def _cast(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
     cast = weight.to(dtype)
     if not bool(torch.isfinite(cast).all()):
         raise UnsupportedError(
-            f"target {name!r}: a reconstructed weight of {float(weight.abs().max()):.6g} is beyond {torch.finfo(dtype).max:.6g}, the "
-            f"largest number of {dtype}. Nothing is changed. Raise damp, or prune the model in float32 or bfloat16."
+            f"target {name!r}: a reconstructed weight of {float(weight.abs().max()):.6g} is beyond {torch.finfo(dtype).max:.6g}, "
+            f"the largest number of {dtype}. Nothing is changed. Raise damp, or prune the model in float32 or bfloat16."
         )
     return cast
 

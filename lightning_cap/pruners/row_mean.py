@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_cap.calibration.sources import GradientSource, check_any_rows, check_rows, reading
+from lightning_cap.pruners.zero_gradients import check_zeros
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities import distributed
 
@@ -30,7 +31,7 @@ class RowMean:
             gradients: Rows; read once.
 
         Raises:
-            GradientError: There is no row, a target is missing, or its rows do not have the weight's shape.
+            GradientError: There is no row, all are zero, a target is missing, or its rows do not have the weight's shape.
         """
         sums = {n: torch.zeros(w.shape, dtype=torch.float64, device=w.device) for n, w in targets.items()}
         count = 0
@@ -42,4 +43,6 @@ class RowMean:
                 count += next(iter(chunk.values())).shape[0]
         counts = distributed.gather_counts(count, targets.device)
         check_any_rows(counts)
-        return {name: distributed.sum_over_ranks(total) / sum(counts) for name, total in sums.items()}
+        means = {name: distributed.sum_over_ranks(total) / sum(counts) for name, total in sums.items()}
+        check_zeros({name: bool(mean.any()) for name, mean in means.items()}, sum(counts), "gradients")
+        return means

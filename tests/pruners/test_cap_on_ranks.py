@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_cap.calibration.batches import CalibrationBatches
 from lightning_cap.calibration.gradients import GradientCollector, rows_at_once
-from lightning_cap.errors import CAPError
+from lightning_cap.errors import CAPError, GradientError
 from lightning_cap.fisher.blocks import EmpiricalFisher
 from lightning_cap.pruners import CAP
 from lightning_cap.sparsity.allocation import Uniform
@@ -87,11 +87,23 @@ def run_cases() -> dict[str, Any]:
             "own": len(path._own),
             "passes": path.plan.passes,
         }
+    out["zero gradients"] = {"everywhere": _told(1.0, ranks=()), "elsewhere": _told(1.0, ranks=(0,))}
     return out
 
 
+def _told(gradient: float, ranks: Sequence[int]) -> str:
+    """The error where only some ranks have gradients that are not zero; empty if there is none."""
+    targets = Targets.from_model(plain_net(), include=["*1.weight", "*3.weight"])
+    value = gradient if distributed.rank() in ranks else 0.0
+    try:
+        CAP(block_size=32).path(targets, [{n: torch.full((2, *w.shape), value) for n, w in targets.items()}])
+    except GradientError as error:
+        return str(error)
+    return ""
+
+
 class _Equal:
-    """Rows of equal gradients, one round after another: every score is the same."""
+    """A row in which all gradients but one are zero: nearly every score is the same."""
 
     def __init__(self, targets: Targets) -> None:
         self.targets = targets
@@ -99,7 +111,10 @@ class _Equal:
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         for weight in self.targets.weights().values():
             weight.fill_(1.0)
-        yield {name: torch.zeros(1, *w.shape) for name, w in self.targets.items()}
+        rows = {name: torch.zeros(1, *w.shape) for name, w in self.targets.items()}
+        for row in rows.values():
+            row[0, 0, 0] = 1e-3
+        yield rows
 
 
 @pytest.fixture(scope="module")
@@ -170,3 +185,12 @@ def test_an_error_on_one_rank_is_raised_on_all(tmp_path: Path, where: str) -> No
     assert "the lights went out" in texts[0]
     assert "rank 1" in texts[0]
     assert texts[1] == "RuntimeError: the lights went out"
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_zero_gradients_on_all_ranks_together_are_refused_on_each(
+    found: dict[int, list[dict[str, Any]]], ranks: int
+) -> None:
+    told = [own["zero gradients"] for own in found[ranks]]
+    assert all(f"all {2 * ranks} are zero" in each["everywhere"] for each in told)
+    assert all(each["elsewhere"] == "" for each in told)

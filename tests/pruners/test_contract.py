@@ -214,11 +214,35 @@ def test_all_zero_target(case: Case, targets: Targets, rows: Rows) -> None:
         assert not result.masks["linear"].any(), "what is zero costs nothing and goes first"
 
 
-def test_zero_gradients(case: Case, targets: Targets, rows: Rows) -> None:
-    path = case.path(targets, [{n: torch.zeros_like(g) for n, g in chunk.items()} for chunk in rows])
+def zeroed(rows: Rows, *names: str) -> Rows:
+    return [{n: torch.zeros_like(g) if n in names else g for n, g in chunk.items()} for chunk in rows]
+
+
+def test_gradients_that_are_all_zero_are_refused(case: Case, targets: Targets, rows: Rows) -> None:
+    masks = random_masks(targets, 0.2) if case.regrows else None  # else it reads nothing
+    if case.reads == "nothing":
+        case.path(targets, zeroed(rows, *targets)).at(0.5)
+        return
+    with pytest.raises(GradientError, match=rf"^{case.reads}: all 40 are zero, .* for all 4 targets\. Check the"):
+        case.path(targets, zeroed(rows, *targets), masks)
+
+
+def test_a_target_without_gradients_is_told(case: Case, targets: Targets, rows: Rows) -> None:
+    masks = {
+        **random_masks(targets, 0.2),
+        "tiny": torch.zeros(MIXED["tiny"], dtype=torch.bool),
+    }  # nothing is left of it
+    some = zeroed(rows, "conv", "tiny")
+    if case.reads == "nothing":
+        case.path(targets, some, masks).at(0.5)
+        return
+    with pytest.warns(
+        UserWarning, match=rf"{case.reads}: all 40 are zero for [12] of [34] targets, first '(conv|tiny)'"
+    ):
+        path = case.path(targets, some, masks)
     result = path.at(0.5)
-    _check(result, targets, math.floor(0.5 * targets.numel + 0.5), case.signed)
-    assert all(torch.equal(result.weights[n], w * result.masks[n]) for n, w in targets.items())
+    kept = result.masks["conv"] & masks["conv"]
+    assert torch.equal(result.weights["conv"], targets["conv"] * kept), "no gradient, no update"
 
 
 def test_more_zeros_than_asked_for_warns_and_changes_nothing(lasting: Case, targets: Targets, rows: Rows) -> None:
