@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as RichProgress
 from torch import Tensor, nn
@@ -18,8 +20,10 @@ from lightning_cap.errors import ConfigError
 from lightning_cap.pruners import CAP, Pruner, PruneResult
 from lightning_cap.pruners.base import refuse_regrowth, refuse_splitting
 from lightning_cap.sparsity.cost import steps_to
+from lightning_cap.sparsity.ends import Ends, Flow, trace
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.targets import Targets
+from lightning_cap.trainer.ends import agree_on_ends
 from lightning_cap.trainer.isolation import preserve_state
 from lightning_cap.utilities.arguments import require_counts
 from lightning_cap.utilities.progress import Progress
@@ -45,7 +49,8 @@ def prune(
         loss_fn: ``loss_fn(model, batch)`` -> scalar, the mean loss of the batch. Call the ``model`` that is passed in.
         sparsity: Zeros over all weights of the targets, in [0, 1).
         pruner: Default: `CAP` with its defaults.
-        include: Globs or names of the weights to prune. Default: see `Targets.from_model`.
+        include: Globs or names of the weights to prune. Default: all Linear, Conv and attention weights but the first layers, the
+            heads (see `find_ends`; the first batch tells them) and depthwise convolutions.
         exclude: Globs or names to leave dense.
         num_recomputations: Prune in so many steps of rising sparsity, with fresh gradients for each.
         progress: Show a progress bar.
@@ -61,7 +66,10 @@ def prune(
     refuse_regrowth(pruner)
     refuse_splitting(pruner, num_recomputations)
     pruner.check_sparsity(sparsity)
-    targets = Targets.from_model(model, include, exclude)
+    candidates = Targets.from_model(model, include, exclude, None if include is not None else Ends())
+    on_device = _OnDevice(batches, candidates.device)
+    targets = candidates if include is not None else _default_targets(model, on_device, loss_fn, exclude)
+    rank_zero_info(f"Pruning {targets.summary}")
     pruner.check(targets)
     if num_recomputations > 1 and not repeatable(batches):
         raise ConfigError(
@@ -73,7 +81,6 @@ def prune(
     before = targets.copies()
     goals = steps_to(sparsity, masks.global_sparsity, num_recomputations)
     pruner.check_goals(targets, masks, goals)
-    on_device = _OnDevice(batches, targets.device)
     saliency = 0.0
     try:
         with _bar(progress) as show, preserve_state(model):
@@ -92,11 +99,33 @@ def prune(
     return replace(result, saliency=saliency, predicted_loss=saliency if pruner.predicts_loss else None)
 
 
+def _default_targets(
+    model: nn.Module, batches: _OnDevice, loss_fn: Callable[[nn.Module, Any], Tensor], exclude: Sequence[str] | None
+) -> Targets:
+    """Those that the forward pass on the first batch tells."""
+
+    def follow() -> Flow | None:
+        batch = batches.first()
+        return None if batch is None else trace(model, lambda: loss_fn(model, batch))
+
+    with preserve_state(model):
+        ends = agree_on_ends(model, follow)
+    return Targets.from_model(model, None, exclude, ends)
+
+
 class _OnDevice:
     """Batches with their tensors moved to a device; re-iterable as its source is."""
 
     def __init__(self, batches: Iterable[Any], device: torch.device) -> None:
         self._batches, self._device = batches, device
+        self._begun: Iterator[Any] | None = None
+
+    def first(self) -> Any:
+        """The first batch, None if there is none. It is not lost: the next iteration begins with it."""
+        batches = iter(self._batches)
+        first = list(itertools.islice(batches, 1))
+        self._begun = itertools.chain(first, batches)
+        return self._moved(first[0]) if first else None
 
     @property
     def repeatable(self) -> bool:
@@ -104,8 +133,12 @@ class _OnDevice:
         return repeatable(self._batches)
 
     def __iter__(self) -> Iterator[Any]:
-        for batch in self._batches:
-            yield pytree.tree_map(lambda leaf: leaf.to(self._device) if isinstance(leaf, Tensor) else leaf, batch)
+        batches, self._begun = self._batches if self._begun is None else self._begun, None
+        for batch in batches:
+            yield self._moved(batch)
+
+    def _moved(self, batch: Any) -> Any:
+        return pytree.tree_map(lambda leaf: leaf.to(self._device) if isinstance(leaf, Tensor) else leaf, batch)
 
 
 @contextlib.contextmanager

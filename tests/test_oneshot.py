@@ -62,13 +62,16 @@ def test_recomputations_and_one_shot_iterators() -> None:
 
 
 def test_zeros_that_cannot_be_placed_are_refused_before_gradients() -> None:
-    def never(model: nn.Module, batch: Any) -> torch.Tensor:
-        raise AssertionError("gradients were collected")
+    seen: list[Any] = []
+
+    def once(model: nn.Module, batch: Any) -> torch.Tensor:
+        seen.append(batch)  # for the first and last layers, and for nothing else
+        return loss(model, batch)
 
     for allocation, steps, goal in ((Global(min_density=0.3), 1, "0.9"), (PerTarget({"4.weight": 0.9}), 3, "0.3")):
         pruner = cap(allocation=allocation)
         with pytest.raises(ConfigError, match=f"^sparsity={goal}: "):
-            prune(Toy().net, data(), never, 0.9, pruner, num_recomputations=steps, progress=False)
+            prune(Toy().net, data(), once, 0.9, pruner, num_recomputations=steps, progress=False)
 
 
 def test_a_pattern_of_one_sparsity_is_not_split() -> None:
@@ -137,3 +140,42 @@ def test_magnitude_needs_no_gradients() -> None:
     net = Toy().net
     prune(net, [], loss, 0.5, Magnitude(), progress=False)
     assert (net[4].weight == 0).float().mean() == 0.5
+
+
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList([nn.Linear(16, 4), nn.Linear(16, 4)])
+        self.body = Toy().net[:-1]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.body(x)
+        return self.heads[0](x) + self.heads[1](x)
+
+
+def test_heads_are_found_by_the_first_batch(caplog: pytest.LogCaptureFixture) -> None:
+    net, batches = TwoHeads(), list(data())
+    masked = [prune(net, b, loss, 0.5, cap(), progress=False).masks for b in (batches, iter(batches))]
+    assert [list(masks) for masks in masked] == [["body.4.weight"]] * 2
+    assert (
+        "Pruning 1 target, 39.5 % of 648 weights; dense: body.0 (first), heads.0 (last), heads.1 (last)" in caplog.text
+    )
+    caplog.clear()
+    prune(net, [], loss, 0.5, Magnitude(), progress=False)
+    assert "by order of registration: there is no batch for a forward pass" in caplog.text
+
+
+def test_the_first_batch_is_not_lost() -> None:
+    read = []
+    for batches in (list(data()), iter(list(data()))):
+        seen: list[int] = []
+        prune(
+            Toy().net,
+            batches,
+            lambda m, b, seen=seen: seen.append(len(b[0])) or loss(m, b),  # type: ignore[misc]
+            0.5,
+            cap(num_gradients=4, samples_per_gradient=16),
+            progress=False,
+        )
+        read.append(seen)
+    assert read == [[16] * 6] * 2  # one for the ends, one to try a gradient, four rows

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
 from lightning_cap.calibration.sources import TimedSource
@@ -28,6 +29,7 @@ from lightning_cap.sparsity.cost import steps_to
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.trainer.calibration import calibrating
+from lightning_cap.trainer.ends import find_module_ends
 from lightning_cap.trainer.evaluation import evaluate
 from lightning_cap.trainer.event import PruningEvent
 from lightning_cap.trainer.progress_bar import event_progress
@@ -51,7 +53,7 @@ class ComparisonRunner:
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, request: Request) -> None:
         self._trainer, self._module, self._request = trainer, module, request
-        self._targets = Targets.from_model(module, request.include, request.exclude)
+        self._targets = _targets(trainer, module, request)
         self._masks = MaskSet(self._targets)
         self._masks.mask_zeros()
         check_targets(request.variants, self._targets, self._masks, request.sparsities)
@@ -242,6 +244,13 @@ class ComparisonRunner:
                 f"surface: the module logs no loss in validation, but only {list(metrics)}. Log one, with 'loss' in its name."
             )
         return lambda: evaluate(self._trainer, self._module, batches)[name]
+
+
+def _targets(trainer: pl.Trainer, module: pl.LightningModule, request: Request) -> Targets:
+    ends = find_module_ends(trainer, module, seed=0) if request.include is None else None
+    targets = Targets.from_model(module, request.include, request.exclude, ends)
+    rank_zero_info(f"Pruning {targets.summary}")
+    return targets
 
 
 def _kind(variant: Variant) -> tuple[type, int | None]:

@@ -20,6 +20,7 @@ from lightning_cap.sparsity.patterns import NofM
 from lightning_cap.utilities.records import read_record
 from tests.support.checkpoints import checkpoint
 from tests.support.comparing import Data, assert_close, collections, comparable, paths, results, run, toy
+from tests.support.distilling import STUDENT_TARGETS, Student
 from tests.support.pruners import METHODS
 from tests.support.toy import Toy, ToyData, cap, trainer
 
@@ -324,3 +325,10 @@ def test_what_is_no_plain_value_can_be_a_grid(tmp_path: Path) -> None:
     assert results(tmp_path) == records
     assert records[2].grid == GridPoint("allocation", str(Uniform()))
     assert "grid-allocation.png" in report(records, tmp_path)
+
+
+def test_a_student_is_compared_without_its_teacher(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO"):
+        records = run(None, {"GM": Magnitude()}, [0.5], module=Student(scheduler=False))
+    assert list(records[1].sparsities) == STUDENT_TARGETS
+    assert "Pruning 1 target, " in caplog.text
