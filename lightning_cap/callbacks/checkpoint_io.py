@@ -10,6 +10,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins import CheckpointIO, TorchCheckpointIO
 
+from lightning_cap.trainer.checkpoints import check_checkpoint
 from lightning_cap.utilities import distributed
 from lightning_cap.utilities.files import atomic
 
@@ -33,6 +34,16 @@ class AtomicCheckpointIO(TorchCheckpointIO):
             return
         with atomic(Path(path)) as temporary:
             _save(checkpoint, temporary)
+
+    def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """Read a checkpoint as Lightning does, once it is known to be one.
+
+        Raises:
+            DataError: It is none, or holds objects that could run code, unless ``weights_only=False`` says that it is trusted.
+        """
+        if kwargs.get("weights_only") is not False:
+            check_checkpoint(path)
+        return super().load_checkpoint(path, *args, **kwargs)
 
 
 def _save(checkpoint: dict[str, Any], path: Path) -> None:

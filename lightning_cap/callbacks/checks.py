@@ -2,40 +2,124 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
-from pathlib import Path
+from typing import TYPE_CHECKING
 
 import lightning.pytorch as pl
+from lightning.pytorch.callbacks import ModelPruning
 from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 
 from lightning_cap.callbacks.run import is_dry
+from lightning_cap.callbacks.run_files import RunFiles, checkpoint_dir
 from lightning_cap.errors import ConfigError, ScheduleError, UnsupportedError
 from lightning_cap.export.records import EXPORTS, ExportRecord
 from lightning_cap.pruners import Pruner
 from lightning_cap.pruners.base import refuse_splitting
 from lightning_cap.schedules import SparsitySchedule
-from lightning_cap.trainer.records import EVENTS, EventRecord
+from lightning_cap.trainer.records import EventRecord
 from lightning_cap.utilities import distributed
+from lightning_cap.utilities.arguments import (
+    require_choice,
+    require_counts,
+    require_flag,
+    require_instance,
+    require_names,
+    require_path,
+    require_real,
+    require_text,
+    require_whole,
+)
+from lightning_cap.utilities.files import require_writable
 from lightning_cap.utilities.records import known_records
+
+if TYPE_CHECKING:
+    from lightning_cap.callbacks.pruning import CAPPruningCallback
 
 _FAR = 10**5  # an epoch after the end of any schedule
 
 
-def check_settings(num_recomputations: int, save: str, monitor: str | None, mode: str, seed: int) -> None:
+def check_settings(callback: CAPPruningCallback) -> None:
     """Refuse arguments of `CAPPruningCallback` that cannot work in any run.
 
     Raises:
         ConfigError: One is out of range.
     """
-    if num_recomputations < 1:
-        raise ConfigError(f"num_recomputations={num_recomputations}: give a whole number of at least 1.")
-    if save in ("best", "both") and monitor is None:
-        raise ConfigError(f"save={save!r} needs monitor=..., the name of a logged metric such as 'val/acc'.")
-    for name, value, choices in (("save", save, ("last", "best", "both", "none")), ("mode", mode, ("min", "max"))):
-        if value not in choices:
-            raise ConfigError(f"{name}={value!r}: choose one of {choices}.")
-    if seed < 0:
-        raise ConfigError(f"seed={seed}: give a whole number of at least 0.")
+    c = callback
+    require_instance("schedule", c.schedule, SparsitySchedule, "{0: 0.4, 20: 0.5} or SparsitySteps({0: 0.4})")
+    require_instance("pruner", c.pruner, Pruner, "CAP()")
+    require_names("include", c.include)
+    require_names("exclude", c.exclude, "*.mlp.fc1.weight")
+    require_counts(num_recomputations=c.num_recomputations)
+    require_flag("existing_zeros", c.existing_zeros)
+    require_choice("save", c.save, ("last", "best", "both", "none"))
+    if c.save_sparsities is not None:
+        require_instance("save_sparsities", c.save_sparsities, (list, tuple), "[0.5, 0.75]")
+        for sparsity in c.save_sparsities:
+            require_real("save_sparsities", sparsity, "[0, 1)", 0.5)
+    require_path("dirpath", c.dirpath, "runs/pruned", optional=True)
+    require_text("monitor", c.monitor, "val/acc", optional=True)
+    require_choice("mode", c.mode, ("min", "max"))
+    require_flag("evaluate", c.evaluate)
+    require_whole("seed", c.seed, at_least=0, at_most=2**63 - 1, example=0)
+    if c.save in ("best", "both") and c.monitor is None:
+        raise ConfigError(f"save={c.save!r} needs monitor=..., the name of a logged metric such as 'val/acc'.")
+
+
+def refuse_other_pruning(trainer: pl.Trainer) -> None:
+    """Refuse other callbacks that set weights to zero in their own way.
+
+    Raises:
+        UnsupportedError: Lightning's `ModelPruning` is among the callbacks.
+    """
+    names = [type(callback).__name__ for callback in trainer.callbacks if isinstance(callback, ModelPruning)]  # type: ignore[attr-defined]
+    if names:
+        raise UnsupportedError(
+            f"callbacks: {names[0]} prunes the same weights as CAPPruningCallback, and neither knows of the other's zeros. "
+            "Remove one; CAPPruningCallback(pruner=Magnitude()) prunes by magnitude."
+        )
+
+
+def refuse_unwritable(trainer: pl.Trainer, dirpath: str | None) -> None:
+    """Refuse a folder for checkpoints that cannot be written to. Call it on every rank.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    folder = checkpoint_dir(trainer, dirpath)
+    with distributed.raise_on_all_ranks("Looking at the folder for checkpoints"):
+        if "://" in str(dirpath if dirpath is not None else trainer.default_root_dir):
+            raise ConfigError(f"dirpath={dirpath!r}: give a local folder; {str(folder)!r} is an address.")
+        if trainer.is_global_zero:
+            require_writable("dirpath", dirpath, folder)
+
+
+def refuse_best_of_none(trainer: pl.Trainer, save: str) -> None:
+    """Refuse to save the best epoch where nothing is validated.
+
+    Raises:
+        ConfigError: Nothing is.
+    """
+    if save in ("best", "both") and not (trainer.enable_validation or is_dry(trainer)):
+        raise ConfigError(
+            f"save={save!r}: nothing is validated (limit_val_batches={trainer.limit_val_batches}, or no validation_step), so "
+            "no epoch is the best. Validate, or use save='last'."
+        )
+
+
+def refuse_unlogged(trainer: pl.Trainer, monitor: str | None) -> None:
+    """Refuse a metric that validation, which has just ended, did not log.
+
+    Raises:
+        ConfigError: It did not; those that it did are listed.
+    """
+    logged = trainer.callback_metrics
+    if monitor is not None and monitor not in logged:
+        near = difflib.get_close_matches(monitor, list(logged), n=1)
+        hint = f"Did you mean {near[0]!r}? " if near else ""
+        raise ConfigError(
+            f"monitor={monitor!r} was not logged in validation. {hint}Logged are {sorted(logged)}; name one of those."
+        )
 
 
 def refuse_sharding(trainer: pl.Trainer) -> None:
@@ -65,20 +149,20 @@ def refuse_manual(module: pl.LightningModule, pruners: Sequence[Pruner]) -> None
         )
 
 
-def refuse_foreign_records(trainer: pl.Trainer, folder: Path | None) -> None:
-    """Refuse a folder whose files of records hold something else, which would end the run at its first event.
+def refuse_foreign_records(trainer: pl.Trainer, files: RunFiles | None) -> None:
+    """Refuse files of records that hold something else, which would end the run at its first event.
 
     Args:
         trainer: Rank 0 reads the files; every rank must call this.
-        folder: Where ``events.jsonl`` and ``exports.jsonl`` go, None for nowhere.
+        files: Those of the run, None for none.
 
     Raises:
         DataError: They do.
     """
     with distributed.raise_on_all_ranks("Reading the records of earlier runs"):
-        if trainer.is_global_zero and folder is not None:
-            known_records(folder / EVENTS, EventRecord)
-            known_records(folder / EXPORTS, ExportRecord)
+        if trainer.is_global_zero and files is not None:
+            known_records(files.events, EventRecord)
+            known_records(files.folder / EXPORTS, ExportRecord)
 
 
 def resolve_events(

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import lightning.pytorch as pl
+import torch
 
 from lightning_cap.callbacks.checkpoint_io import save_checkpoint
-from lightning_cap.export.safetensors import save_weights, sparsity_stem
+from lightning_cap.callbacks.run_files import RunFiles
+from lightning_cap.export.safetensors import save_weights
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.trainer.compat import averaged_models
 from lightning_cap.utilities import distributed
@@ -43,11 +45,11 @@ class Cycle:
 
 @dataclass(frozen=True)
 class CycleRecord(Record):
-    """A line of the final table: the dense model, or the end or the best epoch of a cycle.
+    """A line of the final table: the model before the first event, or the end or the best epoch of a cycle.
 
     Attributes:
-        goal: Sparsity that was asked for, 0 for the dense model.
-        epoch: Whose weights they are, from 0.
+        goal: Sparsity that was asked for, 0 for the model before the first event.
+        epochs: Trained when the weights were so; an event at the start of epoch 3 finds 3 of them.
         value: Of the monitored metric, None if it is not known.
         sparsity: Measured: zeros over all weights of the targets.
         best: Whether this is the best epoch of the cycle instead of its end.
@@ -56,34 +58,28 @@ class CycleRecord(Record):
     """
 
     kind: ClassVar[str] = "cycle"
-    version: ClassVar[int] = 1
+    version: ClassVar[int] = 2
 
     goal: float
-    epoch: int
+    epochs: int
     value: float | None
     sparsity: float
     best: bool = False
     checkpoint: str = ""
     weights: str = ""
 
-    def with_files(self, folder: Path) -> CycleRecord:
-        """The same, with the names of its files in a folder."""
-        stem = folder / (sparsity_stem(self.goal) + ("-best" if self.best else ""))
-        return replace(self, checkpoint=f"{stem}.ckpt", weights=f"{stem}.safetensors")
-
-
-def checkpoint_dir(trainer: pl.Trainer, dirpath: str | None) -> Path:
-    """``dirpath``, or ``checkpoints`` in the logger's folder, or in ``default_root_dir``. Call it on every rank."""
-    if dirpath is not None:
-        return Path(dirpath)
-    return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
+    def with_files(self, files: RunFiles) -> CycleRecord:
+        """The same, with the names of its files."""
+        checkpoint, weights = files.of_cycle(self.goal, self.best)
+        return replace(self, checkpoint=str(checkpoint), weights=str(weights))
 
 
 def monitored(metrics: Mapping[str, Any], monitor: str | None) -> tuple[str | None, float | None]:
-    """Name and value of the monitored metric; ``monitor=None`` takes the logged validation accuracy, if there is one."""
+    """Name and value of the monitored metric; ``monitor=None`` takes the validation accuracy, or else the validation loss."""
     if monitor is None:
-        names = [name for name in metrics if "val" in name.lower() and "acc" in name.lower()]
-        monitor = min(names, key=len, default=None)
+        validated = [name for name in metrics if "val" in name.lower()]
+        for kind in ("acc", "loss"):
+            monitor = monitor or min((name for name in validated if kind in name.lower()), key=len, default=None)
     if monitor is None or monitor not in metrics:
         return monitor, None
     return monitor, float(metrics[monitor])
@@ -100,3 +96,17 @@ def save_cycle(trainer: pl.Trainer, module: pl.LightningModule, targets: Targets
             model = getattr(averages[0], "module", averages[0]) if averages else module
             save_weights(model, targets, Path(record.weights), sparsity=record.sparsity, goal=record.goal)
     save_checkpoint(trainer, record.checkpoint)
+
+
+def save_missing(module: pl.LightningModule, targets: Targets, history: Iterable[CycleRecord]) -> None:
+    """Write the plain weights that are not there, of checkpoints that are. Call it on every rank, before training goes on."""
+    with distributed.raise_on_all_ranks("Writing the plain weights that are missing"):
+        for record in history if distributed.rank() == 0 else ():
+            if record.weights and not Path(record.weights).exists() and Path(record.checkpoint).exists():
+                saved = torch.load(record.checkpoint, map_location="cpu", weights_only=True)["state_dict"]
+                now = {name: value.clone() for name, value in module.state_dict().items()}
+                module.load_state_dict(saved)
+                try:
+                    save_weights(module, targets, Path(record.weights), sparsity=record.sparsity, goal=record.goal)
+                finally:
+                    module.load_state_dict(now)

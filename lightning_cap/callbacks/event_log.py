@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_cap.callbacks.run_files import RunFiles
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.trainer.event import EventReport
 from lightning_cap.trainer.records import EVENTS, EventRecord
@@ -51,7 +51,7 @@ def event_record(
     )
 
 
-def log_event(trainer: pl.Trainer, record: EventRecord, shown: str | None, folder: Path | None) -> None:
+def log_event(trainer: pl.Trainer, record: EventRecord, shown: str | None, files: RunFiles | None) -> None:
     """Log an event to every logger as ``cap/...``, to ``events.jsonl`` and, in one line, to the console.
 
     Records in the file whose epoch is as high or higher are those of a run that was stopped after it and has gone back to a
@@ -61,13 +61,13 @@ def log_event(trainer: pl.Trainer, record: EventRecord, shown: str | None, folde
         trainer: Whose loggers are told.
         record: What the event did.
         shown: The metric that the console line tells.
-        folder: Where ``events.jsonl`` is, None to write none.
+        files: Those of the run, None to write none.
     """
     for logger in trainer.loggers:
         logger.log_metrics(record.logged(), step=trainer.global_step)
     with distributed.raise_on_all_ranks(f"Writing {EVENTS}"):
-        if trainer.is_global_zero and folder is not None:
-            append_record(folder / EVENTS, record, lambda old: old.epoch >= record.epoch)
+        if trainer.is_global_zero and files is not None:
+            append_record(files.events, record, lambda old: old.epoch >= record.epoch)
     rank_zero_info(_line(record, shown))
 
 

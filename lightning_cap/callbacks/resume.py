@@ -12,9 +12,10 @@ from lightning_cap.trainer import compat
 from lightning_cap.utilities import distributed, rng
 
 
-def restore_random_state(restored: dict[str, Any]) -> bool:
-    """Set this rank's generators to those in a callback state, and take the entry out. Returns whether there was one."""
-    states = restored.pop("rng", None)
+def restore_random_state(held: list[Any]) -> bool:
+    """Set this rank's generators to those in a callback state, and empty the list. Returns whether there were any."""
+    states = list(held)
+    held.clear()
     if not states:
         return False
     if len(states) != distributed.world_size():

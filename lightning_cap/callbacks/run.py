@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Collection, Mapping
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_cap.callbacks.run_files import RunFiles
 from lightning_cap.pruners import Pruner
 from lightning_cap.schedules import SparsitySchedule
 from lightning_cap.sparsity.masks import MaskSet
@@ -14,9 +15,10 @@ from lightning_cap.sparsity.targets import Targets
 
 
 class Run:
-    """Targets, masks, events and the folder for checkpoints of one ``fit``.
+    """Targets, masks, events and files of one ``fit``.
 
     Attributes:
+        begins: The first epoch whose start this ``fit`` comes to, None before it trains.
         starts: Epochs of the events that begin a cycle.
         phases: Epochs of the events that begin a sparse phase; see `sparse_phases`.
     """
@@ -26,17 +28,30 @@ class Run:
         targets: Targets,
         masks: MaskSet,
         events: dict[int, float],
-        folder: Path,
+        files: RunFiles,
         pruner: Pruner,
         schedule: SparsitySchedule,
     ) -> None:
-        self.targets, self.masks, self.events, self.folder = targets, masks, events, folder
+        self.targets, self.masks, self.events, self.files = targets, masks, events, files
+        self.begins: int | None = None
         self.starts = cycle_starts(events, pruner)
         self.phases = sparse_phases(events, schedule)
 
     def done(self, epoch: int) -> float:
         """Events before that of ``epoch``, over all."""
         return list(self.events).index(epoch) / len(self.events)
+
+    def missed(self, done: Collection[int]) -> dict[int, float]:
+        """Events whose epoch this ``fit`` comes to, and that are not among those done."""
+        begins = 0 if self.begins is None else self.begins
+        return {epoch: goal for epoch, goal in self.events.items() if epoch not in done and epoch >= begins}
+
+    def warn_of_missed(self, done: Collection[int]) -> None:
+        """Say at the end which events did not come."""
+        missed = self.missed(done)
+        if missed:
+            when = "Nothing was trained" if self.begins is None else "Training ended"
+            rank_zero_warn(f"{when} before the pruning events of epochs {missed}; the model was not pruned that far.")
 
 
 def is_dry(trainer: pl.Trainer) -> bool:

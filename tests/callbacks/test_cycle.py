@@ -18,7 +18,7 @@ from lightning_cap.callbacks.cycle import Cycle
 from lightning_cap.export.records import ExportRecord
 from lightning_cap.trainer.records import EventRecord
 from lightning_cap.utilities.records import read_records
-from tests.support.toy import Toy, ToyData, callback, loaders, trainer
+from tests.support.toy import Toy, ToyData, callback, cap, loaders, trainer
 
 pytestmark = pytest.mark.usefixtures("seeded")
 
@@ -70,11 +70,11 @@ def test_best_of_cycle_is_saved_when_asked(tmp_path: Path) -> None:
     trainer(tmp_path, cb, max_epochs=6).fit(Scripted(), **loaders())
     best = {record.goal: record for record in cb.history if record.best}
     last = {record.goal: record for record in cb.history if not record.best}
-    assert [best[s].epoch for s in (0.5, 0.75)] == [1, 4]
-    assert [last[s].epoch for s in (0.5, 0.75)] == [2, 5]
+    assert [best[s].epochs for s in (0.5, 0.75)] == [2, 5]
+    assert [last[s].epochs for s in (0.5, 0.75)] == [3, 6]
     for name in ("sparsity=0.50-best", "sparsity=0.50", "sparsity=0.75-best", "sparsity=0.75"):
         epoch = torch.load(tmp_path / f"{name}.ckpt", weights_only=True)["epoch"]
-        assert epoch == {record.checkpoint: record.epoch for record in cb.history}[str(tmp_path / f"{name}.ckpt")]
+        assert epoch + 1 == {record.checkpoint: record.epochs for record in cb.history}[str(tmp_path / f"{name}.ckpt")]
 
 
 def test_only_requested_sparsities_are_saved(tmp_path: Path) -> None:
@@ -128,7 +128,7 @@ def test_the_table_and_the_cycle_survive_a_checkpoint(tmp_path: Path) -> None:
     again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert again.history[1:] == cb.history[1:]
     assert math.isnan(again.history[0].value or 0.0)
-    assert again._cycle == cb._cycle == Cycle(0.75, saved=True)
+    assert again._state.cycle == cb._state.cycle == Cycle(0.75, saved=True)
 
 
 def test_a_cycle_knows_its_best_value() -> None:
@@ -138,3 +138,61 @@ def test_a_cycle_knows_its_best_value() -> None:
     assert cycle.best == 0.6
     assert [cycle.improves(value, "min") for value in values] == [False, False, True, True, False, False]
     assert cycle.best == 0.4
+
+
+def test_plain_weights_that_are_missing_are_written_on_resuming(tmp_path: Path) -> None:
+    """As after a kill between the two files, or a full disk."""
+    cb = callback({0: 0.5, 1: 0.75}, dirpath=str(tmp_path), pruner=cap(num_gradients=8))
+    trainer(tmp_path, cb, max_epochs=2).fit(Toy(), **loaders())
+    wanted = {path: load_file(path) for path in tmp_path.glob("*.safetensors")}
+    assert len(wanted) == 2
+    for path in wanted:
+        path.unlink()
+    again, module = callback({0: 0.5, 1: 0.75}, dirpath=str(tmp_path), pruner=cap(num_gradients=8)), Toy()
+    t = trainer(tmp_path, again, max_epochs=2)
+    t.fit(module, **loaders(), ckpt_path=str(tmp_path / "sparsity=0.75.ckpt"))
+    for path, weights in wanted.items():
+        found = load_file(path)
+        assert found.keys() == weights.keys()
+        assert all(torch.equal(found[name], weight) for name, weight in weights.items())
+    assert float((module.net[4].weight == 0).float().mean()) == 0.75
+
+
+def test_a_checkpoint_is_written_after_the_plain_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It says that its cycle is saved: a kill in between must leave none that says so."""
+
+    class Killed(BaseException):
+        pass
+
+    def killed(*_: Any, **__: Any) -> None:
+        raise Killed
+
+    monkeypatch.setattr(pl.Trainer, "save_checkpoint", killed)
+    with pytest.raises(Killed):
+        trainer(tmp_path, callback({0: 0.5}, dirpath=str(tmp_path)), max_epochs=1).fit(Toy(), **loaders())
+    assert (tmp_path / "sparsity=0.50.safetensors").exists()
+
+
+def test_a_model_that_is_sparse_already_is_not_called_dense(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    module = Toy()
+    with torch.no_grad():
+        module.net[4].weight[:4] = 0
+    cb = callback({1: 0.5}, dirpath=str(tmp_path))
+    trainer(tmp_path, cb, max_epochs=2).fit(module, **loaders())
+    printed = capsys.readouterr().out
+    assert "dense" not in printed
+    assert "start" in printed
+    assert [record.epochs for record in cb.history] == [1, 2]
+    assert "val_acc" in printed
+
+
+def test_the_validation_loss_stands_in_for_an_accuracy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    class Regression(Toy):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.log("val_loss", self(batch[0]).square().mean())
+            self.log("val_loss_of_another_kind", 3.0)
+
+    cb = callback({0: 0.5}, dirpath=str(tmp_path))
+    trainer(tmp_path, cb, max_epochs=1).fit(Regression(), **loaders())
+    assert all(record.value is not None for record in cb.history)
+    assert "val_loss" in capsys.readouterr().out

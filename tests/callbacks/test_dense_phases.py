@@ -52,7 +52,7 @@ def test_a_sparse_phase_prunes_the_dense_weights_anew(tmp_path: Path) -> None:
 
 def test_a_dense_phase_is_a_cycle_with_a_record_and_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, cb, watch = fit(tmp_path, ACDC, Magnitude())
-    assert [(record.goal, record.epoch) for record in cb.history] == [(0.0, 3), (0.75, 5)]
+    assert [(record.goal, record.epochs) for record in cb.history] == [(0.0, 4), (0.75, 6)]
     assert cb.history[0].sparsity < 0.2
     assert sorted(p.name for p in (tmp_path / "out").glob("*.ckpt")) == ["sparsity=0.00.ckpt", "sparsity=0.75.ckpt"]
     assert torch.load(tmp_path / "out/sparsity=0.75.ckpt", weights_only=True)["epoch"] == 5

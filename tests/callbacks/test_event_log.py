@@ -47,11 +47,10 @@ def test_nothing_but_a_loss_is_called_one(tmp_path: Path, pruner: Pruner, caplog
     assert predicts or json.loads((tmp_path / "events.jsonl").read_text())["predicted_loss"] is None
 
 
-@pytest.mark.parametrize("name", ["events.jsonl", "exports.jsonl"])
-def test_a_folder_with_foreign_records_is_refused_before_training(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text('{"epoch": 1, "target": 0.5}\n')
+def test_a_folder_with_foreign_records_is_refused_before_training(tmp_path: Path) -> None:
+    (tmp_path / "exports.jsonl").write_text('{"epoch": 1, "target": 0.5}\n')
     module = Toy()
-    with pytest.raises(DataError, match=rf"{name}, line 1: .* move the file away"):
+    with pytest.raises(DataError, match=r"exports.jsonl, line 1: .* move the file away"):
         trainer(tmp_path, callback(dirpath=str(tmp_path))).fit(module, **loaders())
     assert module.batches == []
     cb = callback({1: 0.5}, dirpath=str(tmp_path), save="none")  # writes none

@@ -29,7 +29,7 @@ def test_weights_are_exchanged_within_one_cycle(tmp_path: Path) -> None:
     assert not watch.weights[1][watch.masks[1] & ~watch.masks[0]].any(), "at zero"
     assert int((cb.masks[TARGET] == 0).sum()) == 192
     assert zeros(module)[~cb.masks[TARGET]].all()
-    assert [(record.goal, record.epoch) for record in cb.history] == [(0.0, 0), (0.75, 5)]
+    assert [(record.goal, record.epochs) for record in cb.history] == [(0.0, 0), (0.75, 6)]
     assert [p.name for p in (tmp_path / "out").glob("*.ckpt")] == ["sparsity=0.75.ckpt"]
     assert all(b < a for a, b in zip(watch.lr[:-1], watch.lr[1:-1], strict=False)), "one decay over the whole cycle"
     events = [json.loads(line) for line in (tmp_path / "out/events.jsonl").read_text().splitlines()]
@@ -80,7 +80,7 @@ def test_a_longer_second_fit_saves_again(tmp_path: Path) -> None:
     t.fit(module, **loaders())
     t.fit_loop.max_epochs = 8
     t.fit(module, **loaders())
-    assert cb._done == [0, 1, 2, 3, 4, 5, 6]
+    assert cb._state.done == [0, 1, 2, 3, 4, 5, 6]
     assert torch.load(tmp_path / "sparsity=0.75.ckpt", weights_only=True)["epoch"] == 7
 
 
@@ -101,4 +101,4 @@ def test_an_event_that_fails_changes_nothing(tmp_path: Path, monkeypatch: pytest
         trainer(tmp_path, around, cb, max_epochs=6).fit(module, **loaders())
     assert torch.equal(module.net[4].weight, around.before[0])
     assert torch.equal(cb.masks[TARGET], around.before[1])
-    assert cb._done == [1]
+    assert cb._state.done == [1]

@@ -124,7 +124,7 @@ def test_second_fit_goes_on(tmp_path: Path) -> None:
     t.fit_loop.max_epochs = 6
     t.fit(module, **loaders())
     assert zeros(module).float().mean() == 0.75
-    assert cb._done == [1, 3]
+    assert cb._state.done == [1, 3]
     mask = cb.masks["net.4.weight"].clone()
     with pytest.warns(UserWarning, match="sparsity 0.5 at epoch 1, but the model is already at 0.75"):
         trainer(tmp_path, cb, max_epochs=4).fit(
@@ -136,7 +136,7 @@ def test_second_fit_goes_on(tmp_path: Path) -> None:
         other, **loaders()
     )  # another model: nothing carries over
     assert zeros(other).float().mean() == 0.75
-    assert cb._collection_index == 2
+    assert cb._state.collection_index == 2
 
 
 def test_deepcopy_and_pickle_carry_the_state_but_not_the_model(tmp_path: Path) -> None:
@@ -180,8 +180,8 @@ def test_recomputations_use_fresh_gradients(tmp_path: Path) -> None:
         module = Toy()
         trainer(tmp_path, cb, max_epochs=2).fit(module, **loaders())
         results.append(module.net[4].weight.detach().clone())
-    assert once._collection_index == 1
-    assert thrice._collection_index == 3
+    assert once._state.collection_index == 1
+    assert thrice._state.collection_index == 3
     assert [float((w == 0).float().mean()) for w in results] == [0.75, 0.75]
     assert not torch.equal(*[w == 0 for w in results])
 

@@ -206,7 +206,7 @@ def test_tuners_do_not_disturb_the_run(tmp_path: Path, finder: pl.Callback) -> N
     cb = callback({1: 0.5})
     trainer(tmp_path, finder, cb, max_epochs=2).fit(module, val_dataloaders=loaders()["val_dataloaders"])
     assert zeros(module).float().mean() == 0.5
-    assert cb._done == [1]
+    assert cb._state.done == [1]
 
 
 def test_a_monitor_that_nobody_logs_is_an_error(tmp_path: Path) -> None:

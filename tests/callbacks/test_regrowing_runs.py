@@ -50,7 +50,7 @@ def test_resume_from_every_epoch_end(tmp_path: Path, kind: str) -> None:
         resumed, again = go(cut, kind, ckpt=str(cut / f"epoch={epoch}.ckpt"), seed=99)
         assert_same(whole, resumed)
         assert torch.equal(cb.masks[TARGET], again.masks[TARGET])
-        values = [[(record.goal, record.epoch, record.value) for record in c.history] for c in (cb, again)]
+        values = [[(record.goal, record.epochs, record.value) for record in c.history] for c in (cb, again)]
         assert values[0] == values[1]
         assert {p.name for p in (cut / "pruned").glob("*.ckpt")} == {
             p.name for p in (tmp_path / "whole/pruned").glob("*.ckpt")

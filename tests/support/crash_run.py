@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import threading
 from multiprocessing.connection import wait
@@ -112,6 +113,10 @@ def trial(order: dict[str, Any], folder: Path, rank: int, port: int) -> None:
     be_ordinary()
     os.fsync = lambda _: None  # a kill is no power cut, and a busy disk would hold the trials up
     folder.mkdir(parents=True, exist_ok=True)
+    if (
+        rank == 0 and not (folder / "last.ckpt").exists()
+    ):  # nothing to go on from: as a user would, begin with an empty folder
+        shutil.rmtree(folder / "pruned", ignore_errors=True)
     (folder / f"pid-{rank}.txt").write_text(str(os.getpid()))
     log = os.open(folder / f"log-{rank}.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND, 0o644)
     os.dup2(log, 1)

@@ -1,0 +1,86 @@
+"""The part of `CAPPruningCallback` that checkpoints hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import lightning.pytorch as pl
+
+from lightning_cap.callbacks.cycle import CycleRecord
+from lightning_cap.callbacks.run import Run
+from lightning_cap.callbacks.settings import describe_settings
+from lightning_cap.callbacks.state import Restored, RunState, decode_state, encode_state, load_masks, load_pruner
+from lightning_cap.errors import ConfigError
+from lightning_cap.pruners import Pruner
+from lightning_cap.sparsity.masks import MaskSet
+from lightning_cap.utilities import distributed, rng
+
+
+class CheckpointedRun(pl.Callback):
+    """A run and what it must remember. A subclass has the settings, and tells the run what to do."""
+
+    pruner: Pruner
+    num_recomputations: int
+    seed: int
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._state = RunState()
+        self._restored: Restored | None = None
+        self._packed: dict[str, Any] | None = None
+        self._run: Run | None = None
+        self._previous: Run | None = None
+
+    @property
+    def history(self) -> list[CycleRecord]:
+        """Lines of the table: the model before the first event, and each cycle's end or best epoch."""
+        return self._state.history
+
+    @property
+    def masks(self) -> MaskSet:
+        """The masks in force (during and after ``fit``)."""
+        return self._active.masks
+
+    @property
+    def _active(self) -> Run:
+        if self._run is None:
+            raise ConfigError(
+                f"{type(self).__name__}: it has not been part of a running fit yet. Pass it to Trainer(callbacks=[...])."
+            )
+        return self._run
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what belongs to one run, so that copies and pickles do not carry the model."""
+        attached = ("log", "log_dict")  # by Lightning, the model's own
+        kept = {name: value for name, value in self.__dict__.items() if name not in attached}
+        return {**kept, "_run": None, "_previous": None, "_packed": self._packed_masks()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Masks (bit-packed), the pruner's state, schedule cursor, cycle, collection index and every rank's random state.
+
+        Call it on every rank, as Lightning does.
+        """
+        rngs = distributed.gather_objects(rng.capture())
+        settings = {} if self._run is None else self._settings(self._run)
+        held = Restored(self._packed_masks(), self.pruner.state_dict(), settings, rngs)
+        return encode_state(self._state, held)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the state; it is put in force when ``fit`` goes on.
+
+        Raises:
+            DataError: It is damaged, or of another version.
+        """
+        self._state, self._restored = decode_state(state_dict)
+        self._packed = self._restored.masks
+        load_pruner(self.pruner, self._restored)
+        if self._run is not None and self._packed is not None:  # in the middle of a fit: a tuner puts the start back
+            load_masks(self._run.masks, self._packed)
+            self._run.masks.apply_to_weights()
+
+    def _settings(self, run: Run) -> dict[str, str]:
+        counts = {"num_recomputations": self.num_recomputations, "seed": self.seed}
+        return describe_settings(run.events, self.pruner, **counts)
+
+    def _packed_masks(self) -> dict[str, Any] | None:
+        return self._packed if self._run is None else self._run.masks.state_dict()

@@ -1,0 +1,150 @@
+"""What a run must remember across a crash, and its form in a checkpoint: tensors and plain Python values."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from lightning_cap.callbacks.cycle import Cycle, CycleRecord
+from lightning_cap.callbacks.run_files import RunFiles, unused_files
+from lightning_cap.errors import CAPError, DataError
+from lightning_cap.pruners import Pruner
+from lightning_cap.sparsity.masks import MaskSet
+from lightning_cap.utilities.arguments import shown
+
+_VERSION = 2  # of the fields; a state of another version is refused
+
+
+@dataclass
+class RunState:
+    """How far a run has come.
+
+    Attributes:
+        done: Epochs of the events that were run.
+        collection_index: Collections of gradients that were made.
+        cycle: The cycle that it is in.
+        history: Lines of the final table.
+        folder: Of its files.
+        suffix: Of their names; see `RunFiles`.
+        metric: Name of the metric in the table.
+    """
+
+    done: list[int] = field(default_factory=list)
+    collection_index: int = 0
+    cycle: Cycle | None = None
+    history: list[CycleRecord] = field(default_factory=list)
+    folder: str = ""
+    suffix: str = ""
+    metric: str | None = None
+
+
+@dataclass
+class Restored:
+    """What a checkpoint holds besides.
+
+    Attributes:
+        masks: Of the targets, packed; None if there were none yet.
+        pruner: State of the pruner.
+        settings: See `describe_settings`.
+        rng: Random states of all ranks; emptied when they are in force.
+    """
+
+    masks: dict[str, Any] | None
+    pruner: dict[str, Any]
+    settings: dict[str, str]
+    rng: list[Any]
+
+
+def encode_state(state: RunState, restored: Restored) -> dict[str, Any]:
+    """The state of the callback in a checkpoint."""
+    return {
+        "version": _VERSION,
+        **{f.name: getattr(state, f.name) for f in fields(state)},
+        "done": list(state.done),
+        "cycle": None if state.cycle is None else asdict(state.cycle),
+        "history": [record.to_json() for record in state.history],
+        **{f.name: getattr(restored, f.name) for f in fields(restored)},
+    }
+
+
+def decode_state(held: Any) -> tuple[RunState, Restored]:
+    """What `encode_state` was given.
+
+    Raises:
+        DataError: The state is damaged, or of another version of this package.
+    """
+    if not isinstance(held, Mapping):
+        raise _damaged(f"it is a {type(held).__name__}")
+    if held.get("version") != _VERSION:
+        raise _damaged(f"it has version {held.get('version', 1)!r}, and this lightning-cap reads version {_VERSION}")
+    kinds: dict[str, Any] = {
+        "done": list, "collection_index": int, "cycle": (dict, type(None)), "history": list, "folder": str, "suffix": str,
+        "metric": (str, type(None)), "masks": (dict, type(None)), "pruner": dict, "settings": dict, "rng": list,
+    }  # fmt: skip
+    for name, kind in kinds.items():
+        if name not in held:
+            raise _damaged(f"it has no {name!r}")
+        if not isinstance(held[name], kind):
+            raise _damaged(f"its {name!r} is a {type(held[name]).__name__}")
+    values = {name: held[name] for name in kinds}
+    try:
+        values["cycle"] = None if held["cycle"] is None else Cycle(**held["cycle"])
+        values["history"] = [CycleRecord.from_json(line) for line in held["history"]]
+    except (TypeError, CAPError) as error:
+        raise _damaged(str(error)) from error
+    values["done"] = list(held["done"])
+    own = {f.name for f in fields(RunState)}
+    state = RunState(**{name: value for name, value in values.items() if name in own})
+    return state, Restored(**{name: value for name, value in values.items() if name not in own})
+
+
+def choose_files(state: RunState, folder: Path, goals: Iterable[float]) -> RunFiles:
+    """The files of a run that goes on, else such as no other run has written; ``state`` remembers them.
+
+    Call it on every rank.
+    """
+    if state.folder != str(folder):
+        state.folder, state.suffix = str(folder), unused_files(folder, goals).suffix
+    return RunFiles(folder, state.suffix)
+
+
+def load_masks(masks: MaskSet, packed: Mapping[str, Any]) -> None:
+    """Put the masks of a checkpoint in force.
+
+    Raises:
+        ConfigError: They are not of these targets.
+        DataError: They are damaged.
+    """
+    with _reading("masks"):
+        masks.load_state_dict(packed)
+
+
+def load_pruner(pruner: Pruner, restored: Restored) -> None:
+    """Give a pruner its state back, if it is of the same class.
+
+    Raises:
+        DataError: The state is damaged.
+    """
+    if restored.settings.get("pruner") == type(pruner).__qualname__:
+        with _reading("pruner"):
+            pruner.load_state_dict(restored.pruner)
+
+
+@contextmanager
+def _reading(name: str) -> Iterator[None]:
+    try:
+        yield
+    except CAPError:
+        raise
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise _damaged(f"its {name!r} cannot be read ({type(error).__name__}: {shown(str(error))})") from error
+
+
+def _damaged(reason: str) -> DataError:
+    return DataError(
+        f"ckpt_path: the state of CAPPruningCallback in the checkpoint cannot be used: {reason}. To prune on from its weights, "
+        "load its 'state_dict' into the model and start anew; weights that are zero stay pruned."
+    )

@@ -1,0 +1,104 @@
+"""What a run refuses before its first step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelPruning
+from torch import nn
+
+from lightning_cap import CAPPruningCallback
+from lightning_cap.errors import CAPError, ConfigError, DataError, UnsupportedError
+from lightning_cap.pruners import Magnitude
+from lightning_cap.schedules import SparsitySteps
+from tests.support.toy import Toy, callback, loaders, trainer
+
+
+def refused(folder: Path, error: type[CAPError], message: str, *others: pl.Callback, **settings: Any) -> None:
+    module, options = Toy(), settings.pop("trainer", {})
+    ckpt_path = settings.pop("ckpt_path", None)
+    (folder / "here").mkdir()
+    with pytest.raises(error, match=message) as caught:
+        trainer(folder / "here", *others, callback({0: 0.5}, **settings), **options).fit(
+            module, **loaders(), ckpt_path=ckpt_path
+        )
+    assert "\n" not in str(caught.value)
+    assert module.batches == []
+    assert not list((folder / "here").iterdir())
+
+
+def test_lightnings_own_pruning_beside_ours(tmp_path: Path) -> None:
+    class Prunes(ModelPruning):
+        pass
+
+    other = Prunes("l1_unstructured", parameters_to_prune=[], amount=0.5, use_global_unstructured=True)
+    refused(tmp_path, UnsupportedError, r"Prunes prunes the same weights.*Magnitude\(\)", other)
+
+
+def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for i, (given, message) in enumerate(
+        [
+            (str(tmp_path / "file/deeper"), "dirpath='.*/file/deeper': .* cannot be written to"),
+            (str(tmp_path / ("long" * 100)), "dirpath=.*File name too long"),
+            ("s3://bucket/folder", "dirpath='s3://bucket/folder': give a local folder"),
+        ]
+    ):
+        (tmp_path / str(i)).mkdir()
+        refused(tmp_path / str(i), ConfigError, message, dirpath=given)
+    cb = callback({0: 0.5}, dirpath=str(tmp_path / "file/deeper"), save="none")  # writes nothing
+    trainer(tmp_path, cb, max_epochs=1).fit(Toy(), **loaders())
+
+
+def test_a_wrong_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "a.ckpt").write_text("no checkpoint")
+    refused(tmp_path, DataError, r"ckpt_path='.*a\.ckpt'", ckpt_path=str(tmp_path / "a.ckpt"))
+
+
+@pytest.mark.parametrize("sanity", [0, 2])
+def test_a_metric_that_validation_does_not_log(tmp_path: Path, sanity: int) -> None:
+    module = Toy()
+    message = r"monitor='val_ac' was not logged in validation. Did you mean 'val_acc'\?.*'val_acc', 'val_loss'"
+    with pytest.raises(ConfigError, match=message):
+        trainer(tmp_path, callback({0: 0.5}, monitor="val_ac"), num_sanity_val_steps=sanity).fit(module, **loaders())
+    assert len(module.batches) == (0 if sanity else 4)  # as soon as validation has logged
+    cb = callback({0: 0.5}, monitor="val_loss", mode="min", save="both", dirpath=str(tmp_path))
+    trainer(tmp_path, cb, num_sanity_val_steps=sanity, max_epochs=1).fit(module, **loaders())
+    assert all(record.value is not None for record in cb.history)
+
+
+def test_the_best_of_no_validation(tmp_path: Path) -> None:
+    refused(
+        tmp_path,
+        ConfigError,
+        r"save='best': nothing is validated.*save='last'",
+        save="best",
+        monitor="val_acc",
+        trainer={"limit_val_batches": 0},
+    )
+
+
+def test_a_mapping_is_taken_as_steps() -> None:
+    cb = CAPPruningCallback({0: 0.4, 2: 0.6})
+    assert cb.schedule == SparsitySteps({0: 0.4, 2: 0.6})
+    text = repr(CAPPruningCallback({0: 0.4}, Magnitude()))
+    assert text.startswith("CAPPruningCallback(SparsitySteps(")
+    assert len(text) < 200
+
+
+@pytest.mark.parametrize("how", [{"limit_train_batches": 0}, {"max_steps": 0}], ids=str)
+def test_nothing_trained_is_said(tmp_path: Path, how: dict[str, Any]) -> None:
+    cb = callback({0: 0.5}, save="none")
+    with pytest.warns(UserWarning, match=r"Nothing was trained before the pruning events of epochs \{0: 0\.5\}"):
+        trainer(tmp_path, cb, **how).fit(Toy(), **loaders())
+
+
+def test_an_empty_loader_trains_nothing(tmp_path: Path) -> None:
+    data = {**loaders(), "train_dataloaders": torch.utils.data.DataLoader([], batch_size=4)}
+    with pytest.warns(UserWarning, match="Nothing was trained"):
+        trainer(tmp_path, callback({0: 0.5}, save="none")).fit(Toy(), **data)
+    assert isinstance(Toy().net, nn.Sequential)

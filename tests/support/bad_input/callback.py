@@ -1,0 +1,45 @@
+"""Bad input to `CAPPruningCallback`. What depends on the Trainer is in `tests/callbacks/test_checks.py`."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+
+from lightning_cap import CAPPruningCallback
+from lightning_cap.errors import ScheduleError
+from lightning_cap.pruners import CAP
+from lightning_cap.schedules import OneShot
+from tests.support.bad_input.table import NO_COUNTS, Line, wrong
+
+SCHEDULE = {0: 0.5}
+NO_NAMES: tuple[Any, ...] = ("*.weight", 3, True, [3], [None], [""], {"a": 1}, object)
+
+bad = partial(wrong, CAPPruningCallback, given={"schedule": SCHEDULE})
+
+LINES: list[Line] = [
+    *wrong(CAPPruningCallback, "schedule", None, 0.5, "0.5", [0.5], True, torch.ones(2), words=["{0: 0.4"]),
+    *wrong(CAPPruningCallback, "schedule", OneShot, words=["OneShot(...)"]),
+    Line("no event", lambda _: CAPPruningCallback({}), ScheduleError, ("{}",)),
+    Line("an epoch is a fraction", lambda _: CAPPruningCallback({0.5: 0.5}), ScheduleError, ("0.5",)),
+    Line("an epoch is true", lambda _: CAPPruningCallback({True: 0.5}), ScheduleError, ("True",)),
+    Line("a sparsity is text", lambda _: CAPPruningCallback({0: "half"}), ScheduleError, ("'half'",)),
+    *bad("pruner", CAP, "CAP", 3, True, {"block_size": 3}, words=["CAP("]),
+    *bad("include", *NO_NAMES),
+    *bad("exclude", *NO_NAMES),
+    *bad("num_recomputations", *NO_COUNTS),
+    *bad("existing_zeros", None, 1, "yes"),
+    *bad("save", None, True, "all", ["last"], 3, words=["'last', 'best', 'both' or 'none'"]),
+    *bad("save_sparsities", 0.5, "0.5", {0.5}, True),
+    *(
+        Line(f"save_sparsities={value}", partial(lambda v, _: CAPPruningCallback(SCHEDULE, save_sparsities=[v]), value),
+             ScheduleError.__bases__[0], ("save_sparsities=", "[0, 1)"))
+        for value in (None, "0.5", True, 1.0, float("nan"))
+    ),
+    *bad("dirpath", 3, True, "", ["a"]),
+    *bad("monitor", 3, True, "", ["val/acc"]),
+    *bad("mode", None, "avg", True, words=["'min' or 'max'"]),
+    *bad("evaluate", None, 1, "yes"),
+    *bad("seed", None, "3", True, 1.0, -1, float("nan"), 2**63),
+]  # fmt: skip
