@@ -16,6 +16,7 @@ from lightning_cap.errors import ConfigError, UnsupportedError
 from lightning_cap.sparsity.allocation import Allocation
 from lightning_cap.sparsity.block_layout import BlockLayout
 from lightning_cap.sparsity.cost import Cost, Parameters
+from lightning_cap.sparsity.masks import check_masks
 from lightning_cap.sparsity.targets import Targets
 
 
@@ -159,23 +160,9 @@ def pack_alive(targets: Targets, layout: BlockLayout, masks: Mapping[str, Tensor
     Raises:
         ConfigError: As `check_masks`.
     """
-    check_masks(targets, masks or {})
+    check_masks(targets, masks)
     full = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in targets.items()}
     return layout.pack({**full, **(masks or {})}, torch.bool, targets.device)
-
-
-def check_masks(targets: Targets, masks: Mapping[str, Tensor]) -> None:
-    """Refuse masks that are not those of the targets.
-
-    Raises:
-        ConfigError: A name is not a target's, or a shape not that of its weight.
-    """
-    for name, mask in masks.items():
-        if name not in targets or mask.shape != targets[name].shape:
-            want = f"its weight has {tuple(targets[name].shape)}" if name in targets else "there is no such target"
-            raise ConfigError(
-                f"masks: {name!r} has shape {tuple(mask.shape)}, but {want}. Give {{target name: bool of the weight's shape}}."
-            )
 
 
 def pack_weights(targets: Targets, layout: BlockLayout, alive: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from fractions import Fraction
 
 from lightning_cap.errors import ConfigError
 from lightning_cap.sparsity.cost import Shapes
+from lightning_cap.utilities.arguments import require_instance, require_real, require_text, require_whole
 from lightning_cap.utilities.decimals import as_written, round_share
 
 #: ``[(target names, zeros for them together, existing ones included)]``.
@@ -70,7 +71,7 @@ class Global(Allocation):
     min_density: float = 0.0
 
     def __post_init__(self) -> None:
-        check_floor(self.min_density)
+        require_real("min_density", self.min_density, "[0, 1)", example=0.05)
 
     def budgets(self, shapes: Shapes, existing: Mapping[str, int], zeros: int) -> Budgets:
         """One budget for all."""
@@ -89,7 +90,7 @@ class Uniform(Allocation):
     min_density: float = 0.0
 
     def __post_init__(self) -> None:
-        check_floor(self.min_density)
+        require_real("min_density", self.min_density, "[0, 1)", example=0.05)
 
     def budgets(self, shapes: Shapes, existing: Mapping[str, int], zeros: int) -> Budgets:
         """One budget per target."""
@@ -113,7 +114,7 @@ class ERK(Allocation):
     min_density: float = 0.0
 
     def __post_init__(self) -> None:
-        check_floor(self.min_density)
+        require_real("min_density", self.min_density, "[0, 1)", example=0.05)
 
     def budgets(self, shapes: Shapes, existing: Mapping[str, int], zeros: int) -> Budgets:
         """One budget per target."""
@@ -146,10 +147,11 @@ class PerTarget(Allocation):
     min_density: float = 0.0
 
     def __post_init__(self) -> None:
-        check_floor(self.min_density)
+        require_real("min_density", self.min_density, "[0, 1)", example=0.05)
+        require_instance("sparsities", self.sparsities, Mapping, '{"blocks.0.*": 0.5}')
         for glob, sparsity in self.sparsities.items():
-            if isinstance(sparsity, bool) or not 0 <= sparsity < 1:
-                raise ConfigError(f"sparsities[{glob!r}]={sparsity!r}: give a fraction of zeros in [0, 1).")
+            require_text("sparsities", glob, "blocks.0.*")
+            require_real(f"sparsities[{glob!r}]", sparsity, "[0, 1)", example=0.5)
 
     def check(self, shapes: Shapes) -> None:
         """Refuse globs that match no target."""
@@ -163,6 +165,7 @@ class PerTarget(Allocation):
     def budgets(self, shapes: Shapes, existing: Mapping[str, int], zeros: int) -> Budgets:
         """One budget for each named target, and one for all others."""
         self.check(shapes)
+        require_whole("zeros", zeros, at_least=0)
         sizes = {name: math.prod(shape) for name, shape in shapes.items()}
         given = {name: self._given(name) for name in shapes}
         named = {n: max(existing[n], round_share(s, sizes[n])) for n, s in given.items() if s is not None}
@@ -193,19 +196,8 @@ class PerTarget(Allocation):
         return next((s for glob, s in self.sparsities.items() if fnmatch.fnmatchcase(name, glob)), None)
 
 
-def check_floor(min_density: float) -> None:
-    """Refuse a floor that is not one.
-
-    Raises:
-        ConfigError: ``min_density`` is not in [0, 1).
-    """
-    if isinstance(min_density, bool) or not 0 <= min_density < 1:
-        raise ConfigError(
-            f"min_density={min_density!r}: give the fraction of weights that every target keeps, in [0, 1)."
-        )
-
-
 def _check_room(most: int, zeros: int, allocation: Allocation) -> None:
+    require_whole("zeros", zeros, at_least=0)
     if most < zeros:
         raise ConfigError(
             f"min_density={allocation.min_density:g} leaves room for {most} zeros, but the sparsity asks for {zeros}. Lower one of "

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_cap.errors import ConfigError, TargetError
+from lightning_cap.utilities.arguments import require_flag, require_instance, require_whole
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class BlockLayout:
         by_row: No block spans two output rows (dim 0) either: the last block of every row is padded.
 
     Raises:
-        ConfigError: ``block_size`` < 1, or not a multiple of ``group_size``.
+        ConfigError: ``block_size`` is not a whole number of at least 1, or not a multiple of ``group_size``.
         TargetError: A target's input dimension is not divisible by ``group_size``.
     """
 
@@ -36,8 +37,10 @@ class BlockLayout:
     by_row: bool = False
 
     def __post_init__(self) -> None:
-        if self.block_size < 1:
-            raise ConfigError(f"block_size={self.block_size}: a block holds at least one weight. Try 64, 128 or 192.")
+        require_instance("shapes", self.shapes, Mapping, '{"fc.weight": (10, 64)}')
+        require_whole("block_size", self.block_size, example=192)
+        require_whole("group_size", self.group_size)
+        require_flag("by_row", self.by_row)
         if self.block_size % self.group_size:
             raise ConfigError(
                 f"block_size={self.block_size} is not a multiple of the pattern's group of {self.group_size}. Try "

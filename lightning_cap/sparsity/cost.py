@@ -6,9 +6,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 
+from lightning_cap.utilities.arguments import require_real, require_whole
 from lightning_cap.utilities.decimals import round_share
 
 Shapes = Mapping[str, tuple[int, ...]]
+
+_MOST_STEPS = 10_000
 
 
 class Cost(ABC):
@@ -28,6 +31,8 @@ class Cost(ABC):
 
     def budget(self, goal: float, total: int) -> int:
         """What a goal saves of a total: exactly ``floor(goal · total + 0.5)``, of the goal as its decimals are written."""
+        require_real("goal", goal, "[0, 1]", example=0.5)
+        require_whole("total", total, at_least=0)
         return round_share(goal, total)
 
     def is_exceeded(self, goal: float, saved: int, total: int) -> bool:
@@ -49,6 +54,12 @@ def steps_to(goal: float, start: float, num_steps: int) -> list[float]:
     Args:
         goal: Sparsity to reach.
         start: Sparsity that is reached already.
-        num_steps: How many, at least 1.
+        num_steps: How many, from 1 to 10,000.
+
+    Raises:
+        ConfigError: A number is out of range.
     """
+    require_real("goal", goal, "[0, 1]", example=0.5)
+    require_real("start", start, "[0, 1]", example=0.0)
+    require_whole("num_steps", num_steps, at_most=_MOST_STEPS, example=4)
     return [start + (goal - start) * step / num_steps for step in range(1, num_steps)] + [goal]

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from lightning_cap.errors import ConfigError
-from lightning_cap.sparsity.targets import Targets
+from lightning_cap.sparsity.targets import Targets, require_targets
+from lightning_cap.utilities.arguments import require_instance, shown
 from lightning_cap.utilities.bits import pack_bits, unpack_bits
 
 _Groups = list[tuple[list[Tensor], list[Tensor]]]  # tensors and multipliers, one pair per device and type
@@ -31,9 +33,13 @@ class MaskSet(Mapping[str, Tensor]):
 
     Args:
         targets: The weights that the masks belong to.
+
+    Raises:
+        ConfigError: They are none; also of the methods, for masks that are not of the targets.
     """
 
     def __init__(self, targets: Targets) -> None:
+        require_targets(targets)
         self._targets = targets
         self._masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in targets.items()}
         self._masks_changed()
@@ -55,6 +61,10 @@ class MaskSet(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._masks)
 
+    def __repr__(self) -> str:
+        """Short: ``MaskSet(48 targets, 50.00% of 5308416 weights masked)``."""
+        return f"MaskSet({len(self)} targets, {self.global_sparsity:.2%} of {self._targets.numel} weights masked)"
+
     def sparsity(self) -> dict[str, float]:
         """Zeros over weights of each target."""
         return {name: 1 - int(mask.sum()) / mask.numel() for name, mask in self._masks.items()}
@@ -67,6 +77,7 @@ class MaskSet(Mapping[str, Tensor]):
 
     def update(self, masks: Mapping[str, Tensor]) -> None:
         """Copy ``masks`` in, all or none; weights that were masked stay masked."""
+        check_masks(self._targets, masks)
         self._masks |= {name: self._masks[name] & mask.to(self._masks[name].device) for name, mask in masks.items()}
         self._masks_changed()
 
@@ -76,6 +87,7 @@ class MaskSet(Mapping[str, Tensor]):
         Returns:
             ``{target name: bool (*shape)}``, True = was masked and is kept now; only targets with such weights.
         """
+        check_masks(self._targets, masks)
         new = {name: mask.to(self._masks[name].device, copy=True) for name, mask in masks.items()}
         grown = {name: mask & ~self._masks[name] for name, mask in new.items()}
         self._masks |= new
@@ -115,6 +127,7 @@ class MaskSet(Mapping[str, Tensor]):
     @torch.no_grad()
     def apply_to_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Zero the optimizer's state (moments, momentum: every tensor of the weight's shape) on masked entries."""
+        require_instance("optimizer", optimizer, torch.optim.Optimizer, "torch.optim.AdamW(model.parameters())")
         for name, weight in self._targets.items():
             state = optimizer.state.get(weight, {})
             entries = [v for v in state.values() if isinstance(v, Tensor) and v.shape == weight.shape]
@@ -128,6 +141,7 @@ class MaskSet(Mapping[str, Tensor]):
         Its parameters are looked up once after each change of the masks. Where it is on another device or of another
         type than the weights, it has multipliers of its own.
         """
+        require_instance("model", model, nn.Module, "the averaged model")
         groups = self._copy_groups.get(model)
         if groups is None or _moved(groups):
             names = {path: name for name, path in self._targets.paths.items()}
@@ -147,10 +161,10 @@ class MaskSet(Mapping[str, Tensor]):
         """Replace all masks.
 
         Raises:
-            ConfigError: The names or shapes are not those of the targets.
+            ConfigError: The names or shapes are not those of the targets, or it is not what `state_dict` gave.
         """
         shapes = {name: list(mask.shape) for name, mask in self._masks.items()}
-        saved = {name: list(entry["shape"]) for name, entry in state.items()}
+        saved = {name: list(entry["shape"]) for name, entry in _checked(state).items()}
         if shapes != saved:
             different = sorted(n for n in shapes.keys() | saved.keys() if shapes.get(n) != saved.get(n))
             raise ConfigError(
@@ -193,6 +207,52 @@ class MaskSet(Mapping[str, Tensor]):
         if key not in self._multipliers:
             self._multipliers[key] = torch.empty_like(like, requires_grad=False).copy_(self._masks[name])
         return self._multipliers[key]
+
+
+def check_masks(targets: Targets, masks: object, all_of_them: bool = False) -> None:
+    """Refuse masks that are not those of the targets; None are no masks.
+
+    Args:
+        targets: The weights.
+        masks: ``{target name: bool (*shape)}``.
+        all_of_them: Whether every target must have one.
+
+    Raises:
+        ConfigError: They are no bool tensors by name, a name is not a target's, a shape not that of its weight, or one is missing.
+    """
+    require_instance("masks", masks, Mapping, "{target name: bool of the weight's shape}", optional=True)
+    given = cast("Mapping[str, object]", masks or {})
+    for name, mask in given.items():
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            got = f"of type {mask.dtype}" if isinstance(mask, Tensor) else shown(mask)
+            raise ConfigError(
+                f"masks: {name!r} is {got}. Give a bool tensor of the weight's shape, True where it is kept."
+            )
+        if name not in targets or mask.shape != targets[name].shape:
+            want = f"its weight has {tuple(targets[name].shape)}" if name in targets else "there is no such target"
+            raise ConfigError(
+                f"masks: {name!r} has shape {tuple(mask.shape)}, but {want}. Give {{target name: bool of the weight's shape}}."
+            )
+    missing = [name for name in targets if given and name not in given] if all_of_them else []
+    if missing:
+        raise ConfigError(f"masks: {missing[0]!r} has none. Give one for each of the {len(targets)} targets.")
+
+
+def _checked(state: object) -> Mapping[str, Any]:
+    """A state dict of the form that `MaskSet.state_dict` gives."""
+    whole = isinstance(state, Mapping) and all(
+        isinstance(entry, Mapping)
+        and isinstance(entry.get("shape"), (list, tuple))
+        and isinstance(entry.get("bits"), Tensor)
+        and entry["bits"].dtype == torch.uint8
+        and entry["bits"].numel() == -(-math.prod(entry["shape"]) // 8)
+        for entry in state.values()
+    )
+    if not whole:
+        raise ConfigError(
+            f"checkpoint: its masks are damaged, or of another version: {shown(state)}. Resume from another checkpoint."
+        )
+    return cast("Mapping[str, Any]", state)
 
 
 def _moved(groups: _Groups) -> bool:

@@ -5,13 +5,15 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from lightning_cap.errors import PatternError
-from lightning_cap.sparsity.targets import Targets
+from lightning_cap.sparsity.masks import check_masks
+from lightning_cap.sparsity.targets import Targets, require_targets
+from lightning_cap.utilities.arguments import is_whole, require_instance, require_real, require_whole, shown
 
 
 class Pattern(ABC):
@@ -102,8 +104,7 @@ class Pattern(ABC):
         Raises:
             PatternError: ``sparsity`` is not in [0, 1), or not the pattern's own.
         """
-        if not 0 <= sparsity < 1:
-            raise PatternError(f"sparsity={sparsity}: give a fraction of zeros in [0, 1), such as 0.75 for 75 %.")
+        require_real("sparsity", sparsity, "[0, 1)", example=0.75, error=PatternError)
         if self.sparsity is not None and abs(sparsity - self.sparsity) > 1e-6:
             raise PatternError(
                 f"sparsity={sparsity}: {self} gives {self.sparsity:g} alone. Ask for sparsity={self.sparsity:g}."
@@ -158,8 +159,8 @@ class NofM(Pattern):
 
     def __post_init__(self) -> None:
         for name, value in (("n", self.n), ("m", self.m)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise PatternError(f"{name}={value!r}: give two integers. {how_to_write(value)}")
+            if not is_whole(value):
+                raise PatternError(f"{name}={shown(value)}: give a whole number. {how_to_write(value)}")
         if (self.n, self.m) == (2, 124):  # "m: 2:4"
             raise PatternError(f"m={self.m}: {how_to_write(self.m)}")
         if not 1 <= self.n < self.m:
@@ -244,8 +245,7 @@ class BlockOf(_Together):
     n: int = 4
 
     def __post_init__(self) -> None:
-        if isinstance(self.n, bool) or not isinstance(self.n, int) or self.n < 2:
-            raise PatternError(f"n={self.n!r}: a group has a whole number of at least 2 weights, such as BlockOf(4).")
+        require_whole("n", self.n, at_least=2, example=4, error=PatternError)
 
     @property
     def group_size(self) -> int:
@@ -294,17 +294,21 @@ def check_pattern(targets: Targets, pattern: Pattern, masks: Mapping[str, Tensor
 
     Raises:
         PatternError: Some do not; the message counts them.
+        ConfigError: ``targets`` or ``masks`` are none.
         TargetError: A target does not fit the pattern.
     """
+    require_targets(targets)
+    require_instance("pattern", pattern, Pattern, "NofM(2, 4)", error=PatternError)
+    check_masks(targets, masks, all_of_them=True)
     layout = targets.blocks(pattern.group_size, pattern.group_size)
     kept = masks or {name: weight != 0 for name, weight in targets.weights().items()}
     packed = layout.pack({name: kept[name] for name in targets}, torch.bool, targets.device)
     counts = {n: pattern.count_violations(packed[span], layout.shapes[n]) for n, span in layout.spans.items()}
     bad = {name: count for name, count in counts.items() if count}
     if bad:
-        shown = ", ".join(f"{name!r} ({count})" for name, count in list(bad.items())[:4])
+        first = ", ".join(f"{name!r} ({count})" for name, count in list(bad.items())[:4])
         raise PatternError(
-            f"pattern: {sum(bad.values())} groups in {len(bad)} of {len(counts)} targets break {pattern}: {shown}"
+            f"pattern: {sum(bad.values())} groups in {len(bad)} of {len(counts)} targets break {pattern}: {first}"
             f"{', ...' if len(bad) > 4 else ''}. Prune the model with this pattern, or check against the one it was pruned with."
         )
 
@@ -323,10 +327,11 @@ def as_pattern(value: object) -> Pattern:
     """``value`` itself if it is a pattern, unstructured for None.
 
     Raises:
-        PatternError: ``value`` is a number or string, such as the 124 that YAML makes of ``2:4``.
+        PatternError: ``value`` is something else, such as the 124 that YAML makes of ``2:4``.
     """
     if value is None:
         return Unstructured()
-    if isinstance(value, Pattern):
-        return value
-    raise PatternError(f"pattern={value!r} is not a pattern. {how_to_write(value)}")
+    if isinstance(value, (Pattern, type)):
+        require_instance("pattern", value, Pattern, "NofM(2, 4)", error=PatternError)
+        return cast(Pattern, value)
+    raise PatternError(f"pattern={shown(value)}: this is no pattern. {how_to_write(value)}")

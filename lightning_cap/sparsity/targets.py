@@ -125,6 +125,10 @@ class Targets(Mapping[str, Tensor]):
     def __len__(self) -> int:
         return len(self._weights)
 
+    def __repr__(self) -> str:
+        """Short: ``Targets(48 of 5308416 weights, first 'blocks.0.attn.qkv.weight')``."""
+        return f"Targets({len(self)} of {self.numel} weights, first {next(iter(self))!r})"
+
     @property
     def paths(self) -> dict[str, str]:
         """Target name -> the name by which `torch.func.functional_call` finds it in the model."""
@@ -295,6 +299,15 @@ def _short(number: int) -> str:
         if number >= size:
             return f"{number / size:.1f}{letter}"
     return str(number)
+
+
+def require_targets(targets: object) -> None:
+    """Refuse what is no `Targets`, such as the model itself.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    require_instance("targets", targets, Targets, "Targets.from_model(model)")
 
 
 def measured_sparsity(targets: Targets) -> float:

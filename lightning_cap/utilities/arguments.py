@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence, Set
 from numbers import Integral, Real
 from os import PathLike
 from typing import Any
 
-from lightning_cap.errors import ConfigError
+from lightning_cap.errors import CAPError, ConfigError
 
 _LONGEST = 120  # characters of a value in a message
 
@@ -190,6 +190,38 @@ def require_names(
             raise error(
                 f"{name}={shown(value)}: {shown(entry)} is no name. Give a list of names or globs, such as {name}=[{example!r}]."
             )
+
+
+def require_list(name: str, value: object, example: str, error: type[ConfigError] = ConfigError) -> None:
+    """Refuse what is no list, tuple or array. A single string or number is a mistake, not a list of one.
+
+    Raises:
+        ConfigError: It is something else (or ``error``). What is in it is not looked at.
+    """
+    if not isinstance(value, Collection) or isinstance(value, (str, bytes, Mapping, Set)):
+        raise error(f"{name}={shown(value)}: give a list, such as {example}.")
+
+
+def require_iterable(name: str, value: object, example: str, error: type[CAPError] = ConfigError) -> None:
+    """Refuse what cannot be gone through entry by entry, and a single string, mapping or tensor, which would be taken apart.
+
+    Raises:
+        ConfigError: It is something else (or ``error``).
+    """
+    if isinstance(value, (str, bytes, Mapping)) or hasattr(value, "untyped_storage") or isinstance(value, type):
+        raise error(f"{name}={shown(value)}: give several in a list or another iterable, such as {example}.")
+    if not isinstance(value, Iterable) and not hasattr(value, "__getitem__"):
+        raise error(f"{name}={shown(value)}: give a list or another iterable, such as {example}.")
+
+
+def require_callable(name: str, value: object, example: str, optional: bool = False) -> None:
+    """Refuse what cannot be called.
+
+    Raises:
+        ConfigError: It cannot.
+    """
+    if not callable(value) and not (optional and value is None):
+        raise ConfigError(f"{name}={shown(value)}: give a function{_such_as(example, quote=False)}.")
 
 
 def _such_as(example: object, quote: bool = True) -> str:

@@ -73,7 +73,7 @@ def test_groups_lie_along_the_inputs_of_one_kernel_position() -> None:
 
 
 def test_bad_blocks() -> None:
-    with pytest.raises(ConfigError, match="block_size=0: a block holds at least one weight"):
+    with pytest.raises(ConfigError, match="block_size=0: give a whole number of at least 1"):
         BlockLayout({"a": (4, 4)}, 0)
     with pytest.raises(ConfigError, match=r"block_size=190 is not a multiple of the pattern's group of 4. Try 188"):
         BlockLayout({"a": (4, 4)}, 190, 4)

@@ -176,3 +176,11 @@ def test_a_copy_on_several_devices_or_without_some_weights(tiny_cnn: nn.Module) 
     part = copy.deepcopy(tiny_cnn[:3])
     masks.apply_to_copy(part)
     assert torch.equal(part[2].weight != 0, half["2.weight"])
+
+
+def test_reprs_are_short() -> None:
+    targets = Targets({"a": nn.Parameter(torch.ones(2, 3)), "b": nn.Parameter(torch.ones(4))})
+    masks = MaskSet(targets)
+    masks.update({"a": torch.tensor([[True, False, True], [False, True, True]])})
+    assert repr(masks) == "MaskSet(2 targets, 20.00% of 10 weights masked)"
+    assert repr(targets) == "Targets(2 of 10 weights, first 'a')"

@@ -28,9 +28,9 @@ def test_impossible_groups_are_refused(n: int, m: int) -> None:
 
 @pytest.mark.parametrize("value", ["2", 2.0, True, None, "2:4"])
 def test_only_whole_numbers(value: Any) -> None:
-    with pytest.raises(PatternError, match=r"^n=.*give two integers"):
+    with pytest.raises(PatternError, match=r"^n=.*give a whole number"):
         NofM(value, 4)
-    with pytest.raises(PatternError, match=r"^m=.*give two integers"):
+    with pytest.raises(PatternError, match=r"^m=.*give a whole number"):
         NofM(1, value)
 
 
@@ -41,9 +41,9 @@ def test_base_60_numbers_of_yaml_are_recognised() -> None:
     with pytest.raises(PatternError, match="64 is what YAML makes of an unquoted 1:4"):
         NofM(n=64)
     for make in (CAP, lambda pattern: as_pattern(pattern)):
-        with pytest.raises(PatternError, match=rf"pattern=124 .*124 is what YAML makes of an unquoted 2:4.*{HOW}"):
+        with pytest.raises(PatternError, match=rf"pattern=124: .*124 is what YAML makes of an unquoted 2:4.*{HOW}"):
             make(pattern=124)
-        with pytest.raises(PatternError, match=rf"pattern='2:4' is not a pattern.*NofM\(n=2, m=4\).*{HOW}"):
+        with pytest.raises(PatternError, match=rf"pattern='2:4': .*NofM\(n=2, m=4\).*{HOW}"):
             make(pattern="2:4")
 
 
@@ -87,7 +87,7 @@ def test_from_yaml_with_a_colon_says_how_to_write_it(written: str) -> None:
 @pytest.mark.parametrize("sparsity", [-0.1, 1.0, 1.5, float("nan"), float("inf"), 75])
 @pytest.mark.parametrize("pattern", [Unstructured(), NofM()])
 def test_sparsity_is_a_fraction(pattern: Pattern, sparsity: float) -> None:
-    with pytest.raises(PatternError, match=r"sparsity=.*fraction of zeros in \[0, 1\)"):
+    with pytest.raises(PatternError, match=r"sparsity=.*give a number in \[0, 1\)"):
         pattern.check_sparsity(sparsity)
 
 
@@ -127,7 +127,7 @@ def test_removing_candidates_to_the_end_makes_the_pattern_hold(nm: tuple[int, in
 
 @pytest.mark.parametrize("n", [1, 0, -4, True, 4.0, "4", None])
 def test_impossible_blocks_are_refused(n: Any) -> None:
-    with pytest.raises(PatternError, match=r"^n=.*a whole number of at least 2 weights, such as BlockOf\(4\)"):
+    with pytest.raises(PatternError, match=r"^n=.*a whole number of at least 2, such as 4"):
         BlockOf(n)
 
 
@@ -139,7 +139,7 @@ def test_what_groups_and_rows_say_of_themselves() -> None:
         assert pattern.kept_in_group is None, "the compiled solvers remove single weights"
         alive = torch.rand(3, 8) > 0.5
         assert torch.equal(pattern.removable(alive), alive)
-        with pytest.raises(PatternError, match=r"sparsity=1\.0: give a fraction"):
+        with pytest.raises(PatternError, match=r"sparsity=1\.0: give a number"):
             pattern.check_sparsity(1.0)
 
 
