@@ -27,6 +27,7 @@ from lightning_cap.trainer.calibration import (
     loss_scale,
     precision_context,
 )
+from lightning_cap.trainer.divergence import refuse_broken_loss, refuse_broken_weights
 from lightning_cap.utilities import distributed
 from lightning_cap.utilities.distributed import check_equal_on_all_ranks
 from lightning_cap.utilities.progress import Progress
@@ -109,6 +110,7 @@ class PruningEvent:
         masks, saliency = dict(self._masks), 0.0
         try:
             with distributed.fail_together("The pruning event"):
+                self._refuse_divergence(collection_index)
                 for sparsity in sparsities:
                     result = self._prune(sparsity, collection_index, masks)
                     masks = dict(result.masks)
@@ -123,6 +125,14 @@ class PruningEvent:
         self.report.predicted_loss = saliency if sparsities and self._pruner.predicts_loss else None
         self.report.grown = sum(int(back.sum()) for back in self.grown.values())
         return collection_index
+
+    def _refuse_divergence(self, collection_index: int) -> None:
+        refuse_broken_weights(self._trainer, self._targets)
+        if self._pruner.statistic is not None:
+            with self._calibrating():
+                first = next(self._batches(self._pruner.statistic, collection_index), None)
+                if first is not None:
+                    refuse_broken_loss(self._trainer, self._module, calibration_loss(self._module), first)
 
     def _put(self, masks: Mapping[str, Tensor], lifted: bool) -> None:
         if lifted:
@@ -170,6 +180,7 @@ class PruningEvent:
     def dry_run(self, collection_index: int) -> None:
         """Plan, and compute one gradient that is thrown away: what cannot work is to fail before training begins."""
         with distributed.fail_together("The plan of the pruning events"):
+            refuse_broken_weights(self._trainer, self._targets)
             collector = self.collector(collection_index)
             plan = self._plan(collector, self._masks)
         rank_zero_info(f"Pruning events: {plan}")
@@ -178,6 +189,7 @@ class PruningEvent:
         with self._calibrating(), distributed.raise_on_all_ranks("The first gradient"):
             first = next(self._batches(self._pruner.statistic, collection_index), None)
             if first is not None:
+                refuse_broken_loss(self._trainer, self._module, calibration_loss(self._module), first)
                 collector.probe(first)
 
     def collector(self, collection_index: int) -> Collector | None:
