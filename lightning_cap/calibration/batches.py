@@ -5,8 +5,11 @@ So they depend neither on the number of processes nor on that of the workers, an
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections import UserDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
+from dataclasses import is_dataclass
 from typing import Any, cast
 
 import torch
@@ -38,7 +41,7 @@ class CalibrationBatches:
         most_gradients: Gradient samples in a batch at the most, 2 or more. All rows of a batch are held at once when several
             processes exchange them.
         sampler: What to draw the order from instead of the loader's own sampler, as where Lightning has put a distributed one
-            around it.
+            around it. A ``range`` is the part of the data set to draw from, of an iterable one too.
 
     Raises:
         DataError: The data set is empty.
@@ -125,7 +128,8 @@ class CalibrationBatches:
     def _stream(self, loader: DataLoader[Any]) -> Iterator[Any]:
         """An iterable data set, read from its start in this process; this rank keeps its own batches."""
         collate = _KeyedCollate(loader.collate_fn or default_collate, self._key)
-        samples = enumerate(_endless(cast(Iterable[Any], loader.dataset)))
+        most = len(self._sampler) if isinstance(self._sampler, range) else None
+        samples = enumerate(_endless(cast(Iterable[Any], loader.dataset), most))
         for number in range(-(-self._num_samples // self.batch_size)):
             batch = []
             for i in range(self.batch_size):
@@ -175,10 +179,11 @@ def _special_order(sampler: Iterable[Any]) -> list[int] | None:
     return drawn
 
 
-def _endless(dataset: Iterable[Any]) -> Iterator[Any]:
+def _endless(dataset: Iterable[Any], most: int | None) -> Iterator[Any]:
+    """The first ``most`` samples, over and over; None for all."""
     while True:
         empty = True
-        for sample in dataset:
+        for sample in itertools.islice(dataset, most):
             empty = False
             yield sample
         if empty:
@@ -200,7 +205,7 @@ def batch_size(batch: Any, default: int | None = None) -> int:
     Raises:
         GradientError: No tensor has a batch dimension, and there is no ``default``.
     """
-    for leaf in pytree.tree_leaves(batch):
+    for leaf in flatten_batch(batch)[0]:
         if isinstance(leaf, Tensor) and leaf.dim() > 0:
             return leaf.shape[0]
     if default is None:
@@ -213,4 +218,35 @@ def batch_size(batch: Any, default: int | None = None) -> int:
 
 def slice_batch(batch: Any, size: int, start: int, stop: int) -> Any:
     """Samples ``start`` to ``stop`` of a batch of ``size``: of its tensors with so many in dim 0."""
-    return pytree.tree_map(lambda leaf: leaf[start:stop] if is_batched(leaf, size) else leaf, batch)
+    leaves, rebuild = flatten_batch(batch)
+    return rebuild([leaf[start:stop] if is_batched(leaf, size) else leaf for leaf in leaves])
+
+
+def flatten_batch(batch: Any) -> tuple[list[Any], Callable[[Iterable[Any]], Any]]:
+    """The leaves of a batch, and what makes such a batch of other leaves. A ``UserDict``, such as a tokenizer gives, is a node.
+
+    Raises:
+        GradientError: It holds a collection that cannot be split into samples.
+    """
+    leaves, spec = pytree.tree_flatten(batch)
+    inner = [flatten_batch(leaf.data) if isinstance(leaf, UserDict) else None for leaf in leaves]
+    for leaf, node in zip(leaves, inner, strict=True):
+        if node is None and (isinstance(leaf, Mapping) or is_dataclass(leaf)):
+            raise GradientError(
+                f"batches: a batch holds a {type(leaf).__name__}, which cannot be split into samples. Give tensors, or tuples, "
+                "lists and dicts of them: let collate_fn return dict(batch), or vars(batch)."
+            )
+
+    def rebuild(values: Iterable[Any]) -> Any:
+        left = iter(values)
+        parts = []
+        for leaf, node in zip(leaves, inner, strict=True):
+            if node is None:
+                parts.append(next(left))
+            else:
+                copied = copy.copy(leaf)
+                copied.data = node[1](list(itertools.islice(left, len(node[0]))))
+                parts.append(copied)
+        return pytree.tree_unflatten(parts, spec)
+
+    return [v for leaf, node in zip(leaves, inner, strict=True) for v in (node[0] if node else [leaf])], rebuild

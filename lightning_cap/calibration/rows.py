@@ -14,9 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
-from torch.utils import _pytree as pytree
 
-from lightning_cap.calibration.batches import batch_size, is_batched, slice_batch
+from lightning_cap.calibration.batches import batch_size, flatten_batch, is_batched, slice_batch
 from lightning_cap.calibration.normalization import PlainNormalization
 from lightning_cap.calibration.vmap_rules import vmap_friendly
 from lightning_cap.errors import GradientError
@@ -97,7 +96,7 @@ class RowComputer:
 
     def at_once(self, batch: Any) -> dict[str, Tensor]:
         """A row for each sample of a batch, by vmap."""
-        leaves, spec = pytree.tree_flatten(batch)
+        leaves, rebuild = flatten_batch(batch)
         size = batch_size(batch)
         dims = [0 if is_batched(leaf, size) else None for leaf in leaves]
         tensors = [leaf for leaf, dim in zip(leaves, dims, strict=True) if dim == 0]
@@ -107,9 +106,7 @@ class RowComputer:
         def loss(weights: Sequence[Tensor], sample: Sequence[Tensor]) -> Tensor:
             inputs = iter(sample)
             one = [next(inputs).unsqueeze(0) if dim == 0 else leaf for leaf, dim in zip(leaves, dims, strict=True)]
-            value = functional_call(
-                self._program, dict(zip(paths, weights, strict=True)), (pytree.tree_unflatten(one, spec),)
-            )
+            value = functional_call(self._program, dict(zip(paths, weights, strict=True)), (rebuild(one),))
             return value.reshape(()) * self._scale  # type: ignore[no-any-return]
 
         with torch.inference_mode(False), torch.enable_grad(), self._context(), vmap_friendly():

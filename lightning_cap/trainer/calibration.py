@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sized
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -12,7 +12,8 @@ from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
+from torch.utils.data.distributed import DistributedSampler
 
 from lightning_cap.calibration.statistics import Statistic
 from lightning_cap.errors import ConfigError
@@ -20,20 +21,20 @@ from lightning_cap.sparsity.targets import Targets
 from lightning_cap.trainer import compat
 from lightning_cap.trainer.isolation import in_stage, preserve_attributes, preserve_state, suppress_logging
 from lightning_cap.utilities import distributed, rng
+from lightning_cap.utilities.arguments import shown
 
 
 def calibration_source(trainer: pl.Trainer, module: pl.LightningModule) -> Iterable[Any]:
     """``calibration_dataloader()`` of the datamodule or the module, else the loader over the training data set.
 
     Raises:
-        ConfigError: Neither exists, or the training data is not a single DataLoader.
+        ConfigError: Neither exists, the training data is not a single DataLoader, or ``calibration_dataloader`` returned several.
     """
     datamodule = getattr(trainer, "datamodule", None)
     for owner in (datamodule, module):
         hook = getattr(owner, "calibration_dataloader", None)
         if callable(hook):
-            loader: Iterable[Any] = hook()
-            return loader
+            return _one_source(hook())
     loaders = trainer.train_dataloader
     if loaders is None:  # outside of fit
         for owner in (datamodule, module):
@@ -49,6 +50,42 @@ def calibration_source(trainer: pl.Trainer, module: pl.LightningModule) -> Itera
             "calibration_dataloader() on the LightningDataModule or LightningModule."
         )
     return flat[0]
+
+
+def _one_source(given: Any) -> Iterable[Any]:
+    """What ``calibration_dataloader`` returned, if batches can be drawn from it."""
+    parts = CombinedLoader(given).flattened if isinstance(given, (list, tuple, dict)) else [given]
+    several = [part for part in parts if isinstance(part, DataLoader)]
+    if (several and given is not several[0]) or not isinstance(given, Iterable) or isinstance(given, (str, bytes)):
+        raise ConfigError(
+            f"calibration_dataloader: it returned {shown(given)}. Return one DataLoader, or a list or another re-iterable of "
+            "batches; several data sets become one by torch.utils.data.ConcatDataset."
+        )
+    source: Iterable[Any] = given
+    return source
+
+
+def _order(trainer: pl.Trainer, source: Iterable[Any]) -> Iterable[Any] | None:
+    """What the order of the samples is drawn from, if not from the loader's own sampler.
+
+    With ``overfit_batches``, samples are drawn from those that are trained on: the first of the data set.
+    """
+    if not isinstance(source, DataLoader):
+        return None
+    in_order = isinstance(source.dataset, IterableDataset) or isinstance(
+        source.sampler, (SequentialSampler, DistributedSampler)
+    )
+    overfits = getattr(trainer, "overfit_batches", 0) and in_order and _is_trained_on(trainer, source)
+    if overfits and source.batch_size is not None:
+        trained_on = int(trainer.num_training_batches) * source.batch_size * distributed.world_size()
+        sized = isinstance(source.dataset, Sized)
+        return range(min(trained_on, len(source.dataset)) if sized else trained_on)  # type: ignore[arg-type]
+    return compat.inner_sampler(source)
+
+
+def _is_trained_on(trainer: pl.Trainer, source: Iterable[Any]) -> bool:
+    loaders = trainer.train_dataloader
+    return loaders is not None and any(source is loader for loader in CombinedLoader(loaders).flattened)
 
 
 def calibration_batches(
@@ -70,8 +107,7 @@ def calibration_batches(
         source: Where to draw from. Default: `calibration_source`.
     """
     source = calibration_source(trainer, module) if source is None else source
-    sampler = compat.inner_sampler(source) if isinstance(source, DataLoader) else None
-    batches = statistic.batches(source, targets, key, sampler)
+    batches = statistic.batches(source, targets, key, _order(trainer, source))
     return ready_batches(trainer, module, batches, (*key, rng.Domain.COMPUTE))
 
 

@@ -1,17 +1,23 @@
 from __future__ import annotations
 
 import random
+from collections import UserDict
+from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, Subset, WeightedRandomSampler
 
-from lightning_cap.calibration.batches import CalibrationBatches
-from lightning_cap.errors import DataError
+from lightning_cap.calibration.batches import CalibrationBatches, batch_size, slice_batch
+from lightning_cap.calibration.gradients import GradientCollector
+from lightning_cap.errors import DataError, GradientError
+from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities import distributed
-from tests.support.toy import ToyData
+from tests.support.toy import FEATURES, ToyData, loss, plain_net
 
 
 def collect(loader: Any, count: int = 24, m: int = 1, seed: int = 0, event: int = 0) -> torch.Tensor:
@@ -123,3 +129,46 @@ def test_empty_and_unbatched_sources_are_refused() -> None:
 
     with pytest.raises(DataError, match="iterable data set is empty"):
         collect(DataLoader(Empty(), batch_size=4))
+
+
+class Encoding(UserDict[str, Any]):
+    """As a tokenizer gives: a dict in an object, with more in it."""
+
+    def __init__(self, data: dict[str, Any]) -> None:
+        super().__init__(data)
+        self.more = "kept"
+
+
+def test_a_user_dict_is_split_into_samples() -> None:
+    batch = (Encoding({"x": torch.arange(8.0).view(4, 2), "name": "a"}), [torch.arange(4)])
+    assert batch_size((Encoding({"x": torch.ones(3)}), 1)) == 3
+    first, (y,) = slice_batch(batch, 4, 1, 3)
+    assert type(first) is Encoding
+    assert (first["x"].tolist(), first["name"], first.more, y.tolist()) == ([[2, 3], [4, 5]], "a", "kept", [1, 2])
+    assert batch[0]["x"].shape == (4, 2)
+
+
+def test_rows_of_a_user_dict() -> None:
+    model = plain_net()
+    targets = Targets.from_model(model)
+    x, y = torch.randn(6, FEATURES), torch.arange(6) % 4
+
+    def of_dict(m: nn.Module, batch: Any) -> torch.Tensor:
+        return loss(m, (batch[0].data["x"], batch[1]))
+
+    (wanted,) = GradientCollector(model, targets, loss, [(x, y)], 6)
+    (found,) = GradientCollector(model, targets, of_dict, [(Encoding({"x": x}), y)], 6)
+    for name, rows in wanted.items():
+        assert torch.equal(found[name], rows)
+
+
+def test_what_cannot_be_split_is_named() -> None:
+    @dataclass
+    class Sample:
+        x: torch.Tensor
+
+    for batch in ((Sample(torch.ones(4, 2)), torch.ones(4)), {"a": MappingProxyType({"x": torch.ones(4)})}):
+        with pytest.raises(
+            GradientError, match=r"a batch holds a (Sample|mappingproxy), .*let collate_fn return dict\(batch\)"
+        ):
+            batch_size(batch)
