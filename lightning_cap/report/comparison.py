@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lightning_cap.comparison.records import ComparisonRecord
 from lightning_cap.report.figures import draw_all
@@ -63,28 +64,28 @@ def print_comparison(records: Records, console: Console | None = None) -> None:
     table = (
         _one_pruner(records)
         if len(labels) == 1
-        else Table(title=f"{accuracy_name(records) or 'no metric'} at each sparsity", padding=(0, 0))
+        else Table(title=Text(f"{accuracy_name(records) or 'no metric'} at each sparsity"), padding=(0, 0))
     )
     if len(labels) > 1:
         table.add_column("pruner", overflow="fold")
         header, *lines = _by_sparsity(records, records, _mean(records))
         for name in header[1:]:
-            table.add_column(name, justify="right", no_wrap=True)
+            table.add_column(Text(name), justify="right", no_wrap=True)
         for line in lines:
-            table.add_row(*line)
+            table.add_row(*map(Text, line))
     (console or Console()).print(table)
 
 
 def _one_pruner(records: Records) -> Table:
     metrics = list(records[0].metrics)
     (label, goals), unpruned = next(iter(by_label(records).items())), unpruned_record(records)
-    table = Table(title=f"One-shot pruning by {label}")
+    table = Table(title=Text(f"One-shot pruning by {label}"))
     for name in ("sparsity", "predicted loss", *metrics):
-        table.add_column(name, justify="right")
+        table.add_column(Text(name), justify="right")
     for goal, seeds in {**({0.0: [unpruned]} if unpruned else {}), **goals}.items():
         name = seeds[0].label if goal == 0 else f"{seeds[0].sparsity:.4f}"
         predicted = _number(mean_and_deviation([record.predicted_loss for record in seeds]), ".4g")
-        table.add_row(name, predicted, *(_number(mean_and_deviation(metric_values(seeds, m))) for m in metrics))
+        table.add_row(Text(name), predicted, *(_number(mean_and_deviation(metric_values(seeds, m))) for m in metrics))
     return table
 
 
@@ -186,4 +187,6 @@ def _number(value: tuple[float, float] | None, style: str = ".4f") -> str:
 def _table(lines: Iterable[Sequence[str]]) -> str:
     header, *body = lines
     rule = ["---", *["---:"] * (len(header) - 1)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (header, rule, *body))
+    return "\n".join(
+        "| " + " | ".join(cell.replace("|", r"\|") for cell in line) + " |" for line in (header, rule, *body)
+    )

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
+import statistics
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,39 +25,84 @@ from lightning_cap.report.records import (
     unpruned_record,
     value_of,
 )
-from lightning_cap.report.style import grid, legend, panels, save, styles
+from lightning_cap.report.style import (
+    OUTLINE,
+    footnote,
+    grid,
+    legend,
+    note,
+    panels,
+    plain,
+    plain_ticks,
+    save,
+    sparsity_axis,
+    styles,
+)
+
+_CLOSE = 0.6  # of all values: where those near the unpruned model's take less, they have a panel of their own
 
 
 def plot_accuracy(records: Records, path: Path) -> None:
     """Accuracy (or the first metric) over sparsity, a line for each pruner, with the deviation over seeds (figures 3, 7, 8).
+
+    Where some pruners fall so far that the others lie on each other, a second panel shows the values near the unpruned model's.
 
     Args:
         records: What `lightning_cap.comparison.compare` returned.
         path: A ``.png``, ``.svg`` or ``.pdf`` file.
     """
     name, unpruned, found = accuracy_name(records), unpruned_record(records), by_label(as_given(records))
+    start = unpruned.metrics[name] if unpruned is not None and name is not None else None
     looks = styles(list(found))
-    figure, (axes,) = panels(1, 5.2, 3.8)
-    if unpruned is not None and name is not None:
-        axes.axhline(unpruned.metrics[name], color="0.5", linewidth=1, linestyle=(0, (4, 3)), label=unpruned.label)
-    for label, goals in found.items():
-        points = [
-            (100 * seeds[0].sparsity, value)
+    lines = {
+        label: [
+            (100 * statistics.fmean(record.sparsity for record in seeds), value)
             for seeds in goals.values()
-            if (value := mean_and_deviation(metric_values(seeds, name))) is not None
+            if (value := mean_and_deviation(metric_values(seeds, name))) is not None and math.isfinite(value[0])
         ]
-        _line(axes, [x for x, _ in points], [value for _, value in points], label, looks[label])
-    axes.set_xlabel("sparsity (%)")
-    axes.set_ylabel(name or "no metric")
-    grid(axes)
-    legend(figure, axes)
+        for label, goals in found.items()
+    }
+    near = None if start is None else _near(start, [[value for _, value in points] for points in lines.values()])
+    figure, every = panels(1 if near is None else 2, 4.8, 3.8)
+    for axes in every:
+        if unpruned is not None and start is not None:
+            axes.axhline(start, color="0.5", linewidth=1, linestyle=(0, (4, 3)), label=unpruned.label)
+        for label, points in lines.items():
+            _line(axes, [x for x, _ in points], [value for _, value in points], label, looks[label])
+        sparsity_axis(axes, goals_of(records))
+        axes.set_ylabel(plain(name or "no metric"))
+        grid(axes)
+    if near is not None:
+        every[1].set_ylim(*near)
+        note(every[0], "all values")
+        note(every[1], "the same, near the model before pruning")
+    footnote(figure, deviation_note(records))
+    legend(figure, every[0])
     save(figure, path)
+
+
+def _near(start: float, lines: Sequence[Sequence[tuple[float, float]]]) -> tuple[float, float] | None:
+    """The range of ``start`` and of what comes nearest to it at each sparsity; None if all values hardly take more."""
+    columns = [column for column in zip(*lines, strict=False) if column]
+    values = [mean for line in lines for mean, _ in line] + [start]
+    nearest = [min(column, key=lambda value: abs(value[0] - start)) for column in columns]
+    low = min([start, *(mean - deviation for mean, deviation in nearest)])
+    high = max([start, *(mean + deviation for mean, deviation in nearest)])
+    if len(lines) < 2 or not 0 < high - low < _CLOSE * (max(values) - min(values)):
+        return None
+    return low - 0.08 * (high - low), high + 0.08 * (high - low)
+
+
+def deviation_note(records: Records) -> str:
+    """What lines and bands show, if there is more than one seed."""
+    seeds = len({record.seed for record in as_given(records)})
+    return f"lines: mean over {seeds} seeds; bands: standard deviation" if seeds > 1 else ""
 
 
 def _line(axes: Any, x: Sequence[Any], values: Sequence[tuple[float, float]], label: str, look: dict[str, Any]) -> None:
     """A line through means, with a band of the deviation."""
     mean = [value[0] for value in values]
-    axes.plot(x, mean, label=label, **look)
+    axes.plot(x, mean, label=plain(label), **look)
     if any(value[1] for value in values):
         low, high = [m - s for m, s in values], [m + s for m, s in values]
         axes.fill_between(x, low, high, color=look["color"], alpha=0.15, linewidth=0)
@@ -64,7 +111,8 @@ def _line(axes: Any, x: Sequence[Any], values: Sequence[tuple[float, float]], la
 def plot_losses(records: Records, path: Path) -> bool:
     """The measured increase of the loss over the predicted one, for each pruner that predicts it; a point for each record.
 
-    Measured on calibration samples where that is known, else on the validation data.
+    Measured on calibration samples where that is known, else on the validation data. A line joins the geometric means over the
+    seeds, each with its sparsity.
 
     Args:
         records: What `lightning_cap.comparison.compare` returned.
@@ -80,35 +128,55 @@ def plot_losses(records: Records, path: Path) -> bool:
     if not shown:
         return False
     looks = styles(list(by_label(as_given(records))))
-    figure, (axes,) = panels(1, 5.0, 4.2)
+    figure, (axes,) = panels(1, 6.0, 4.8)
     for label, goals in by_label(shown).items():
-        found = [record for seeds in goals.values() for record in seeds]
-        points = [_increases(record, kind) for record in found]
-        axes.plot(*zip(*points, strict=True), label=label, **{**looks[label], "linestyle": "none"}, alpha=0.85)
-        for seed in {record.seed for record in found}:
-            line = [_increases(record, kind) for record in found if record.seed == seed]
-            axes.plot(*zip(*line, strict=True), color=looks[label]["color"], linewidth=0.8, alpha=0.5)
+        _losses_of(
+            axes, {goal: [_increases(r, kind) for r in seeds] for goal, seeds in goals.items()}, label, looks[label]
+        )
     values = [value for record in shown for value in _increases(record, kind)]
-    ends = [(min(values), min(values)), (max(values), max(values))]
-    axes.plot(*zip(*ends, strict=True), color="0.5", linewidth=1, linestyle=(0, (4, 3)), label="equal")
     axes.set_xscale("log")
     axes.set_yscale("log")
+    limits = axes.get_xlim(), axes.get_ylim()
+    ends = min(values) / 1e3, max(values) * 1e3
+    axes.plot(ends, ends, color="0.5", linewidth=1, linestyle=(0, (4, 3)), label="equal", zorder=1)
+    axes.set_xlim(limits[0])
+    axes.set_ylim(limits[1])
+    plain_ticks(axes.xaxis)
+    plain_ticks(axes.yaxis)
     axes.set_xlabel("predicted increase of the loss")
-    axes.set_ylabel(f"measured increase ({kind} data)")
-    axes.set_title(_left_out(records, known, shown), fontsize=8, color="0.35")
+    axes.set_ylabel(f"measured increase of the loss ({kind} data)")
+    several = len({record.seed for record in shown}) > 1
+    how = "numbers: sparsity in %" + ("; small points: seeds, lines: their geometric means" if several else "")
+    footnote(figure, how, _left_out(records, known, shown))
     grid(axes)
     legend(figure, axes)
     save(figure, path)
     return True
 
 
+def _losses_of(
+    axes: Any, points: Mapping[float, Sequence[tuple[float, float]]], label: str, look: dict[str, Any]
+) -> None:
+    """A line through the means of one pruner, each with its sparsity, and a small point for each record."""
+    means = [
+        tuple(statistics.geometric_mean(values) for values in zip(*seeds, strict=True)) for seeds in points.values()
+    ]
+    axes.plot(*zip(*means, strict=True), label=plain(label), **look)
+    for (x, y), (goal, seeds) in zip(means, points.items(), strict=True):
+        place = {"xytext": (4, -9), "textcoords": "offset points", "zorder": 4, "path_effects": OUTLINE}
+        axes.annotate(f"{100 * goal:.4g}", (x, y), fontsize=7, color=look["color"], **place)
+        if len(seeds) > 1:
+            small = {"color": look["color"], "marker": look["marker"], "markersize": 2.5, "linestyle": "none"}
+            axes.plot(*zip(*seeds, strict=True), alpha=0.6, **small)
+
+
 def _left_out(records: Records, known: Records, shown: Records) -> str:
     """What the figure of losses does not show, in words; empty if there is nothing."""
     silent = list(by_label([record for record in as_given(records) if record.predicted_loss is None]))
-    notes = [f"no loss predicted by: {', '.join(silent)}"] if silent else []
+    notes = [f"no loss predicted by: {', '.join(map(plain, silent))}"] if silent else []
     if len(shown) < len(known):
         notes.append(f"{len(known) - len(shown)} of {len(known)} have no increase to show")
-    return textwrap.fill("; ".join(notes), 80)
+    return textwrap.fill("; ".join(notes), 90)
 
 
 def _increases(record: ComparisonRecord, kind: str) -> tuple[float, float]:
@@ -120,7 +188,8 @@ def _increases(record: ComparisonRecord, kind: str) -> tuple[float, float]:
 def plot_grid(records: Records, setting: str, path: Path) -> None:
     """Accuracy over the values of one setting, a panel for each sparsity, a line for each pruner (figures 10 to 13).
 
-    The pruner as given is a point of its line.
+    The pruner as given is a point of its line, with a ring. Each panel has its own range, which leaves out what falls far below
+    the others; that is told in the panel.
 
     Args:
         records: What `lightning_cap.comparison.compare` returned.
@@ -133,35 +202,63 @@ def plot_grid(records: Records, setting: str, path: Path) -> None:
     values = sorted({value_of(record, setting) for record in used}, key=number_first)
     positions, logarithmic = _positions(values)
     name, goals, looks = accuracy_name(records), goals_of(records), styles(list(by_label(given)))
-    figure, every = panels(len(goals), 3.1, 2.7)
+    figure, every = panels(len(goals), 3.3, 2.8)
     for axes, goal in zip(every, goals, strict=True):
+        here = [record for record in used if record.goal == goal]
+        left_out = _limit(axes, [v for v in metric_values(here, name) if v is not None and math.isfinite(v)])
         for pruner in pruners:
-            own = [record for record in used if (record.pruner, record.goal) == (pruner, goal)]
-            points = []
-            for value in values:
-                here = [record for record in own if value_of(record, setting) == value]
-                if (found := mean_and_deviation(metric_values(here, name))) is not None:
-                    points.append((positions[value], found))
-            _line(axes, [x for x, _ in points], [value for _, value in points], pruner, looks[pruner])
+            own = [record for record in here if record.pruner == pruner]
+            _values_of(axes, own, {v: positions[v] for v in values}, setting, name, pruner, looks[pruner])
         if logarithmic:
             axes.set_xscale("log")
         axes.set_xticks(list(positions.values()), [_text(value) for value in values], fontsize=8)
         axes.minorticks_off()
-        _at_least(axes, 0.02)
-        axes.set_title(f"{percent(goal)} sparsity", fontsize=9)
+        axes.set_title(f"{percent(goal)} sparsity{left_out}", fontsize=9)
         axes.set_xlabel(setting)
-        axes.set_ylabel(name or "no metric")
+        axes.set_ylabel(plain(name or "no metric"))
         grid(axes)
+    footnote(figure, "ring: the pruner as given; each panel has a vertical axis of its own", deviation_note(records))
     legend(figure, every[0])
     save(figure, path)
 
 
-def _at_least(axes: Any, share: float) -> None:
-    """Let the vertical axis span a share of its values, so that noise does not fill the panel."""
-    low, high = axes.get_ylim()
-    missing = share * max(abs(low), abs(high)) - (high - low)
-    if missing > 0:
-        axes.set_ylim(low - missing / 2, high + missing / 2)
+def _values_of(
+    axes: Any,
+    own: Records,
+    positions: Mapping[Any, float],
+    setting: str,
+    name: str | None,
+    pruner: str,
+    look: dict[str, Any],
+) -> None:
+    """The line of one pruner in one panel of a grid."""
+    points = []
+    for value, position in positions.items():
+        here = [record for record in own if value_of(record, setting) == value]
+        found = mean_and_deviation(metric_values(here, name))
+        if found is not None:
+            points.append((position, found))
+            if any(record.grid is None for record in here):
+                ring = {"marker": "o", "markersize": 11, "markerfacecolor": "none", "linestyle": "none"}
+                axes.plot([position], [found[0]], color=look["color"], markeredgewidth=0.9, **ring)
+    _line(axes, [x for x, _ in points], [value for _, value in points], pruner, look)
+
+
+def _limit(axes: Any, values: Sequence[float]) -> str:
+    """Set the vertical range to where most values are; says how many are outside.
+
+    Values below are left out where they would take more than three times the room of the upper three quarters.
+    """
+    if not values:
+        return ""
+    high, quarter = max(values), sorted(values)[len(values) // 4]
+    low = max(min(values), high - 4 * (high - quarter)) if high > quarter else min(values)
+    least = 0.01 * max(abs(low), abs(high))
+    margin = max(0.06 * (high - low), (least - (high - low)) / 2)
+    if high > low or margin > 0:
+        axes.set_ylim(low - margin, high + margin)
+    below = sum(value < low - margin for value in values)
+    return f" ({below} of {len(values)} results are below)" if below else ""
 
 
 def _positions(values: Sequence[Any]) -> tuple[dict[Any, float], bool]:
@@ -172,4 +269,5 @@ def _positions(values: Sequence[Any]) -> tuple[dict[Any, float], bool]:
 
 
 def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return plain(re.sub(r"e([+-])0+(?=\d)", r"e\1", text))

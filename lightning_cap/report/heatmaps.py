@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,38 +13,52 @@ from torch import Tensor
 
 from lightning_cap.comparison.records import UNPRUNED, SurfaceRecord
 from lightning_cap.report.records import percent
-from lightning_cap.report.style import panels, save
+from lightning_cap.report.style import Looks, panels, plain, save, styles
+
+_DOUBLINGS = 10  # of the height above the lowest loss, from line to line
 
 
-def plot_surface(surface: SurfaceRecord, path: Path) -> None:
+def plot_surface(surface: SurfaceRecord, path: Path, looks: Looks | None = None) -> None:
     """Contours of the loss in the plane of the weights before pruning and two pruned ones, the three marked (figure 4).
+
+    The height above the lowest loss doubles from line to line, so that the bottom of the basin has lines too; between two lines
+    the colour changes twice.
 
     Args:
         surface: The record in ``surface.json``.
         path: A ``.png``, ``.svg`` or ``.pdf`` file.
+        looks: Colours and markers by the pruners' names. Default: those of a comparison of the two.
     """
+    looks = looks or styles(surface.pruners)
     axis, loss = np.array(surface.axis), np.array(surface.loss, dtype=float)
-    one, two = surface.pruners
-    figure, (axes,) = panels(1, 5.4, 4.4)
+    figure, (axes,) = panels(1, 5.6, 4.6)
     finite = loss[np.isfinite(loss)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     span = high - low if high > low else 1.0  # a plain: contours need rising levels
-    levels = np.concatenate([[low], low + span * np.geomspace(1 / 1024, 1, 21)])  # fine at the bottom of the basin
-    norm = BoundaryNorm(levels, 256)
-    filled = axes.contourf(axis, axis, loss, levels=levels, norm=norm, cmap="viridis", extend="both")
-    lines = axes.contour(axis, axis, loss, levels=levels[1::4], colors="white", linewidths=0.7, alpha=0.8)
-    axes.clabel(lines, fmt="%.4g", fontsize=7)
-    bar = figure.colorbar(filled, ax=axes, ticks=levels[1::4], format="%.4g")
-    bar.set_label("validation loss")
-    for name, x, y, marker in ((UNPRUNED, 0, 0, "*"), (one, 1, 0, "o"), (two, 0, 1, "s")):
-        place = {"color": "#D55E00", "marker": marker, "markersize": 9, "linestyle": "none", "clip_on": False}
-        axes.plot([x], [y], markeredgecolor="white", zorder=5, **place)
-        text = f"{name} ({surface.corners[name]:.3g})"
-        box = {"facecolor": "white", "alpha": 0.75, "linewidth": 0, "boxstyle": "round,pad=0.2"}
-        shift, side = ((-7, 8), "right") if x else ((7, 8), "left")
+    levels = low + span * np.concatenate([[0.0], 2.0 ** np.arange(-_DOUBLINGS, 0.25, 0.5)])
+    extend = "neither" if finite.size == loss.size else "max"
+    filled = axes.contourf(
+        axis, axis, loss, levels=levels, norm=BoundaryNorm(levels, 256), cmap="viridis", extend=extend
+    )
+    ticks = levels[1::2]
+    axes.contour(axis, axis, loss, levels=ticks[:-1], colors="white", linewidths=0.6, alpha=0.7)
+    bar = figure.colorbar(filled, ax=axes, ticks=[low, *ticks], format="%.4g")
+    bar.ax.minorticks_off()
+    bar.ax.tick_params(labelsize=8)
+    bar.set_label("validation loss; its height above the lowest doubles from line to line", fontsize=8)
+    one, two = surface.pruners
+    before: dict[str, Any] = {"color": "white", "marker": "*"}
+    for name, x, y in ((UNPRUNED, 0, 0), (one, 1, 0), (two, 0, 1)):
+        look = before if name == UNPRUNED else looks[name]
+        place = {"markersize": 13 if name == UNPRUNED else 9, "linestyle": "none", "clip_on": False, "zorder": 5}
+        edge = "black" if name == UNPRUNED else "white"
+        axes.plot([x], [y], color=look["color"], marker=look["marker"], markeredgecolor=edge, **place)
+        text = f"{plain(name)} ({surface.corners[name]:.3g})"
+        box = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "boxstyle": "round,pad=0.2"}
+        shift, side = ((-7, 9), "right") if x else ((7, 9), "left")
         axes.annotate(text, (x, y), shift, textcoords="offset points", fontsize=8, zorder=6, ha=side, bbox=box)
-    axes.set_xlabel(f"unpruned to {one}")
-    axes.set_ylabel(f"unpruned to {two}")
+    axes.set_xlabel(f"from {UNPRUNED} (0) to {plain(one)} (1)")
+    axes.set_ylabel(f"from {UNPRUNED} (0) to {plain(two)} (1)")
     axes.set_title(f"{percent(surface.sparsity)} sparsity", fontsize=9)
     axes.set_aspect("equal")
     save(figure, path)

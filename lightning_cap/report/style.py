@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from lightning_cap.errors import ConfigError
+from lightning_cap.utilities.arguments import shown
+
+Looks = Mapping[str, dict[str, Any]]  # of each label, for ``plot``
 
 _COLORS = (
     "#0072B2",
@@ -21,6 +29,10 @@ _COLORS = (
 NUM_COLORS = len(_COLORS)
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 _STYLES = ("-", "--", ":")
+_ENDINGS = (".png", ".svg", ".pdf")
+_LONGEST = 60  # characters of a label
+OUTLINE = [withStroke(linewidth=2, foreground="white")]  # of text upon lines
+_NOTE = {"fontsize": 8, "color": "0.35"}
 
 
 def styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
@@ -37,6 +49,13 @@ def styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
     }
 
 
+def plain(text: str) -> str:
+    """A user's string as a label: no formulas, nothing that matplotlib hides, and not too long."""
+    short = text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+    short = short.replace("$", r"\$")
+    return f" {short}" if short.startswith("_") else short
+
+
 def panels(count: int, width: float, height: float, columns: int | None = None) -> tuple[Figure, list[Any]]:
     """A figure with ``count`` axes of the given size in inches, line by line, four or three in a line."""
     columns = min(count, columns or (4 if count in (4, 7, 8) else 3))
@@ -44,7 +63,7 @@ def panels(count: int, width: float, height: float, columns: int | None = None) 
     figure = Figure(figsize=(width * columns + 0.3, height * lines + 0.2), layout="constrained")
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)
     for empty in axes[count:]:
-        empty.remove()
+        empty.set_axis_off()
     return figure, axes[:count]
 
 
@@ -54,17 +73,54 @@ def grid(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
+def sparsity_axis(axes: Any, goals: Sequence[float]) -> None:
+    """A horizontal axis in per cent with a tick at each sparsity that was asked for."""
+    close = len(goals) > 1 and min(b - a for a, b in itertools.pairwise(goals)) < 0.06 * (goals[-1] - goals[0])
+    axes.set_xticks(
+        [100 * goal for goal in goals], [f"{100 * goal:.4g}" for goal in goals], rotation=90 if close else 0
+    )
+    axes.set_xlabel("sparsity (%)")
+
+
+def plain_ticks(axis: Any) -> None:
+    """Ticks of a logarithmic axis as ``0.01``, with steps between powers of ten where there are few of those."""
+    low, high = sorted(axis.get_view_interval())
+    steps = (1.0,) if high > 1e3 * low else (1.0, 2.0, 5.0)
+    axis.set_major_locator(LogLocator(subs=steps))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_minor_formatter(NullFormatter())
+
+
 def legend(figure: Figure, axes: Any) -> None:
-    """Inside where few lines leave room, else to the right of everything."""
+    """In the place of a panel that is left empty, else to the right of everything."""
     handles, labels = axes.get_legend_handles_labels()
-    if len(labels) <= 4 and len(figure.axes) == 1:
-        axes.legend(fontsize=8, frameon=False)
+    empty = [other for other in figure.axes if not other.axison]
+    if labels and empty:
+        empty[0].legend(handles, labels, loc="upper left", fontsize=8, frameon=False)
     elif labels:
         figure.set_figwidth(figure.get_figwidth() + 0.6 + 0.075 * max(map(len, labels)))
         figure.legend(handles, labels, loc="outside right upper", fontsize=8, frameon=False)
 
 
+def note(axes: Any, *lines: str) -> None:
+    """Small grey lines above a panel, for what its reader has to know."""
+    axes.set_title("\n".join(line for line in lines if line), **_NOTE)
+
+
+def footnote(figure: Figure, *lines: str) -> None:
+    """Small grey lines below all panels."""
+    told = "\n".join(line for line in lines if line)
+    if told:
+        figure.supxlabel(told, **_NOTE)
+
+
 def save(figure: Figure, path: Path) -> None:
-    """Into a ``.png``, ``.svg`` or ``.pdf`` file."""
+    """Into a ``.png``, ``.svg`` or ``.pdf`` file.
+
+    Raises:
+        ConfigError: Another ending.
+    """
+    if not isinstance(path, Path) or path.suffix not in _ENDINGS:
+        raise ConfigError(f"path={shown(path)}: give a pathlib.Path that ends in one of {', '.join(_ENDINGS)}.")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150, bbox_inches="tight", pad_inches=0.1)
