@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from lightning_cap.callbacks.cycle import CycleRecord
 
@@ -20,9 +21,10 @@ def print_table(history: Sequence[CycleRecord], metric: str | None, console: Con
         console: Where to. Default: standard output.
     """
     folders = {str(Path(record.checkpoint).parent) for record in history if record.checkpoint}
-    table = Table(title="Pruned models", caption=f"in {', '.join(sorted(folders))}" if folders else None)
+    caption = Text(f"in {', '.join(sorted(folders))}") if folders else None
+    table = Table(title="Pruned models", caption=caption)
     for name in ("goal", metric or "metric", "real sparsity", "epochs trained"):
-        table.add_column(name, justify="right")
+        table.add_column(Text(name), justify="right")
     table.add_column("checkpoint", overflow="fold")
     for record in history:
         table.add_row(
@@ -32,6 +34,6 @@ def print_table(history: Sequence[CycleRecord], metric: str | None, console: Con
             "-" if record.value is None else f"{record.value:.4f}",
             f"{100 * record.sparsity:.2f} %",
             str(record.epochs),
-            Path(record.checkpoint).name or "-",
+            Text(Path(record.checkpoint).name or "-"),
         )
     (console or Console()).print(table)

@@ -39,7 +39,7 @@ from lightning_cap.report.style import (
     styles,
 )
 
-_CLOSE = 0.6  # of all values: where those near the unpruned model's take less, they have a panel of their own
+_CLOSE = 0.5  # of all values: where those near the unpruned model's take less, they have a panel of their own
 
 
 def plot_accuracy(records: Records, path: Path) -> None:

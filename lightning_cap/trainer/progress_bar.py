@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from rich.markup import escape
 
 from lightning_cap.trainer import compat
 from lightning_cap.utilities.progress import Progress
@@ -29,10 +30,11 @@ def event_progress(trainer: pl.Trainer, title: str) -> Iterator[Progress]:
     bar: Any = trainer.progress_bar_callback
     if isinstance(bar, RichProgressBar) and bar.is_enabled and compat.rich_lines(bar) is not None:
         lines = compat.rich_lines(bar)
-        task = lines.add_task(f"{title}: starting", total=1)
+        shown = escape(title)
+        task = lines.add_task(f"{shown}: starting", total=1)
 
         def show(phase: str, done: int, total: int) -> None:
-            lines.update(task, description=f"{title}: {phase}", completed=done, total=total)
+            lines.update(task, description=f"{shown}: {phase}", completed=done, total=total)
             bar.refresh()
 
         try:

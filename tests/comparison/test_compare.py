@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning.pytorch.callbacks import RichProgressBar
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
@@ -14,7 +15,7 @@ from lightning_cap.comparison.record_store import digest
 from lightning_cap.comparison.records import GridPoint, SurfaceRecord, intersection_over_union, load_masks
 from lightning_cap.errors import ConfigError, DataError, GradientError, PatternError, TargetError
 from lightning_cap.pruners import LayerwiseOBS, Magnitude, Pruner
-from lightning_cap.report import report
+from lightning_cap.report import print_comparison, report
 from lightning_cap.sparsity.allocation import Global, PerTarget, Uniform
 from lightning_cap.sparsity.patterns import NofM
 from lightning_cap.utilities.records import read_record
@@ -308,6 +309,26 @@ def test_two_processes_give_the_records_of_one(tmp_path: Path) -> None:
 def test_spawned_processes_need_a_folder(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"folder=None.*spawn"):
         compare(trainer(tmp_path, devices=2, strategy="ddp_spawn"), toy(), Magnitude(), [0.5], datamodule=Data())
+
+
+def test_a_model_that_starts_sparse_is_not_called_dense(tmp_path: Path) -> None:
+    model = toy()
+    prune(model.net, [], lambda m, b: torch.zeros(()), 0.4, Magnitude(), progress=False)
+    (start, *_) = run(tmp_path, {"GM": Magnitude()}, module=model)
+    assert (start.pruner, start.label) == ("unpruned", "start (39.8 % sparse)")
+
+
+def test_names_may_look_like_markup(tmp_path: Path) -> None:
+    pruners = {"[/red]": Magnitude(), "_$x$": Magnitude(), "n" * 80: cap()}
+    bar = RichProgressBar()
+    run_trainer = trainer(tmp_path, bar, enable_progress_bar=True)
+    long = PerTarget({f"net.[{'4' * 300}].weight": 0.5})
+    records = compare(run_trainer, toy(), pruners, [0.5], datamodule=Data(), folder=tmp_path, grids={"allocation": [long]},
+                      loss_samples=16)  # fmt: skip
+    print_comparison(records)
+    assert {"accuracy.png", "grid-allocation.png"} <= set(report(records, tmp_path))
+    assert all((tmp_path / record.masks).is_file() for record in records[1:])
+    assert max(len(file.name) for file in (tmp_path / "masks").iterdir()) < 240
 
 
 def test_a_checkpoint_of_another_model_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

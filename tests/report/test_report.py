@@ -9,46 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.image import imread
 from rich.console import Console
 from safetensors.torch import save_file
 
-from lightning_cap.comparison.records import ComparisonRecord, GridPoint, SurfaceRecord, save_masks
+from lightning_cap.comparison.records import GridPoint, SurfaceRecord, save_masks
 from lightning_cap.report import curves, markdown, mask_plots, print_comparison, report, style
 from lightning_cap.report import heatmaps as planes
 from lightning_cap.utilities.records import write_records
-
-UNPRUNED = ComparisonRecord(
-    pruner="unpruned", label="unpruned", seed=None, goal=0.0, sparsity=0.0, sparsities={}, predicted_loss=0.0,
-    metrics={"val_loss": 0.1, "val_acc": 0.99}, solution="", fingerprint="d",
-)  # fmt: skip
+from tests.support.comparison_records import UNPRUNED, record
 
 
-def record(
-    pruner: str, goal: float, seed: int, acc: float, grid: GridPoint | None = None, loss: float | None = 0.1
-) -> ComparisonRecord:
-    damp = grid.value if grid else 1e-6
-    return ComparisonRecord(
-        pruner=pruner,
-        label=pruner if grid is None else f"{pruner} {grid.setting}={grid.value:g}",
-        grid=grid,
-        seed=seed,
-        goal=goal,
-        sparsity=goal,
-        sparsities={"net.0.weight": goal - 0.1, "net.1.weight": goal + 0.05},
-        metrics={"val_loss": 0.2, "val_acc": acc},
-        predicted_loss=goal / 100,
-        loss_increase={"validation": 0.1, "calibration": loss},
-        seconds={"collect": 1.0, "solve": 2.0, "apply": 0.5, "evaluate": 1.0},
-        settings=f"mine.{pruner}: {pruner}(damp={damp:g})",
-        parameters={"num_gradients": 16, "damp": damp, "num_recomputations": 1},
-        solution="",
-        fingerprint=f"{pruner}{goal}{seed}{damp}",
-    )
-
-
-def records() -> list[ComparisonRecord]:
+def records() -> list[Any]:
     every = [(name, s, seed) for name in ("A", "B") for s in (0.5, 0.9) for seed in (0, 1)]
     found = [record(name, s, seed, 0.9 - s / 10 - seed / 50, loss=0.08 + seed / 25) for name, s, seed in every]
     grid = [GridPoint("damp", value) for value in (1e-8, 1e-4)]
@@ -84,13 +57,13 @@ def test_what_is_not_known_is_a_dash() -> None:
 
 
 def test_what_is_no_loss_is_not_called_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    titles: list[str] = []
-    monkeypatch.setattr(Axes, "set_title", lambda self, text, **style: titles.append(text))
+    notes: list[str] = []
+    monkeypatch.setattr(Figure, "supxlabel", lambda self, text, **style: notes.append(text))
     silent = replace(record("B", 0.5, 0, 0.8), predicted_loss=None)
     lines = markdown([UNPRUNED, record("A", 0.5, 0, 0.9), silent]).splitlines()
     assert [line for line in lines if line.startswith("| B |")][1] == "| B | - |"
     assert curves.plot_losses([UNPRUNED, record("A", 0.5, 0, 0.9), silent], tmp_path / "losses.png")
-    assert titles == ["no loss predicted by: B"]
+    assert notes == ["numbers: sparsity in %\nno loss predicted by: B"]
     assert not curves.plot_losses([UNPRUNED, silent], tmp_path / "losses.png")
     assert " - " in printed([UNPRUNED, silent])
 
@@ -109,6 +82,25 @@ def test_the_console_has_a_line_for_each_pruner_or_for_each_sparsity_of_one() ->
     one = printed([UNPRUNED, record("A", 0.5, 0, 0.9), record("A", 0.9, 0, 0.8)])
     assert "One-shot pruning by A" in one
     assert all(word in one for word in ("unpruned", "predicted loss", "val_loss", "0.9000", "0.005"))
+
+
+def test_names_are_printed_as_they_are() -> None:
+    odd = "[/red]|[bold]:smile:"
+    some = [replace(r, pruner=odd, label=odd) if r.pruner == "A" else r for r in records() if r.grid is None]
+    assert odd in printed(some)
+    assert f"One-shot pruning by {odd}" in printed([r for r in some if r.pruner != "B"])
+    metric = {"val_acc[/red]": 0.9}
+    assert "val_acc[/red] at each sparsity" in printed([replace(r, metrics=metric) for r in some])
+    (line,) = [line for line in markdown(some).splitlines() if ":smile:" in line and "0.99" in line]
+    assert line.startswith(r"| [/red]\|[bold]:smile: | 0.9900 |")
+
+
+def test_a_model_that_was_sparse_is_not_called_dense() -> None:
+    start = replace(UNPRUNED, label="start (40 % sparse)", sparsity=0.4)
+    text = printed([start, *records()[1:]]) + markdown([start, *records()[1:]])
+    assert "start (40 % sparse)" in text
+    assert "Start (40 % sparse): 0.9900." in text
+    assert "dense" not in text.lower().replace("predict", "")
 
 
 def test_a_report_draws_what_there_is(tmp_path: Path) -> None:
