@@ -31,7 +31,7 @@ _LONGEST_FILE = 160  # bytes of a file's name, before what is added to it
 RECOMPUTATIONS = "num_recomputations"  # a setting of the run, not of a pruner
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # a pruner of the user's, or an allocation by a dict, may have no hash
 class Variant:
     """One pruner with one seed: what one path is made for.
 

@@ -39,7 +39,7 @@ def draw_all(records: Records, folder: Path) -> list[str]:
     agreement = mask_agreement(records, folder)
     if agreement:
         save_json(folder / "iou.json", agreement)
-        plot_agreement(agreement, folder / "iou.png", seed_note(as_given(records)))
+        plot_agreement(agreement, folder / "iou.png", seed_note(records))
         drawn += ["iou.json", "iou.png"]
     for setting in grid_settings(records):
         plot_grid(records, setting, folder / f"grid-{setting}.png")

@@ -27,8 +27,8 @@ def plot_layers(records: Records, path: Path) -> None:
         records: What `lightning_cap.comparison.compare` returned; of the first seed are drawn.
         path: A ``.png``, ``.svg`` or ``.pdf`` file.
     """
-    chosen, every_goal = as_given(records), goals_of(records)
-    found, goals = by_label(first_seed(chosen)), _spread(every_goal)
+    found, every_goal = by_label(first_seed(as_given(records))), goals_of(records)
+    goals = _spread(every_goal)
     looks = styles(list(found))
     names = list(next(iter(next(iter(found.values())).values()))[0].sparsities)
     width = min(22.0, max(5.0, 1.2 + len(names) * max(0.28, 0.09 * len(found))))
@@ -50,7 +50,7 @@ def plot_layers(records: Records, path: Path) -> None:
     short = [plain(name.removesuffix(".weight")) for name in _without_common_start(names)]
     every[-1].set_xticks(range(len(names)), short, rotation=90, fontsize=min(8.0, 5 + 60 / len(names)))
     figure.set_figheight(figure.get_figheight() + 0.07 * max(map(len, short)))
-    footnote(figure, _shown_of(goals, every_goal), seed_note(chosen))
+    footnote(figure, _shown_of(goals, every_goal), seed_note(records))
     legend(figure, every[0])
     save(figure, path)
 
@@ -86,7 +86,7 @@ def _shown_of(shown: Sequence[float], every: Sequence[float]) -> str:
 
 def seed_note(records: Records) -> str:
     """Which seed a figure is of, if there is more than one."""
-    seeds = list(dict.fromkeys(record.seed for record in records))
+    seeds = list(dict.fromkeys(record.seed for record in as_given(records)))
     return f"of seed {seeds[0]}, the first of {len(seeds)}" if len(seeds) > 1 else ""
 
 
