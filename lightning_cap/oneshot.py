@@ -20,7 +20,7 @@ from lightning_cap.errors import ConfigError
 from lightning_cap.pruners import CAP, Pruner, PruneResult
 from lightning_cap.pruners.base import refuse_regrowth, refuse_splitting
 from lightning_cap.sparsity.cost import steps_to
-from lightning_cap.sparsity.ends import Ends, Flow, trace
+from lightning_cap.sparsity.ends import PENDING, Flow, trace
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.trainer.ends import agree_on_ends
@@ -66,7 +66,7 @@ def prune(
     refuse_regrowth(pruner)
     refuse_splitting(pruner, num_recomputations)
     pruner.check_sparsity(sparsity)
-    candidates = Targets.from_model(model, include, exclude, None if include is not None else Ends())
+    candidates = Targets.from_model(model, include, exclude, None if include is not None else PENDING)
     on_device = _OnDevice(batches, candidates.device)
     targets = candidates if include is not None else _default_targets(model, on_device, loss_fn, exclude)
     rank_zero_info(f"Pruning {targets.summary}")

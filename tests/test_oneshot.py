@@ -165,6 +165,25 @@ def test_heads_are_found_by_the_first_batch(caplog: pytest.LogCaptureFixture) ->
     assert "by order of registration: there is no batch for a forward pass" in caplog.text
 
 
+class TiedHead(nn.Module):
+    """Its head is registered first and shares the memory of an embedding."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.Linear(8, 5, bias=False)
+        self.words, self.body = nn.Embedding(5, 8), nn.Linear(8, 8)
+        self.head.weight = self.words.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        return self.head(self.body(self.words(tokens)))
+
+
+def test_a_tied_head_stays_dense() -> None:
+    tokens = torch.arange(5)
+    result = prune(TiedHead(), [(tokens, tokens.flip(0))], loss, 0.5, Magnitude(), progress=False)
+    assert list(result.masks) == ["body.weight"]
+
+
 def test_the_first_batch_is_not_lost() -> None:
     read = []
     for batches in (list(data()), iter(list(data()))):

@@ -62,6 +62,10 @@ class Ends:
         return cls(tuple(first), tuple(last), by_order=why)
 
 
+#: Stands for ends that are to be found: everything that may turn out to be a target is one until then.
+PENDING = Ends(by_order="not known yet")
+
+
 def find_ends(model: nn.Module, loss: Callable[[], Any]) -> Ends:
     """Run the forward pass once, and read off its autograd graph which layers are first and last.
 

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from lightning_cap.errors import TargetError
 from lightning_cap.sparsity.block_layout import BlockLayout
-from lightning_cap.sparsity.ends import Ends
+from lightning_cap.sparsity.ends import PENDING, Ends
 from lightning_cap.sparsity.layers import computed_weights, is_depthwise, prunable_layers
 from lightning_cap.utilities.arguments import require_instance, require_names, shown
 from lightning_cap.utilities.compiled import plain_name
 
-_NAMED = 3  # layers that a summary names of those that are dense for one reason
+_NAMED = 4  # layers that a summary names of those that are dense for one reason
 
 
 class Targets(Mapping[str, Tensor]):
@@ -111,7 +111,8 @@ class Targets(Mapping[str, Tensor]):
                 f"include/exclude: the model has no prunable weight left; dense: {_groups(dense) or 'none'}. Name weights with "
                 "include=[...], or unfreeze those that are frozen."
             )
-        _refuse_frozen_and_tied(model, parameters, names)
+        if ends is not PENDING:  # else a tied head may be among them
+            _refuse_frozen_and_tied(model, parameters, names)
         targets = cls({name: parameters[name][1] for name in names}, {name: parameters[name][0] for name in names})
         targets.ends, targets.summary = ends, _summary(model, targets, dense, ends)
         return targets

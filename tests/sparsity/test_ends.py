@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from torchvision.models.segmentation.fcn import FCN, FCNHead
 
 from lightning_cap.errors import TargetError
 from lightning_cap.sparsity.ends import Ends, ends_of, find_ends, trace
@@ -106,6 +107,21 @@ def test_heads_wherever_they_are_registered() -> None:
     ends = check(model, lambda: model(X), "stem", "head aux", "unused")
     assert list(Targets.from_model(model, ends=ends)) == ["body.0.weight", "body.2.weight"]
     check(model, lambda: model(X)["out"].sum(), "stem", "head", "unused aux")
+
+
+class Backbone(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.body = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 8, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        x = self.stem(x)
+        return {"aux": x, "out": self.body(x)}
+
+
+def test_auxiliary_head_of_a_segmentation_model() -> None:
+    model = FCN(Backbone(), FCNHead(8, 3), FCNHead(8, 3)).eval()  # as fcn_resnet50(aux_loss=True) is made
+    check(model, lambda: model(torch.ones(1, 3, 12, 12)), "backbone.stem", "classifier.4 aux_classifier.4")
 
 
 def test_two_heads_at_the_end() -> None:
