@@ -12,6 +12,7 @@ from lightning_cap.callbacks.settings import describe_settings
 from lightning_cap.callbacks.state import Restored, RunState, decode_state, encode_state, load_masks, load_pruner
 from lightning_cap.errors import ConfigError
 from lightning_cap.pruners import Pruner
+from lightning_cap.sparsity.ends import PENDING
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.utilities import distributed, rng
 
@@ -62,7 +63,7 @@ class CheckpointedRun(pl.Callback):
         """
         rngs = distributed.gather_objects(rng.capture())
         settings = {} if self._run is None else self._settings(self._run)
-        held = Restored(self._packed_masks(), self.pruner.state_dict(), settings, rngs)
+        held = Restored(self._packed_masks(), self.pruner.state_dict(), settings, rngs, self._known_ends())
         return encode_state(self._state, held)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -83,4 +84,12 @@ class CheckpointedRun(pl.Callback):
         return describe_settings(run.events, self.pruner, **counts)
 
     def _packed_masks(self) -> dict[str, Any] | None:
-        return self._packed if self._run is None else self._run.masks.state_dict()
+        if self._run is None:
+            return self._packed
+        return None if self._run.targets.ends is PENDING else self._run.masks.state_dict()
+
+    def _known_ends(self) -> dict[str, Any] | None:
+        if self._run is None:
+            return None if self._restored is None else self._restored.ends
+        ends = self._run.targets.ends
+        return None if ends is None or ends is PENDING else ends.to_state()

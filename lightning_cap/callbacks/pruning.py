@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch.optim import Optimizer
 
 from lightning_cap.callbacks import checks
@@ -22,20 +23,19 @@ from lightning_cap.callbacks.resume import begin_epoch_anew, restore_random_stat
 from lightning_cap.callbacks.run import Run, is_dry
 from lightning_cap.callbacks.run_files import RunFiles, checkpoint_dir
 from lightning_cap.callbacks.settings import warn_of_differences
-from lightning_cap.callbacks.state import (
-    RunState,
-    choose_files,
-    load_masks,
-)
+from lightning_cap.callbacks.state import RunState, choose_files, load_masks
 from lightning_cap.callbacks.steps import PruningSteps, plan_steps, pruners_of, validate_steps
 from lightning_cap.callbacks.summary import print_table
+from lightning_cap.callbacks.targets import known_ends, run_of_same_model
 from lightning_cap.callbacks.weight_averaging import mask_averages, restart_averages
 from lightning_cap.errors import CAPError
 from lightning_cap.pruners import CAP, Pruner
 from lightning_cap.schedules import SparsitySchedule, SparsitySteps
+from lightning_cap.sparsity.ends import PENDING, Ends
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.targets import Targets, measured_sparsity
 from lightning_cap.trainer import compat
+from lightning_cap.trainer.ends import find_module_ends
 from lightning_cap.trainer.evaluation import evaluate
 from lightning_cap.trainer.event import EventReport, PruningEvent
 from lightning_cap.trainer.progress_bar import end_bar, event_progress
@@ -48,7 +48,8 @@ class CAPPruningCallback(CheckpointedRun):
     Args:
         schedule: Epoch -> sparsity, e.g. ``{0: 0.4, 20: 0.5}``, which is ``SparsitySteps({0: 0.4, 20: 0.5})``.
         pruner: The method. Default: `CAP` with its defaults.
-        include: Globs or names of the weights to prune. Default: see `Targets.from_model`.
+        include: Globs or names of the weights to prune; they replace the default: all Linear, Conv and attention weights but first
+            layers and heads, as a forward pass tells them, depthwise convolutions, and what is frozen. See `Targets.from_model`.
         exclude: Globs or names to leave dense.
         num_recomputations: Splits every event into so many of rising sparsity, each with fresh gradients.
         existing_zeros: Take the zeros that the targets have when training starts as pruned already.
@@ -122,36 +123,43 @@ class CAPPruningCallback(CheckpointedRun):
         make_checkpoints_atomic(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Choose the targets, restore or begin the masks, and put them in force."""
+        """Choose the targets if they are known, restore or begin the masks, and put them in force."""
         compat.check_run(trainer, pl_module, resumed=self._restored is not None)
-        targets = Targets.from_model(pl_module, self.include, self.exclude)
-        self.pruner.check(targets)
-        same_model = self._previous is not None and all(
-            targets.get(name) is weight for name, weight in self._previous.targets.items()
-        )
-        packed = self._packed if self._restored is not None else None
-        if same_model and self._restored is None and self._previous is not None:
-            packed = self._previous.masks.state_dict()
-        masks = MaskSet(targets)
-        if packed is not None:
-            load_masks(masks, packed)
-        elif self.existing_zeros:
-            masks.mask_zeros()
+        previous = run_of_same_model(self._previous, pl_module) if self._restored is None else None
+        if previous is not None:
+            self._packed = previous.masks.state_dict()
         self._previous, self._validated = None, -1
         if self._restored is None:
             done = [epoch for epoch in self._state.done if epoch < trainer.current_epoch]
             self._state = replace(self._state, done=done) if trainer.current_epoch else RunState()
+        self._begin(trainer, pl_module, known_ends(self._restored, previous))
+
+    def _begin(self, trainer: pl.Trainer, module: pl.LightningModule, ends: Ends) -> None:
+        """Make the run; while the ends are pending, with everything that may be a target, and nothing masked."""
+        targets = Targets.from_model(module, self.include, self.exclude, ends)
+        masks = MaskSet(targets)
+        if targets.ends is not PENDING:
+            rank_zero_info(f"Pruning {targets.summary}")
+            self.pruner.check(targets)
+            if self._packed is not None:
+                load_masks(masks, self._packed)
+            elif self.existing_zeros:
+                masks.mask_zeros()
         masks.apply_to_weights()
         events = self._events(trainer)
         files = choose_files(self._state, checkpoint_dir(trainer, self.dirpath), events.values())
         self._run = Run(targets, masks, events, files, self.pruner, self.schedule)
         checks.refuse_foreign_records(trainer, self._log_files(trainer))
         if self._restored is not None:
-            save_missing(pl_module, targets, self._state.history)
+            save_missing(module, targets, self._state.history)
         mask_averages(trainer, masks)
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Try one gradient, mask the optimizer state, begin the first LR cycle; restore the random state mid-epoch."""
+        """Choose the targets, if a forward pass is to tell them; try one gradient, mask the optimizer state, begin the first LR
+        cycle; restore the random state mid-epoch.
+        """
+        if self._active.targets.ends is PENDING:
+            self._begin(trainer, pl_module, find_module_ends(trainer, pl_module, self.seed))
         run = self._active
         for optimizer in trainer.optimizers:
             run.masks.apply_to_optimizer(optimizer)

@@ -12,6 +12,7 @@ from lightning_cap.callbacks.cycle import Cycle, CycleRecord
 from lightning_cap.callbacks.run_files import RunFiles, unused_files
 from lightning_cap.errors import CAPError, DataError
 from lightning_cap.pruners import Pruner
+from lightning_cap.sparsity.ends import Ends
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.utilities.arguments import shown
 
@@ -50,12 +51,14 @@ class Restored:
         pruner: State of the pruner.
         settings: See `describe_settings`.
         rng: Random states of all ranks; emptied when they are in force.
+        ends: First and last layers; None if ``include`` named the targets, or they were not known yet.
     """
 
     masks: dict[str, Any] | None
     pruner: dict[str, Any]
     settings: dict[str, str]
     rng: list[Any]
+    ends: dict[str, Any] | None
 
 
 def encode_state(state: RunState, restored: Restored) -> dict[str, Any]:
@@ -83,6 +86,7 @@ def decode_state(held: Any) -> tuple[RunState, Restored]:
     kinds: dict[str, Any] = {
         "done": list, "collection_index": int, "cycle": (dict, type(None)), "history": list, "folder": str, "suffix": str,
         "metric": (str, type(None)), "masks": (dict, type(None)), "pruner": dict, "settings": dict, "rng": list,
+        "ends": (dict, type(None)),
     }  # fmt: skip
     for name, kind in kinds.items():
         if name not in held:
@@ -120,6 +124,16 @@ def load_masks(masks: MaskSet, packed: Mapping[str, Any]) -> None:
     """
     with _reading("masks"):
         masks.load_state_dict(packed)
+
+
+def load_ends(restored: Restored) -> Ends | None:
+    """First and last layers of a checkpoint, None if it holds none.
+
+    Raises:
+        DataError: They are damaged.
+    """
+    with _reading("ends"):
+        return None if restored.ends is None else Ends.from_state(restored.ends)
 
 
 def load_pruner(pruner: Pruner, restored: Restored) -> None:

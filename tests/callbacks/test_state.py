@@ -33,6 +33,9 @@ DAMAGES: dict[str, Any] = {
     "a line of the table is none": lambda s: s["history"].append({"goal": 1}),
     "the pruner's state is none": lambda s: s["pruner"].update(row_chunk="x"),
     "random states are none": lambda s: s.update(rng=None),
+    "ends are a list": lambda s: s.update(ends=[]),
+    "ends lack the last": lambda s: s["ends"].pop("last"),
+    "the first are none": lambda s: s["ends"].update(first=3),
     "settings are none": lambda s: s.update(settings=[]),
 }
 
