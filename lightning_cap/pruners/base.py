@@ -11,13 +11,15 @@ from torch import Tensor
 
 from lightning_cap.calibration.sources import GradientSource
 from lightning_cap.calibration.statistics import Statistic
-from lightning_cap.errors import ConfigError, PatternError, UnsupportedError
+from lightning_cap.errors import ConfigError, GradientError, PatternError, UnsupportedError
 from lightning_cap.fisher.memory_plan import MemoryPlan
 from lightning_cap.pruners.paths import PruningPath
 from lightning_cap.sparsity.allocation import Allocation, Global
 from lightning_cap.sparsity.cost import Cost, Parameters
+from lightning_cap.sparsity.masks import check_masks
 from lightning_cap.sparsity.patterns import Pattern, Unstructured
-from lightning_cap.sparsity.targets import Targets
+from lightning_cap.sparsity.targets import Targets, require_targets
+from lightning_cap.utilities.arguments import require_callable, require_instance, require_iterable, require_list
 from lightning_cap.utilities.progress import Progress
 
 
@@ -74,6 +76,9 @@ class Pruner(ABC):
         Raises:
             ConfigError: The zeros of one cannot be placed; it is named.
         """
+        require_targets(targets)
+        check_masks(targets, masks)
+        require_list("sparsities", sparsities, "[0.5, 0.75]")
         if self.pattern.sparsity is not None:
             return
         existing = dict.fromkeys(targets, 0) | {name: int((~mask).sum()) for name, mask in (masks or {}).items()}
@@ -166,6 +171,27 @@ def check_room(pruner: Pruner, targets: Targets, existing: Mapping[str, int], sp
             pruner.allocation.budgets(targets.shapes, existing, pruner.cost.budget(sparsity, total))
         except ConfigError as error:
             raise ConfigError(f"sparsity={sparsity:g}: {error}") from error
+
+
+def require_allocation(allocation: object) -> None:
+    """Refuse what is no allocation.
+
+    Raises:
+        ConfigError: It is a name, a class or something else.
+    """
+    require_instance("allocation", allocation, Allocation, "ERK()")
+
+
+def check_path_arguments(targets: object, gradients: object, progress: object) -> None:
+    """Refuse what `Pruner.path` cannot work on; masks and rows are checked where they are read.
+
+    Raises:
+        ConfigError: ``targets`` or ``progress`` is something else.
+        GradientError: ``gradients`` cannot be gone through.
+    """
+    require_targets(targets)
+    require_iterable("gradients", gradients, "[{target name: (n, *weight.shape)}]", error=GradientError)
+    require_callable("progress", progress, "progress(phase, done, total)", optional=True)
 
 
 def in_blocks(pattern: Pattern, method: str) -> Pattern:

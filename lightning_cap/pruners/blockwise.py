@@ -14,17 +14,22 @@ from lightning_cap.calibration.sources import GradientSource, reading
 from lightning_cap.calibration.statistics import GradientSamples
 from lightning_cap.fisher.blocks import ROW_CHUNK, EmpiricalFisher, Storage
 from lightning_cap.fisher.memory_plan import MemoryModel, MemoryPlan, plan_event
-from lightning_cap.pruners.base import in_blocks
+from lightning_cap.pruners.base import check_path_arguments, in_blocks, require_allocation
 from lightning_cap.pruners.blockwise_path import BlockMethod, BlockwisePath
 from lightning_cap.pruners.paths import pack_alive
 from lightning_cap.solver import reconstruct
 from lightning_cap.solver.backend import Backend, choose_backend
-from lightning_cap.solver.damping import require_damp
 from lightning_cap.sparsity.allocation import Allocation, Global
 from lightning_cap.sparsity.block_layout import BlockLayout
 from lightning_cap.sparsity.patterns import PatternArgument, as_pattern
-from lightning_cap.sparsity.targets import Targets
-from lightning_cap.utilities.arguments import require_choice, require_counts
+from lightning_cap.sparsity.targets import Targets, require_targets
+from lightning_cap.utilities.arguments import (
+    require_choice,
+    require_counts,
+    require_flag,
+    require_instance,
+    require_real,
+)
 from lightning_cap.utilities.distributed import raise_on_all_ranks, world_size
 from lightning_cap.utilities.memory import parse_bytes
 from lightning_cap.utilities.progress import Progress
@@ -57,7 +62,8 @@ class Blockwise(BlockMethod):
 
     def __post_init__(self) -> None:
         require_counts(block_size=self.block_size)
-        require_damp(self.damp)
+        require_real("damp", self.damp, "(0, inf)", example=1e-8)
+        require_allocation(self.allocation)
         self.pattern = in_blocks(as_pattern(self.pattern), type(self).__name__)
 
     @property
@@ -88,6 +94,7 @@ class Blockwise(BlockMethod):
         progress: Progress | None = None,
     ) -> BlockwisePath:
         """Read what the blocks need and order every block to its end."""
+        check_path_arguments(targets, gradients, progress)
         path = BlockwisePath(self, targets, self._layout(targets), masks, gradients, progress)
         raised = path.stats["blocks_damping_increased"]
         if raised:
@@ -99,6 +106,7 @@ class Blockwise(BlockMethod):
         return path
 
     def _layout(self, targets: Targets) -> BlockLayout:
+        require_targets(targets)
         return targets.blocks(self.block_size, self.pattern.group_size)
 
     def rebuild_blocks(
@@ -148,6 +156,8 @@ class GradientBlockwise(Blockwise):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the row chunk of the checkpoint."""
+        require_instance("state", state, Mapping, "that of a checkpoint")
+        require_counts(row_chunk=state.get("row_chunk", self.row_chunk))
         self.row_chunk = int(state.get("row_chunk", self.row_chunk))
 
     def plan_blocks(self, layout: BlockLayout, alive: Tensor, rows_bytes: int) -> MemoryPlan:
@@ -178,6 +188,7 @@ class FisherBlockwise(GradientBlockwise):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice("storage", self.storage, get_args(Storage))
+        require_flag("allow_tf32", self.allow_tf32)
 
     def memory_model(self, layout: BlockLayout, alive: Tensor, rows_bytes: int) -> MemoryModel:
         """Blocks in the storage and the backend of this pruner."""

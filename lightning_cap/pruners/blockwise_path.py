@@ -19,6 +19,7 @@ from lightning_cap.solver import Elimination
 from lightning_cap.solver.ranking import at_group_ends, select
 from lightning_cap.sparsity.block_layout import BlockLayout
 from lightning_cap.sparsity.targets import Targets
+from lightning_cap.utilities.arguments import require_list
 from lightning_cap.utilities.distributed import gather_rows, gather_tensors, raise_on_all_ranks, world_size
 from lightning_cap.utilities.progress import Progress
 
@@ -212,6 +213,7 @@ class BlockwisePath(PruningPath):
 
     def curve(self, sparsities: Sequence[float]) -> list[float]:
         """Sums of the raw marginal losses. See `PruningPath.curve`."""
+        require_list("sparsities", sparsities, "[0.5, 0.75]")
         cuts = [self._cut(sparsity) for sparsity in sparsities]
         return [0.0 if cut is None else self._loss(cut) for cut in cuts]
 

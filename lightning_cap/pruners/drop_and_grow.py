@@ -12,16 +12,17 @@ from torch import Tensor
 
 from lightning_cap.calibration.sources import GradientSource
 from lightning_cap.calibration.statistics import GradientSamples
-from lightning_cap.errors import ConfigError, GradientError
+from lightning_cap.errors import GradientError
 from lightning_cap.fisher.memory_plan import MemoryPlan
-from lightning_cap.pruners.base import Pruner, check_room
+from lightning_cap.pruners.base import Pruner, check_path_arguments, check_room, require_allocation
 from lightning_cap.pruners.paths import PruneResult, PruningPath, pack_weights
 from lightning_cap.pruners.row_mean import RowMean
 from lightning_cap.solver.ranking import select, smallest
 from lightning_cap.sparsity.allocation import Allocation, Global
+from lightning_cap.sparsity.masks import check_masks
 from lightning_cap.sparsity.patterns import Unstructured
-from lightning_cap.sparsity.targets import Targets
-from lightning_cap.utilities.arguments import require_counts
+from lightning_cap.sparsity.targets import Targets, require_targets
+from lightning_cap.utilities.arguments import require_counts, require_list, require_real
 from lightning_cap.utilities.decimals import as_written
 from lightning_cap.utilities.progress import Progress
 
@@ -63,10 +64,8 @@ class DropAndGrow(Pruner):
     regrows: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.drop_fraction < 1:
-            raise ConfigError(
-                f"drop_fraction={self.drop_fraction!r}: give a share of the kept weights in [0, 1), such as 0.3."
-            )
+        require_real("drop_fraction", self.drop_fraction, "[0, 1)", example=0.3)
+        require_allocation(self.allocation)
         require_counts(num_gradients=self.num_gradients, samples_per_gradient=self.samples_per_gradient)
 
     @property
@@ -76,6 +75,7 @@ class DropAndGrow(Pruner):
 
     def begin_event(self, done: float) -> None:
         """The cosine is taken at ``done``; see `Pruner.begin_event`."""
+        require_real("done", done, "[0, 1]")
         self._done = done
 
     @property
@@ -85,14 +85,19 @@ class DropAndGrow(Pruner):
 
     def check(self, targets: Targets) -> None:
         """Refuse targets that the allocation does not know."""
+        require_targets(targets)
         self.allocation.check(targets.blocks(1).shapes)
 
     def check_goals(self, targets: Targets, masks: Mapping[str, Tensor] | None, sparsities: Sequence[float]) -> None:
         """Zeros that are there do not bind. See `Pruner.check_goals`."""
+        require_targets(targets)
+        check_masks(targets, masks)
+        require_list("sparsities", sparsities, "[0.5, 0.75]")
         check_room(self, targets, dict.fromkeys(targets, 0), sparsities)
 
     def plan(self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, rows_bytes: int = 0) -> MemoryPlan:
         """See `Pruner.plan`."""
+        require_targets(targets)
         return MemoryPlan(targets.device, rows_bytes + _BYTES * targets.numel)
 
     def path(
@@ -108,6 +113,7 @@ class DropAndGrow(Pruner):
         Raises:
             GradientError: Weights are masked, and there is no gradient to choose among them by.
         """
+        check_path_arguments(targets, gradients, progress)
         return DropAndGrowPath(self, targets, gradients, masks)
 
 
@@ -133,6 +139,7 @@ class DropAndGrowPath(PruningPath):
 
     def curve(self, sparsities: Sequence[float]) -> list[float]:
         """Half the squared norm of what each sparsity drops."""
+        require_list("sparsities", sparsities, "[0.5, 0.75]")
         return [self._dropped(self._kept(sparsity)) for sparsity in sparsities]
 
     def _kept(self, sparsity: float) -> Tensor:

@@ -14,19 +14,19 @@ from lightning_cap.calibration.sources import GradientSource, check_any_rows, ch
 from lightning_cap.calibration.statistics import GradientSamples
 from lightning_cap.errors import GradientError
 from lightning_cap.fisher.memory_plan import MemoryPlan
-from lightning_cap.pruners.base import Pruner, in_blocks
+from lightning_cap.pruners.base import Pruner, check_path_arguments, in_blocks, require_allocation
 from lightning_cap.pruners.scored import ScoredPath, require_weightwise_pattern
 from lightning_cap.pruners.zero_gradients import check_zeros
-from lightning_cap.solver.damping import require_damp, solve_with_damping
+from lightning_cap.solver.damping import solve_with_damping
 from lightning_cap.solver.groups import diagonal_groups, group_losses
 from lightning_cap.solver.linalg import spd_inverse
 from lightning_cap.solver.ranking import smallest
 from lightning_cap.sparsity.allocation import Allocation, Global
 from lightning_cap.sparsity.block_layout import BlockLayout
 from lightning_cap.sparsity.patterns import PatternArgument
-from lightning_cap.sparsity.targets import Targets
+from lightning_cap.sparsity.targets import Targets, require_targets
 from lightning_cap.utilities import distributed
-from lightning_cap.utilities.arguments import require_counts
+from lightning_cap.utilities.arguments import require_counts, require_real
 from lightning_cap.utilities.precision import full_float32
 from lightning_cap.utilities.progress import Progress
 
@@ -72,8 +72,9 @@ class FastCAP(Pruner):
     def __post_init__(self) -> None:
         self.pattern = in_blocks(require_weightwise_pattern(self.pattern, "FastCAP"), "FastCAP")
         require_counts(num_gradients=self.num_gradients, samples_per_gradient=self.samples_per_gradient)
-        require_damp(self.damp)
         require_counts(block_size=self.block_size, columns=self.columns)
+        require_real("damp", self.damp, "(0, inf)", example=1e-8)
+        require_allocation(self.allocation)
 
     @property
     def statistic(self) -> GradientSamples:
@@ -104,6 +105,7 @@ class FastCAP(Pruner):
         progress: Progress | None = None,
     ) -> FastCAPPath:
         """Accumulate and factor the shared blocks."""
+        check_path_arguments(targets, gradients, progress)
         layout = self._layout(targets)
         path = FastCAPPath(self, targets, layout, masks, shared_blocks(layout, gradients, targets.device))
         damping_increased = path.stats["blocks_damping_increased"]
@@ -116,6 +118,7 @@ class FastCAP(Pruner):
         return path
 
     def _layout(self, targets: Targets) -> BlockLayout:
+        require_targets(targets)
         return targets.row_blocks(self.block_size, self.pattern.group_size)
 
 

@@ -19,7 +19,7 @@ from lightning_cap.solver.backend import Backend, choose_backend, work_bytes
 from lightning_cap.solver.ranking import pool_adjacent_violators
 from lightning_cap.sparsity.allocation import Allocation, Uniform
 from lightning_cap.sparsity.block_layout import BlockLayout
-from lightning_cap.sparsity.targets import Targets
+from lightning_cap.sparsity.targets import Targets, require_targets
 from lightning_cap.utilities import distributed
 from lightning_cap.utilities.arguments import require_choice, require_counts
 from lightning_cap.utilities.distributed import world_size
@@ -71,6 +71,7 @@ class LayerwiseOBS(Blockwise):
         return self.backend
 
     def _layout(self, targets: Targets) -> BlockLayout:
+        require_targets(targets)
         return targets.row_blocks(self.block_size, self.pattern.group_size)
 
     def plan_blocks(self, layout: BlockLayout, alive: Tensor, rows_bytes: int) -> MemoryPlan:

@@ -11,12 +11,11 @@ from torch import Tensor
 
 from lightning_cap.calibration.sources import GradientSource
 from lightning_cap.calibration.statistics import GradientSamples
-from lightning_cap.errors import ConfigError
 from lightning_cap.pruners.row_mean import RowMean
 from lightning_cap.pruners.scored import Scored
 from lightning_cap.sparsity.block_layout import BlockLayout
 from lightning_cap.sparsity.targets import Targets
-from lightning_cap.utilities.arguments import require_counts
+from lightning_cap.utilities.arguments import require_counts, require_real
 
 
 @dataclass(kw_only=True, eq=False)
@@ -45,8 +44,7 @@ class DiagonalFisher(Scored):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_counts(num_gradients=self.num_gradients, samples_per_gradient=self.samples_per_gradient)
-        if not 0 <= self.damp < float("inf"):
-            raise ConfigError(f"damp={self.damp}: give a finite number of at least 0, such as 1e-8.")
+        require_real("damp", self.damp, "[0, inf)", example=1e-8)
 
     @property
     def statistic(self) -> GradientSamples:

@@ -17,7 +17,8 @@ from lightning_cap.sparsity.allocation import Allocation
 from lightning_cap.sparsity.block_layout import BlockLayout
 from lightning_cap.sparsity.cost import Cost, Parameters
 from lightning_cap.sparsity.masks import check_masks
-from lightning_cap.sparsity.targets import Targets
+from lightning_cap.sparsity.targets import Targets, require_targets
+from lightning_cap.utilities.arguments import shown
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,24 @@ class PruneResult:
     predicted_loss: float | None = None
     stats: Mapping[str, float] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """Short: no tensors."""
+        numel = sum(weight.numel() for weight in self.weights.values())
+        predicted = "" if self.predicted_loss is None else f"predicted_loss={self.predicted_loss:.4g}, "
+        return f"PruneResult(sparsity={self.sparsity:.4f}, {predicted}{len(self.weights)} targets of {numel} weights)"
+
     def apply(self, targets: Targets) -> None:
-        """Write the weights into the model, in place."""
+        """Write the weights into the model, in place.
+
+        Raises:
+            ConfigError: ``targets`` are not those that the result is of.
+        """
+        require_targets(targets)
+        shapes = {name: tuple(weight.shape) for name, weight in self.weights.items()}
+        if shapes != targets.shapes:
+            raise ConfigError(
+                f"targets={shown(targets)}: they are not those of {self!r}. Apply it to the model that was pruned."
+            )
         targets.restore(self.weights)
 
 
@@ -85,6 +102,9 @@ class PruningPath(ABC):
 
     def close(self) -> None:  # noqa: B027 - optional
         """Free what the path holds (the Fisher). Using it afterwards is an error."""
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self._dtypes)} targets of {self._numel} weights, from sparsity {self.sparsity:.4f})"
 
     def __enter__(self) -> Self:
         return self

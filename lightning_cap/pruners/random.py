@@ -12,6 +12,7 @@ from lightning_cap.calibration.sources import GradientSource
 from lightning_cap.pruners.scored import Scored
 from lightning_cap.sparsity.block_layout import BlockLayout
 from lightning_cap.sparsity.targets import Targets
+from lightning_cap.utilities.arguments import require_whole
 
 
 @dataclass(kw_only=True, eq=False)
@@ -24,9 +25,16 @@ class Random(Scored):
         seed: Seed of the draw.
         allocation: See `Scored`.
         pattern: See `Scored`.
+
+    Raises:
+        ConfigError: ``seed`` is no whole number of at least 0.
     """
 
     seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_whole("seed", self.seed, at_least=0)
 
     def _saliency(self, targets: Targets, layout: BlockLayout, weights: Tensor, gradients: GradientSource) -> Tensor:
         drawn = {}

@@ -12,13 +12,14 @@ from torch import Tensor
 from lightning_cap.calibration.sources import GradientSource
 from lightning_cap.errors import GradientError, PatternError
 from lightning_cap.fisher.memory_plan import MemoryPlan
-from lightning_cap.pruners.base import Pruner
+from lightning_cap.pruners.base import Pruner, check_path_arguments, require_allocation
 from lightning_cap.pruners.paths import PruneResult, PruningPath, pack_weights
 from lightning_cap.solver.ranking import select, smallest
 from lightning_cap.sparsity.allocation import Allocation, Global
 from lightning_cap.sparsity.block_layout import BlockLayout
 from lightning_cap.sparsity.patterns import Pattern, PatternArgument, as_pattern
-from lightning_cap.sparsity.targets import Targets
+from lightning_cap.sparsity.targets import Targets, require_targets
+from lightning_cap.utilities.arguments import require_list
 from lightning_cap.utilities.progress import Progress
 
 
@@ -33,6 +34,7 @@ class Scored(Pruner):
         pattern: Which masks are allowed. Default: `Unstructured`.
 
     Raises:
+        ConfigError: ``allocation`` is none.
         PatternError: ``pattern`` is not a pattern, or constrains groups without a sparsity of its own.
     """
 
@@ -41,6 +43,7 @@ class Scored(Pruner):
 
     def __post_init__(self) -> None:
         self.pattern = require_weightwise_pattern(self.pattern, type(self).__name__)
+        require_allocation(self.allocation)
 
     def check(self, targets: Targets) -> None:
         """Refuse targets that the pattern does not divide, or that the allocation does not know."""
@@ -63,6 +66,7 @@ class Scored(Pruner):
         progress: Progress | None = None,
     ) -> ScoredPath:
         """Compute every weight's saliency."""
+        check_path_arguments(targets, gradients, progress)
         layout = self._layout(targets)
         path = ScoredPath(self, targets, layout, masks)
         path.score(self._saliency(targets, layout, path.weights, gradients), self._summed(path.weights))
@@ -79,6 +83,7 @@ class Scored(Pruner):
         return None
 
     def _layout(self, targets: Targets) -> BlockLayout:
+        require_targets(targets)
         return targets.blocks(self.pattern.group_size, self.pattern.group_size)
 
 
@@ -133,6 +138,7 @@ class ScoredPath(PruningPath):
 
     def curve(self, sparsities: Sequence[float]) -> list[float]:
         """Sums of saliencies. See `PruningPath.curve`."""
+        require_list("sparsities", sparsities, "[0.5, 0.75]")
         return [self._sum(self._pruned(sparsity)) for sparsity in sparsities]
 
     def _solution(self, pruned: Tensor) -> tuple[Tensor, Tensor]:

@@ -16,7 +16,7 @@ from lightning_cap.solver.numba_backend import solve_numba
 from lightning_cap.solver.torch_backend import eliminate_left_looking
 from lightning_cap.solver.triton_backend import eliminate_triton, unavailable
 from lightning_cap.sparsity.patterns import Pattern
-from lightning_cap.utilities.arguments import require_choice
+from lightning_cap.utilities.arguments import require_choice, require_whole, shown
 
 #: Code of the solver; ``"auto"`` takes numba on the CPU, triton on CUDA where it is installed, else torch.
 Backend = Literal["auto", "torch", "numba", "triton"]
@@ -39,6 +39,28 @@ class Blocks(Protocol):
 
     def __getitem__(self, index: Tensor, /) -> Tensor:
         """``(k,)`` int64 -> ``(k, B, B)`` float32."""
+
+
+def check_blocks(weights: object, chunk: int | None, **masks: object) -> None:
+    """Refuse blocks that do not fit together.
+
+    Args:
+        weights: ``(K, B)``.
+        chunk: Blocks at a time, or None.
+        masks: ``(K, B)`` bool, by the names of their arguments.
+
+    Raises:
+        ConfigError: One is something else; it is named.
+    """
+    if not isinstance(weights, Tensor) or weights.dim() != 2 or not weights.is_floating_point():
+        raise ConfigError(f"weights={shown(weights)}: give a floating-point tensor (K, B), a row for each block.")
+    for name, mask in masks.items():
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != weights.shape:
+            raise ConfigError(
+                f"{name}={shown(mask)}: give a bool tensor of the shape of weights, {tuple(weights.shape)}."
+            )
+    if chunk is not None:
+        require_whole("chunk", chunk, example=64)
 
 
 def chunk_blocks(block_size: int, device: torch.device, *, packed: bool = False) -> int:

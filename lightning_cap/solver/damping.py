@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from lightning_cap.errors import ConfigError, GradientError
+from lightning_cap.errors import GradientError
 
 #: ``attempt(blocks, damp, dtype)`` works on ``blocks`` ``(k,)`` with ``damp`` ``(k,)``. It keeps the results of those that succeed
 #: and says which they are, ``(k,)`` bool. The others come back with more precision or more damp.
@@ -47,13 +47,3 @@ def more_damp(damp: Tensor) -> Tensor:
         raise GradientError("fisher: a block is not finite, so no damp makes it invertible. Check the gradients for NaN and "
                             "infinity.")  # fmt: skip
     return damp
-
-
-def require_damp(damp: float) -> None:
-    """Refuse a damp that does not make the Fisher invertible.
-
-    Raises:
-        ConfigError: It is not positive and finite.
-    """
-    if not 0 < damp < float("inf"):
-        raise ConfigError(f"damp={damp}: the Fisher needs a positive damp to be invertible. Try 1e-8 ... 1e-4.")

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_cap.solver.backend import Backend, Blocks, Solve, choose_solve, chunk_blocks
+from lightning_cap.solver.backend import Backend, Blocks, Solve, check_blocks, choose_solve, chunk_blocks
 from lightning_cap.solver.damping import solve_with_damping
 from lightning_cap.sparsity.patterns import Pattern
+from lightning_cap.utilities.arguments import require_instance, require_real
 from lightning_cap.utilities.memory import in_chunks
 from lightning_cap.utilities.precision import full_float32
 from lightning_cap.utilities.progress import Progress
@@ -95,8 +96,11 @@ def eliminate(
         solve: Another order than that of OBS elimination, instead of a backend.
 
     Raises:
-        ConfigError: The backend cannot run here, or does not know the pattern.
+        ConfigError: The backend cannot run here, or does not know the pattern; or an argument is something else.
     """
+    check_blocks(weights, chunk, alive=alive)
+    require_real("damp", damp, "(0, inf)", example=1e-8)
+    require_instance("pattern", pattern, Pattern, "Unstructured()")
     K, B = weights.shape
     code = solve or choose_solve(backend, weights.device, pattern)
     out = Elimination.untouched(K, B, damp, weights.device)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_cap.solver.backend import Blocks, chunk_blocks
+from lightning_cap.solver.backend import Blocks, check_blocks, chunk_blocks
 from lightning_cap.solver.groups import diagonal_groups
 from lightning_cap.solver.linalg import restrict, spd_inverse
+from lightning_cap.utilities.arguments import require_whole
 from lightning_cap.utilities.memory import in_chunks
 from lightning_cap.utilities.precision import full_float32
 
@@ -38,7 +39,12 @@ def update_independently(
 
     Returns:
         ``(K, B)``, dtype of ``weights``; zero where pruned or never alive, the input bit for bit in blocks with nothing pruned.
+
+    Raises:
+        ConfigError: An argument is something else.
     """
+    check_blocks(weights, chunk, alive=alive, pruned=pruned)
+    require_whole("group", group)
     kept = alive & ~pruned
     result = torch.where(kept, weights, 0.0)
 

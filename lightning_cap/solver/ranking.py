@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from lightning_cap.kernels.cpu.threads import over_blocks
 from lightning_cap.utilities import distributed
+from lightning_cap.utilities.arguments import require_choice
 
 Ranking = Literal["marginal", "cumulative"]
 
@@ -25,7 +26,11 @@ def block_scores(losses: Tensor, ranking: Ranking) -> Tensor:
 
     Returns:
         ``(K, B)`` float32, infinite where ``losses`` is.
+
+    Raises:
+        ConfigError: ``ranking`` is none of them.
     """
+    require_choice("ranking", ranking, get_args(Ranking))
     if ranking == "cumulative":
         # on the CPU: torch refuses a floating-point cumsum on CUDA where deterministic algorithms are asked for
         return losses.cpu().double().cumsum(-1).float().to(losses.device)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lightning_cap.solver.backend import Backend, Blocks, choose_backend, chunk_blocks
+from lightning_cap.solver.backend import Backend, Blocks, check_blocks, choose_backend, chunk_blocks
 from lightning_cap.solver.damping import solve_with_damping
 from lightning_cap.solver.linalg import spd_solve
 from lightning_cap.solver.numba_backend import reconstruct_numba
@@ -41,7 +41,11 @@ def reconstruct(
     Returns:
         ``(K, B)``, dtype of ``weights``: zero where pruned or never alive, the input bit for bit in blocks with nothing
         pruned.
+
+    Raises:
+        ConfigError: The backend cannot run here, or an argument is something else.
     """
+    check_blocks(weights, chunk, alive=alive, pruned=pruned)
     kept = alive & ~pruned
     result = torch.where(kept, weights, 0.0)
     counts = kept.sum(-1)

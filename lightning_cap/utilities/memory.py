@@ -6,12 +6,14 @@ import logging
 import os
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lightning_cap.errors import ConfigError
+from lightning_cap.utilities.arguments import is_whole, shown
 
 _log = logging.getLogger(__name__)
 
@@ -68,10 +70,11 @@ def parse_bytes(value: int | str | None, argument: str) -> int | None:
     """
     if value is None:
         return None
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", str(value).upper())
-    size = int(float(match[1]) * _UNITS[match[2] or ""]) if match and not isinstance(value, bool) else 0
+    given = str(value) if is_whole(value) or isinstance(value, str) else ""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?\s*", given.upper(), re.ASCII)
+    size = int(Fraction(match[1]) * _UNITS[match[2] or ""]) if match else 0
     if size <= 0:
-        raise ConfigError(f"{argument}={value!r}: give bytes, or an amount such as '20GB' or '1.5GiB'.")
+        raise ConfigError(f"{argument}={shown(value)}: give bytes, or an amount such as '20GB' or '1.5GiB'.")
     return size
 
 

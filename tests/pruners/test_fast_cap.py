@@ -156,7 +156,7 @@ def test_blocks_of_equal_statistics_are_solved_as_cap_does() -> None:
 def test_what_does_not_work_is_refused(targets: Targets, rows: Rows) -> None:
     with pytest.raises(ConfigError, match="columns=0: give a whole number"):
         FastCAP(columns=0)
-    with pytest.raises(ConfigError, match=r"damp=0: the Fisher needs a positive damp"):
+    with pytest.raises(ConfigError, match=r"damp=0: give a number above 0"):
         FastCAP(damp=0)
     with pytest.raises(PatternError, match=r"FastCAP works inside blocks"):
         FastCAP(pattern=OutputRows())

@@ -136,5 +136,5 @@ def test_settings_are_checked() -> None:
             make(num_gradients=0)
         with pytest.raises(ConfigError, match=r"samples_per_gradient=1\.5: give a whole number"):
             make(samples_per_gradient=1.5)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match=r"damp=-1: give a finite number"):
+    with pytest.raises(ConfigError, match=r"damp=-1: give a number of at least 0"):
         DiagonalFisher(damp=-1)
