@@ -46,15 +46,28 @@ def check_rows(chunk: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]
         names: The targets whose rows are read.
 
     Raises:
-        GradientError: One is missing in the chunk, or its rows do not have the weight's shape.
+        GradientError: The chunk is none, one is missing in it, its rows do not have the weight's shape, or not all are as many.
     """
+    if not isinstance(chunk, Mapping):
+        raise GradientError(
+            f"gradients: a chunk is a {type(chunk).__name__}. Give {{target name: (n, *weight.shape)}}."
+        )
+    counts = set()
     for name in names:
-        got = tuple(chunk[name].shape[1:]) if name in chunk else None
-        if got != shapes[name]:
+        rows = chunk.get(name)
+        shape = tuple(rows.shape) if isinstance(rows, Tensor) and rows.is_floating_point() else ()
+        if not shape or shape[1:] != shapes[name]:
+            kind = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
+            got = f"have shape {shape[1:]}" if shape else "are missing" if rows is None else f"are of type {kind}"
             raise GradientError(
-                f"gradients: the rows of {name!r} have shape {got}, its weight has {shapes[name]}. Give a chunk "
+                f"gradients: the rows of {name!r} {got}, its weight has {shapes[name]}. Give a chunk of floating-point tensors "
                 "{target name: (n, *weight.shape)} with every target in it."
             )
+        counts.add(shape[0])
+    if len(counts) > 1:
+        raise GradientError(
+            f"gradients: a chunk has {sorted(counts)} rows. Give every target as many rows as the others."
+        )
 
 
 def check_any_rows(counts: Sequence[int]) -> None:

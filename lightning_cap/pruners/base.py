@@ -15,11 +15,17 @@ from lightning_cap.errors import ConfigError, GradientError, PatternError, Unsup
 from lightning_cap.fisher.memory_plan import MemoryPlan
 from lightning_cap.pruners.paths import PruningPath
 from lightning_cap.sparsity.allocation import Allocation, Global
-from lightning_cap.sparsity.cost import Cost, Parameters
+from lightning_cap.sparsity.cost import MOST_STEPS, Cost, Parameters
 from lightning_cap.sparsity.masks import check_masks
 from lightning_cap.sparsity.patterns import Pattern, Unstructured
 from lightning_cap.sparsity.targets import Targets, require_targets
-from lightning_cap.utilities.arguments import require_callable, require_instance, require_iterable, require_list
+from lightning_cap.utilities.arguments import (
+    require_callable,
+    require_instance,
+    require_iterable,
+    require_list,
+    require_whole,
+)
 from lightning_cap.utilities.progress import Progress
 
 
@@ -150,8 +156,9 @@ def refuse_splitting(pruner: Pruner, num_recomputations: int) -> None:
     """Refuse several steps to a pattern that has only one sparsity.
 
     Raises:
-        ConfigError: ``num_recomputations`` is above 1.
+        ConfigError: ``num_recomputations`` is above 1, or no whole number from 1 to 10,000.
     """
+    require_whole("num_recomputations", num_recomputations, at_most=MOST_STEPS, example=4)
     if num_recomputations > 1 and pruner.pattern.sparsity is not None:
         raise ConfigError(
             f"num_recomputations={num_recomputations}: {pruner.pattern} has only one sparsity, so the way to it cannot be "

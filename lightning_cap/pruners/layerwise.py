@@ -180,6 +180,10 @@ def _sum_up(layout: BlockLayout, device: torch.device, source: GradientSource) -
                     "an InputCollector as the source."
                 )
             for name in layout.shapes:
+                if name not in chunk:
+                    raise GradientError(
+                        f"gradients: a chunk has no layer statistics of {name!r}. Give those of every target."
+                    )
                 gram = chunk[name].to(device)
                 sums[name] = sums[name].add_(gram) if name in sums else gram.double()
             count += chunk.count

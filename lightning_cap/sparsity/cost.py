@@ -11,7 +11,7 @@ from lightning_cap.utilities.decimals import round_share
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-_MOST_STEPS = 10_000
+MOST_STEPS = 10_000  # of a way to a goal, each with gradients of its own
 
 
 class Cost(ABC):
@@ -61,5 +61,5 @@ def steps_to(goal: float, start: float, num_steps: int) -> list[float]:
     """
     require_real("goal", goal, "[0, 1]", example=0.5)
     require_real("start", start, "[0, 1]", example=0.0)
-    require_whole("num_steps", num_steps, at_most=_MOST_STEPS, example=4)
+    require_whole("num_steps", num_steps, at_most=MOST_STEPS, example=4)
     return [start + (goal - start) * step / num_steps for step in range(1, num_steps)] + [goal]

@@ -344,4 +344,9 @@ def test_repr_and_copies(case: Case, targets: Targets, rows: Rows) -> None:
     assert repr(pruner).startswith(type(pruner).__name__)
     path = case.path(targets, rows)
     assert isinstance(path, PruningPath)
+    assert repr(path) == f"{type(path).__name__}(4 targets of {targets.numel} weights, from sparsity 0.0000)"
+    half = repr(path.at(0.5))
+    assert half.startswith("PruneResult(sparsity=0.5000, ")
+    assert half.endswith(f"4 targets of {targets.numel} weights)")
+    assert ("predicted_loss" in half) == case.predicts_loss
     assert same_result(path.at(0.5), case.path(targets, rows).at(0.5))

@@ -1,8 +1,7 @@
-"""Bad input to sparsity schedules, in Python and from YAML."""
+"""Bad input to sparsity schedules; what YAML makes of it is in `tests/schedules`."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from lightning_cap.errors import ScheduleError
@@ -16,9 +15,7 @@ from lightning_cap.schedules import (
     SparsitySteps,
     check_events,
 )
-from tests.support.bad_input.table import NO_COUNTS, NO_NUMBERS, Command, Line, wrong
-
-CONFIG = str(Path(__file__).parents[3] / "configs" / "digits_gradual.yaml")
+from tests.support.bad_input.table import NO_COUNTS, NO_NUMBERS, Line, wrong
 
 RISE: dict[str, Any] = {"final": 0.9, "start_epoch": 2, "end_epoch": 8}
 ALTERNATING: dict[str, Any] = {"sparsity": 0.5, "start_epoch": 2, "sparse_epochs": 3, "dense_epochs": 1}
@@ -34,12 +31,6 @@ GOOD: list[SparsitySchedule] = [
 def steps(given: Any, *words: str) -> Line:
     """A line of `SparsitySteps` whose message names what is wrong inside of the mapping."""
     return Line(f"SparsitySteps({given!r})", lambda _: SparsitySteps(given), ScheduleError, words)
-
-
-def command(given: str, *words: str) -> Command:
-    return Command(
-        f"fit steps={given}", ["fit", "--config", CONFIG, f"--trainer.callbacks.schedule.steps={given}"], words
-    )
 
 
 LINES = [
@@ -84,8 +75,4 @@ LINES = [
     *wrong(RepeatedSchedule, "frequency", *NO_COUNTS, error=ScheduleError, given={"sparsity": 0.5}),
     *wrong(RepeatedSchedule, "start_epoch", "0", None, 0.0, -1, error=ScheduleError, given={"sparsity": 0.5}),
     *wrong(RepeatedSchedule, "end_epoch", "9", True, 9.0, -1, error=ScheduleError, given={"sparsity": 0.5}),
-    command("{0.5: 0.5}", "epoch=0.5", "whole number"),
-    command("{true: 0.5}", "epoch=True", "whole number"),
-    command("{0.1: 0.5, 0.2: 0.6}", "epoch=0.1", "whole number"),
-    command("{0: true}", "sparsity of epoch 0=True"),
 ]
