@@ -25,7 +25,7 @@ from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.trainer.ends import agree_on_ends
 from lightning_cap.trainer.isolation import preserve_state
-from lightning_cap.utilities.arguments import require_counts
+from lightning_cap.utilities.arguments import require_callable, require_flag, require_instance, require_iterable
 from lightning_cap.utilities.progress import Progress
 
 
@@ -61,8 +61,12 @@ def prune(
     Raises:
         CAPError: Whatever is wrong, with the model unchanged.
     """
-    pruner = pruner or CAP()
-    require_counts(num_recomputations=num_recomputations)
+    require_instance("model", model, nn.Module, "a torch model")
+    require_iterable("batches", batches, "[(inputs, labels)] or a DataLoader")
+    require_callable("loss_fn", loss_fn, "lambda model, batch: cross_entropy(model(batch[0]), batch[1])")
+    require_instance("pruner", pruner, Pruner, "CAP()", optional=True)
+    require_flag("progress", progress)
+    pruner = CAP() if pruner is None else pruner
     refuse_regrowth(pruner)
     refuse_splitting(pruner, num_recomputations)
     pruner.check_sparsity(sparsity)

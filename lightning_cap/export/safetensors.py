@@ -2,28 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import cast
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from lightning_cap.errors import ConfigError
 from lightning_cap.export.records import EXPORTS, ExportRecord
-from lightning_cap.sparsity.targets import Targets
+from lightning_cap.sparsity.targets import Targets, require_targets
+from lightning_cap.utilities.arguments import require_instance, require_list, require_path, require_real, shown
 from lightning_cap.utilities.compiled import plain_module, plain_name
 from lightning_cap.utilities.files import atomic
 from lightning_cap.utilities.records import append_record
 
 
 def sparsity_stem(sparsity: float) -> str:
-    """File stem of a sparsity: ``sparsity=0.50``, with more digits where two do not tell it."""
+    """File stem of a sparsity: ``sparsity=0.50``, with more digits where two do not tell it.
+
+    Raises:
+        ConfigError: It is no number in [0, 1].
+    """
+    require_real("sparsity", sparsity, "[0, 1]", example=0.5)
     short = f"{sparsity:.2f}"
     return f"sparsity={short if float(short) == sparsity else f'{sparsity:.6g}'}"
 
 
-def save_weights(module: nn.Module, targets: Targets, path: Path, *, sparsity: float, goal: float) -> ExportRecord:
+def save_weights(
+    module: nn.Module, targets: Targets, path: Path | str, *, sparsity: float, goal: float
+) -> ExportRecord:
     """Write the model inside a LightningModule, under its own names, and add the record to ``exports.jsonl`` beside it.
 
     Call it on rank 0 alone.
@@ -40,7 +51,12 @@ def save_weights(module: nn.Module, targets: Targets, path: Path, *, sparsity: f
 
     Raises:
         DataError: There is an ``exports.jsonl`` that holds something else.
+        ConfigError: An argument is something else.
     """
+    require_targets(targets)
+    require_real("sparsity", sparsity, "[0, 1]", example=0.5)
+    require_real("goal", goal, "[0, 1]", example=0.5)
+    path = _file(path)
     model, _ = plain_model(module, list(targets))
     state = {plain_name(name): value for name, value in model.state_dict().items()}
     architecture = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture", ""))
@@ -61,18 +77,59 @@ def save_weights(module: nn.Module, targets: Targets, path: Path, *, sparsity: f
     return record
 
 
-def save_plain_weights(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a state dict that anyone can load without this package.
+def save_plain_weights(path: Path | str, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a state dict that anyone can load without this package; the same one gives the same bytes.
 
     Args:
         path: The ``.safetensors`` file.
         state: Tensors by the model's own names; copied to the CPU, tied ones written twice.
         metadata: Strings for the file's header.
+
+    Raises:
+        ConfigError: ``path`` is a folder or no path, or ``state`` or ``metadata`` something else.
+        OSError: The system refuses, as on a full disk; it names the file.
     """
+    path = _file(path)
+    require_instance("state", state, Mapping, "model.state_dict()")
+    require_instance("metadata", metadata, Mapping, '{"sparsity": "0.5"}')
+    for name, tensor in state.items():
+        dense = isinstance(tensor, Tensor) and tensor.layout == torch.strided and tensor.device.type != "meta"
+        if not isinstance(name, str) or not dense:
+            raise ConfigError(
+                f"state: {shown(name)} is {shown(tensor)}. Give dense tensors by name, such as model.state_dict()."
+            )
+    for name, text in metadata.items():
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise ConfigError(
+                f"metadata: {shown(name)} is {shown(text)}. Give strings by name, such as {{'sparsity': '0.5'}}."
+            )
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
     with atomic(path) as temporary:
         save_file(tensors, temporary, {"format": "pt", **metadata})
+        _sort_metadata(temporary)
         temporary.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
+
+
+def _file(path: object) -> Path:
+    """A path that is no folder."""
+    require_path("path", path, "model.safetensors")
+    file = Path(cast("str | os.PathLike[str]", path))
+    if file.is_dir():
+        raise ConfigError(
+            f"path={shown(path)}: this is a folder. Give the name of a file in it, such as model.safetensors."
+        )
+    return file
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the metadata of a file in order, in place: safetensors writes them in another one in every process."""
+    with path.open("rb+") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+        file.seek(8)
+        file.write(text.ljust(size))  # as long as before
 
 
 def _umask() -> int:
@@ -85,7 +142,12 @@ def plain_model(module: nn.Module, target_names: list[str]) -> tuple[nn.Module, 
     """The model that a user would load, inside a LightningModule, and its name prefix there.
 
     A timm model that holds all targets; else the only child that holds all parameters; else the module itself.
+
+    Raises:
+        ConfigError: An argument is something else.
     """
+    require_instance("module", module, nn.Module, "the LightningModule")
+    require_list("target_names", target_names, "list(targets)")
     candidates = [(name, child) for name, child in module.named_modules() if hasattr(child, "pretrained_cfg")]
     children = [(name, child) for name, child in module.named_children() if next(child.parameters(), None) is not None]
     if len(children) == 1 and not any(True for _ in module.parameters(recurse=False)):

@@ -71,3 +71,17 @@ def test_a_full_disk_leaves_the_old_weights(tmp_path: Path, full_disk: Callable[
         save_plain_weights(path, {"x": torch.tensor(2.0)}, {})
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_the_same_weights_give_the_same_bytes(tmp_path: Path) -> None:
+    """safetensors writes the metadata in another order each time."""
+    state = {f"w{i}": torch.full((3, i + 1), float(i)) for i in range(4)}
+    words = {f"word {i}": f'schön {i} \\ " \n \x01 \x7f €' for i in range(20)}
+    files = [tmp_path / f"{i}.safetensors" for i in range(3)]
+    for file in files:
+        save_plain_weights(str(file), state, dict(reversed(words.items())) if file == files[1] else words)
+    assert len({file.read_bytes() for file in files}) == 1
+    with safe_open(files[0], "pt") as file:
+        assert file.metadata() == {"format": "pt", **words}
+    loaded = load_file(files[0])
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
