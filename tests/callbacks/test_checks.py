@@ -8,11 +8,12 @@ from typing import Any
 import lightning.pytorch as pl
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelPruning
 from torch import nn
 
 from lightning_cap import CAPPruningCallback
-from lightning_cap.errors import CAPError, ConfigError, DataError, UnsupportedError
+from lightning_cap.errors import CAPError, ConfigError, DataError, ScheduleError, UnsupportedError
 from lightning_cap.pruners import Magnitude
 from lightning_cap.schedules import SparsitySteps
 from tests.support.toy import Toy, callback, loaders, trainer
@@ -88,6 +89,18 @@ def test_a_mapping_is_taken_as_steps() -> None:
     text = repr(CAPPruningCallback({0: 0.4}, Magnitude()))
     assert text.startswith("CAPPruningCallback(SparsitySteps(")
     assert len(text) < 200
+
+
+def test_a_mapping_is_taken_from_yaml() -> None:
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(CAPPruningCallback, "callback")
+    text = "callback: {schedule: {0: 0.4, 2: 0.6}, pruner: {class_path: lightning_cap.pruners.Magnitude}}"
+    config = parser.parse_string(text)
+    instantiate = getattr(parser, "instantiate", parser.instantiate_classes)
+    for cfg in (config, parser.parse_string(parser.dump(config))):  # as a saved config is read back
+        assert instantiate(cfg).callback.schedule == SparsitySteps({0: 0.4, 2: 0.6})
+    with pytest.raises(ScheduleError, match=r"epoch=0\.5"):
+        instantiate(parser.parse_string(text.replace("{0:", "{0.5:")))
 
 
 @pytest.mark.parametrize("how", [{"limit_train_batches": 0}, {"max_steps": 0}], ids=str)
