@@ -74,8 +74,6 @@ class Rows:
         ended: When the last row had been taken.
     """
 
-    rows_bytes = 0  # the buffer is there before anything is measured
-
     def __init__(self, case: Case) -> None:
         self._case = case
         self._buffer = torch.zeros(ROWS_AT_ONCE, case.num_blocks, case.block_size)

@@ -24,7 +24,7 @@ from engine_cases import SPARSITIES, make_pruner
 from torch import Tensor, nn
 
 from lightning_cap.calibration.gradients import GradientCollector
-from lightning_cap.calibration.sources import TimedSource
+from lightning_cap.calibration.sources import SourceMemory, TimedSource
 from lightning_cap.fisher.blocks import ROW_CHUNK, EmpiricalFisher
 from lightning_cap.solver import eliminate
 from lightning_cap.solver.linalg import restrict, spd_inverse
@@ -179,9 +179,11 @@ class _Settled:
             yield chunk
             _settle(self._device)
 
-    @property
-    def rows_bytes(self) -> int:
-        return self._source.rows_bytes
+    def memory(self) -> SourceMemory:
+        return self._source.memory()
+
+    def limit_rows(self, rows: int) -> None:
+        self._source.limit_rows(rows)
 
 
 def _loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:

@@ -28,6 +28,7 @@ from typing import Any
 import torch
 
 from lightning_cap.calibration.gradients import rows_at_once
+from lightning_cap.calibration.sources import SourceMemory
 from lightning_cap.fisher.blocks import ROW_CHUNK, fisher_bytes
 from lightning_cap.fisher.memory_plan import MemoryModel
 
@@ -115,11 +116,12 @@ def amounts(p: Problem, ranks: int) -> dict[str, float]:
     device = torch.device("cpu" if p.packed else "cuda")
     storage, backend = ("packed", "numba") if p.packed else ("full", "triton")
     fisher = fisher_bytes(own, B, storage, device)
-    sizes = MemoryModel(B, blocks, ROW_CHUNK, storage, backend, 4 * d * p.batch, ranks)
+    source = SourceMemory(0, 4 * d, 4 * d, p.batch, p.batch)  # on paper: without activations
+    sizes = MemoryModel(B, blocks, ROW_CHUNK, storage, backend, source, ranks)
     return {
         "rows": rows,
         "fisher": fisher,
-        "planned": sizes.bytes_on_device(own, device, min(own, sizes.chunk(device, None))),
+        "planned": sizes.bytes_on_device(own, device, min(own, sizes.chunk(device, None)), p.batch),
         "exchange": 4 * rows * d * others,
         "gather": 4 * d * (1 + 1 / 32) * others,
         "select": 2**21 * others,

@@ -37,7 +37,6 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from lightning_cap.calibration.gradients import GradientCollector
-from lightning_cap.calibration.sources import rows_bytes
 from lightning_cap.fisher.blocks import EmpiricalFisher, fisher_bytes
 from lightning_cap.pruners import CAP, blockwise, blockwise_path, cap
 from lightning_cap.sparsity.targets import Targets
@@ -103,7 +102,7 @@ class Source:
 
     def __init__(self, collector: GradientCollector, meter: Meter) -> None:
         self._collector, self._meter = collector, meter
-        self.rows_bytes = rows_bytes(collector)
+        self.memory = collector.memory
 
     def __iter__(self) -> Iterator[Any]:
         return self._meter.items("collect", self._collector)

@@ -15,10 +15,10 @@ from rich.progress import Progress as RichProgress
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from lightning_cap.calibration.sources import GradientSource, repeatable
+from lightning_cap.calibration.sources import GradientSource, Trial, repeatable
 from lightning_cap.errors import ConfigError
 from lightning_cap.pruners import CAP, Pruner, PruneResult
-from lightning_cap.pruners.base import refuse_regrowth, refuse_splitting
+from lightning_cap.pruners.base import prepare, refuse_regrowth, refuse_splitting
 from lightning_cap.sparsity.cost import steps_to
 from lightning_cap.sparsity.ends import PENDING, Flow, trace
 from lightning_cap.sparsity.masks import MaskSet
@@ -85,13 +85,16 @@ def prune(
     before = targets.copies()
     goals = steps_to(sparsity, masks.global_sparsity, num_recomputations)
     pruner.check_goals(targets, masks, goals)
+    trial: Trial | None = None
     saliency = 0.0
     try:
         with _bar(progress) as show, preserve_state(model):
             for goal in goals:
                 source: GradientSource = ()
                 if pruner.statistic is not None:
-                    source = pruner.statistic.collector(model, targets, loss_fn, on_device, progress=show)
+                    source = pruner.statistic.collector(model, targets, loss_fn, on_device, progress=show, trial=trial)
+                prepare(pruner, targets, masks, source)
+                trial = getattr(source, "trial", None)
                 with pruner.path(targets, source, masks, progress=show) as path:
                     result = path.at(goal)
                 result.apply(targets)

@@ -14,17 +14,19 @@ from torch import Tensor, nn
 
 from lightning_cap.calibration.batches import batch_size, slice_batch
 from lightning_cap.calibration.rows import Loss, RowComputer, largest_difference
-from lightning_cap.calibration.sources import repeatable
+from lightning_cap.calibration.sources import SourceMemory, Trial, peek, repeatable
 from lightning_cap.errors import GradientError
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities import distributed, rng
-from lightning_cap.utilities.memory import is_out_of_memory
+from lightning_cap.utilities.memory import is_out_of_memory, release_memory
+from lightning_cap.utilities.peak_memory import measure_peak
 from lightning_cap.utilities.progress import Progress
 
 _log = logging.getLogger(__name__)
 
 _VMAP_FLOATS = 2**27  # per-sample gradients held at once, 512 MiB
 _VMAP_ROWS = 64
+_TRIED = 4  # rows that are computed to see what one takes
 
 
 class GradientCollector:
@@ -42,8 +44,10 @@ class GradientCollector:
         context: Entered around every loss evaluation, e.g. autocast.
         scale: Factor on the loss before and off the gradient after, against float16 underflow.
         progress: ``progress("collect", rows done, num_gradients)``.
+        trial: What an earlier collector of the same model has found out by its first batch. Default: this one tries.
 
     Attributes:
+        trial: What the first batch has told; None before.
         skipped: Rows left out because they were not finite, in the last pass.
         collected: Rows given, in the last pass.
     """
@@ -60,6 +64,7 @@ class GradientCollector:
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
         scale: float = 1.0,
         progress: Progress | None = None,
+        trial: Trial | None = None,
     ) -> None:
         self._computer = RowComputer(model, targets, loss, samples_per_gradient, context, scale)
         self._targets = targets
@@ -67,9 +72,9 @@ class GradientCollector:
         self._num_gradients = num_gradients
         self._samples = samples_per_gradient
         self._progress = progress
-        self._vmap = samples_per_gradient == 1
-        self._checked = False
+        self._vmap = samples_per_gradient == 1 if trial is None else trial.vmap
         self._at_once = rows_at_once(targets)
+        self.trial = trial
         self.skipped = 0
         self.collected = 0
 
@@ -90,8 +95,10 @@ class GradientCollector:
             self.collected += good
             self.skipped += tried - good
             yield chunk
+            del chunk  # before the next one is computed
             if self._progress is not None:
                 self._progress("collect", attempted, self._num_gradients)
+        release_memory(self._targets.device)
         self._conclude(attempted)
 
     def _chunks(self) -> Iterator[tuple[dict[str, Tensor], int, int]]:
@@ -102,7 +109,9 @@ class GradientCollector:
                 tried = next(iter(chunk.values())).shape[0]
                 left -= tried
                 kept = _finite(chunk)
+                del chunk
                 yield kept, tried, next(iter(kept.values())).shape[0]
+                del kept
             if left <= 0:
                 return
 
@@ -118,6 +127,7 @@ class GradientCollector:
             left -= tried
             rows, good = self._together(functools.partial(self._finite_rows, batch, most))
             yield rows, tried, sum(good)
+            del rows
 
     def _together(self, work: Callable[[], tuple[Any, int]]) -> tuple[Any, list[int]]:
         """What ``work`` gives, and the counts of all ranks; an error on one of them is raised on all."""
@@ -153,47 +163,88 @@ class GradientCollector:
         """Whether the batches can be read again."""
         return repeatable(self._batches)
 
-    @property
-    def rows_bytes(self) -> int:
-        """Memory of the rows that are held at once, float32 (in a single process)."""
-        return 4 * self._targets.numel * (self._at_once if self._samples == 1 else 1)
+    def memory(self) -> SourceMemory:
+        """What reading this takes, as the first batch tells, which is read if it is not known yet. Every process must call it.
+
+        Raises:
+            GradientError: As `probe`.
+        """
+        if self.trial is None:
+            with distributed.raise_on_all_ranks("The first gradient"), rng.preserved():
+                batch, self._batches = peek(self._batches)
+                if batch is not None:
+                    self.probe(batch)
+        size = 4 * self._targets.numel
+        return SourceMemory(0, size, size) if self.trial is None else self.trial.memory
+
+    def limit_rows(self, rows: int) -> None:
+        """Compute ``rows`` of them at once at the most; the results depend on it by rounding alone."""
+        self._at_once = min(self._at_once, rows)
 
     def probe(self, batch: Any) -> None:
-        """Compute one gradient row and throw it away, to fail early; compare it with what vmap makes of the same sample.
+        """Compute a few gradient rows and throw them away, to fail early: what they take is known then. The first is computed by
+        autograd and by vmap, and where the two differ, the loop is used.
 
         Raises:
             GradientError: The loss is not a scalar, has no gradient, or does not depend on any target.
         """
         with rng.preserved():  # so that rows do not depend on whether they were tried before
-            one = next(iter(self._computer.split(batch, 1)))
-            row = self._computer.one(one)
-            if self._vmap:
-                self._compare(batch, row, one)
-        self._checked = True
+            self._try(batch)
 
-    def _compare(self, batch: Any, row: dict[str, Tensor], one: Any) -> None:
-        """Do without vmap where it gives other gradients than autograd, or none."""
-        size = batch_size(batch)
-        try:
-            rows = self._computer.at_once(slice_batch(batch, size, 0, min(2, size)))
-        except Exception as error:
-            if not is_out_of_memory(error):
+    def _try(self, batch: Any) -> None:
+        one, samples = next(iter(self._computer.split(batch, 1))), batch_size(batch, default=1)
+        row, peak = measure_peak(lambda: _also_finite(self._computer.one(one)), self._targets.device)
+        size = 4 * self._targets.numel
+        memory = SourceMemory(peak, 0, size, 1, max(1, samples // self._samples))
+        if self._vmap:
+            rows = min(samples, self._at_once)
+            fixed, per_row = self._try_vmap(batch, one, row) or (peak - size, size)
+            memory = SourceMemory(fixed, per_row, size, rows, rows) if self._vmap else memory
+        self.trial = Trial(memory, self._vmap)
+
+    def _try_vmap(self, batch: Any, one: Any, row: dict[str, Tensor]) -> tuple[int, int] | None:
+        """Bytes whatever the rows, and more for each; None where that cannot be told."""
+        device, size = self._targets.device, batch_size(batch)
+        most = min(size, self._at_once, _TRIED)
+        peaks: dict[int, int] = {}
+        for n in sorted({most, -(-most // 2)}):
+            some = slice_batch(batch, size, 0, n)
+            try:
+                rows, peaks[n] = measure_peak(functools.partial(self._some_rows, some), device)
+            except Exception as error:
+                if is_out_of_memory(error):
+                    break
                 self._fall_back(error)
-            return
+                return None
+            if not self._agrees(rows, row, one):
+                return None
+            del rows
+        if not peaks:
+            return None
+        least, most = min(peaks), max(peaks)
+        per_row = (peaks[most] - peaks[least]) // (most - least) if most > least else peaks[most]
+        return max(0, peaks[most] - most * per_row), per_row
+
+    def _some_rows(self, batch: Any) -> dict[str, Tensor]:
+        return _also_finite(self._computer.at_once(batch))
+
+    def _agrees(self, rows: dict[str, Tensor], row: dict[str, Tensor], one: Any) -> bool:
+        """Whether vmap gives the row of autograd; else it is done without."""
         tolerance = self._computer.tolerance
         apart, name = largest_difference({n: some[:1] for n, some in rows.items()}, row)
-        del rows
         if apart <= tolerance or not bool(torch.stack([torch.isfinite(r).all() for r in row.values()]).all()):
-            return
+            return True
         again, _ = largest_difference(self._computer.one(one), row)
-        if again <= tolerance / 10:  # else the loss is random, and its gradients cannot be compared
-            self._vmap = False
-            warnings.warn(
-                f"samples_per_gradient=1: torch.func.vmap gives another gradient than autograd for {name!r} (relative difference "
-                f"{apart:.2g}), so one of them is wrong. Falling back to a loop over samples, which is slower. Compare the "
-                "gradient with finite differences; see Troubleshooting in the README.",
-                stacklevel=4,
-            )
+        if again > tolerance / 10:  # the loss is random, and its gradients cannot be compared
+            return True
+        self._vmap = False
+        warnings.warn(
+            f"samples_per_gradient=1: torch.func.vmap gives another gradient than autograd for {name!r} (relative difference "
+            f"{apart:.2g}), so one of them is wrong. Falling back to a loop over samples, which is slower. Compare the "
+            "gradient with finite differences; see Troubleshooting in the README.",
+            stacklevel=4,
+        )
+        return False
 
     def _conclude(self, attempted: int) -> None:
         if attempted == 0:
@@ -216,7 +267,7 @@ class GradientCollector:
 
     def _rows(self, batch: Any, most: int) -> Iterator[dict[str, Tensor]]:
         """Float32 rows of one batch, ``most`` of them at the most."""
-        if not self._checked:
+        if self.trial is None:
             self.probe(batch)
         if self._vmap:
             size = batch_size(batch)
@@ -233,6 +284,7 @@ class GradientCollector:
                     rows = None
                 if rows is not None:
                     yield rows
+                    del rows
                     start = end
                 elif self._vmap:
                     self._at_once //= 2
@@ -252,6 +304,12 @@ class GradientCollector:
             "over samples, which gives the same gradients more slowly.",
             stacklevel=4,
         )
+
+
+def _also_finite(chunk: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The chunk itself, after what is always done to it."""
+    _finite(chunk)
+    return chunk
 
 
 def _finite(chunk: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from lightning_cap.calibration.batches import batch_size, slice_batch
 from lightning_cap.calibration.normalization import PlainNormalization
 from lightning_cap.calibration.rows import Loss
-from lightning_cap.calibration.sources import repeatable
+from lightning_cap.calibration.sources import NO_MEMORY, SourceMemory, Trial, peek, repeatable
 from lightning_cap.errors import TargetError
 from lightning_cap.sparsity.targets import Targets
-from lightning_cap.utilities import distributed
+from lightning_cap.utilities import distributed, rng
+from lightning_cap.utilities.memory import release_memory
+from lightning_cap.utilities.peak_memory import measure_peak
 from lightning_cap.utilities.precision import full_float32
 from lightning_cap.utilities.progress import Progress
 
@@ -48,6 +50,7 @@ class InputCollector:
         num_inputs: Samples over all processes.
         context: Entered around every forward pass, e.g. autocast.
         progress: ``progress("collect", samples done, num_inputs)``.
+        trial: See `GradientCollector`.
 
     Raises:
         TargetError: A target is not the weight of such a layer.
@@ -63,10 +66,13 @@ class InputCollector:
         *,
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
         progress: Progress | None = None,
+        trial: Trial | None = None,
     ) -> None:
         self._model, self._loss, self._batches = model, loss, batches
         self._num_inputs, self._context, self._progress = num_inputs, context, progress
         self._layers = {name: _layer(model, name, path) for name, path in targets.paths.items()}
+        self._device = targets.device
+        self.trial = trial
         self.skipped = 0
         self.collected = 0
 
@@ -75,11 +81,14 @@ class InputCollector:
         """Whether the batches can be read again."""
         return repeatable(self._batches)
 
-    @property
-    def rows_bytes(self) -> int:
-        """Memory of the sums and of unfolded inputs that are held at once."""
-        sums = sum(_groups(layer) * _inputs(layer) ** 2 for layer in self._layers.values())
-        return 2 * 4 * sums + 4 * _FLOATS  # the next ones are collected before the last are let go
+    def memory(self) -> SourceMemory:
+        """What reading this takes, as the first batch tells, which is read if it is not known yet. Every process must call it."""
+        if self.trial is None:
+            with distributed.raise_on_all_ranks("The first layer inputs"), rng.preserved():
+                batch, self._batches = peek(self._batches)
+                if batch is not None:
+                    self.probe(batch)
+        return NO_MEMORY if self.trial is None else self.trial.memory
 
     def __iter__(self) -> Iterator[LayerGrams]:
         """One chunk per batch."""
@@ -93,9 +102,11 @@ class InputCollector:
             grams = self._of(batch if wanted == size else slice_batch(batch, size, 0, wanted))
             self.collected += grams.count
             yield grams
+            del grams  # before the next ones are computed
             if self._progress is not None:
                 self._progress("collect", min(before + size, self._num_inputs), self._num_inputs)
             before = self.collected * distributed.world_size() + distributed.rank() * size
+        release_memory(self._device)
         if before < self._num_inputs:
             warnings.warn(
                 f"num_inputs={self._num_inputs}: the batches of this process gave only {self.collected} samples; the "
@@ -104,8 +115,10 @@ class InputCollector:
             )
 
     def probe(self, batch: Any) -> None:
-        """Collect from one batch and throw it away, to fail early."""
-        self._of(batch)
+        """Collect from one batch and throw it away, to fail early; what that takes is known then."""
+        grams, peak = measure_peak(lambda: self._of(batch), self._device)
+        size = sum(gram.nbytes for gram in grams.values())
+        self.trial = Trial(SourceMemory(peak, 0, size))
 
     def _of(self, batch: Any) -> LayerGrams:
         grams = LayerGrams()

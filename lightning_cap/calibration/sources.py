@@ -2,26 +2,87 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
 
 from lightning_cap.errors import GradientError
 
+T = TypeVar("T")
+
 #: Gradient rows in chunks: ``{target name: (n, *weight.shape)}``. Re-iterable if it is to be read more than once.
 GradientSource = Iterable[Mapping[str, Tensor]]
 
 
-def rows_bytes(source: object) -> int:
-    """Memory of the rows that ``source`` holds at once, as it tells by an attribute ``rows_bytes``; else 0."""
-    return int(getattr(source, "rows_bytes", 0))
+@dataclass(frozen=True)
+class SourceMemory:
+    """Bytes that a source takes while it is read, on the device of the weights.
+
+    Attributes:
+        fixed: While rows are computed, however many.
+        per_row: More for each row that is computed at once, the row itself included.
+        row: Of a row that is handed on.
+        most: Rows that are computed at once if memory allows.
+        batch: Rows of a batch, which several processes hand on together.
+    """
+
+    fixed: int = 0
+    per_row: int = 0
+    row: int = 0
+    most: int = 1
+    batch: int = 1
+
+    def computing(self, rows: int) -> int:
+        """Peak while so many rows are computed at once."""
+        return self.fixed + self.per_row * rows
+
+
+NO_MEMORY = SourceMemory()
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What the first batch has told about a source.
+
+    Attributes:
+        memory: What reading it takes.
+        vmap: Whether rows are computed by `torch.func.vmap`.
+    """
+
+    memory: SourceMemory
+    vmap: bool = False
+
+
+def memory_of(source: object) -> SourceMemory:
+    """What reading ``source`` takes, as it tells by a method ``memory``; else nothing. Every process must call it."""
+    tell = getattr(source, "memory", None)
+    return tell() if callable(tell) else NO_MEMORY
+
+
+def limit_rows(source: object, rows: int | None) -> None:
+    """Let ``source`` compute ``rows`` rows at once at the most, if it has a method ``limit_rows``; None for no limit."""
+    limit = getattr(source, "limit_rows", None)
+    if rows is not None and callable(limit):
+        limit(rows)
 
 
 def repeatable(source: object) -> bool:
     """Whether ``source`` can be read more than once, as it tells by an attribute ``repeatable``; else if it is no iterator."""
     return bool(getattr(source, "repeatable", not isinstance(source, Iterator)))
+
+
+def peek(batches: Iterable[T]) -> tuple[T | None, Iterable[T]]:
+    """The first batch, None if there is none, and what to read instead of ``batches``: nothing is lost of an iterator."""
+    own = iter(batches)
+    first = next(own, None)
+    if repeatable(batches):
+        return first, batches
+    return first, own if first is None else itertools.chain([first], own)
 
 
 def check_repeatable(source: GradientSource, passes: int) -> None:
@@ -119,6 +180,7 @@ class TimedSource:
             for chunk in chunks:
                 self.seconds += time.perf_counter() - started
                 yield chunk
+                del chunk  # before the next one is computed
                 started = time.perf_counter()
         self.seconds += time.perf_counter() - started
 
@@ -127,7 +189,10 @@ class TimedSource:
         """As the source says."""
         return repeatable(self._source)
 
-    @property
-    def rows_bytes(self) -> int:
+    def memory(self) -> SourceMemory:
         """As the source says."""
-        return rows_bytes(self._source)
+        return memory_of(self._source)
+
+    def limit_rows(self, rows: int) -> None:
+        """Tell the source."""
+        limit_rows(self._source, rows)

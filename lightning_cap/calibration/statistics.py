@@ -14,6 +14,7 @@ from lightning_cap.calibration.batches import CalibrationBatches
 from lightning_cap.calibration.gradients import GradientCollector, rows_at_once
 from lightning_cap.calibration.layer_inputs import InputCollector
 from lightning_cap.calibration.rows import Loss
+from lightning_cap.calibration.sources import SourceMemory, Trial
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities.progress import Progress
 
@@ -21,16 +22,26 @@ _MOST_INPUTS = 2**16  # samples in a batch of layer inputs
 
 
 class Collector(Protocol):
-    """A re-iterable source of chunks, one pass of it a collection."""
+    """A re-iterable source of chunks, one pass of it a collection.
+
+    Attributes:
+        collected: What the last pass gave.
+        skipped: What it left out.
+        trial: What the first batch has told; None before.
+    """
 
     collected: int
     skipped: int
+    trial: Trial | None
 
     def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
         """Chunks for every target."""
 
     def probe(self, batch: Any) -> None:
-        """Compute what one batch gives and throw it away, to fail early."""
+        """Compute what one batch gives and throw it away, to fail early; `trial` is known then."""
+
+    def memory(self) -> SourceMemory:
+        """What reading it takes; the first batch is tried for it, if none was. Every process must call it."""
 
 
 class Statistic(ABC):
@@ -64,6 +75,7 @@ class Statistic(ABC):
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
         scale: float = 1.0,
         progress: Progress | None = None,
+        trial: Trial | None = None,
     ) -> Collector:
         """What computes it from batches. Arguments: see `GradientCollector`."""
 
@@ -103,11 +115,12 @@ class GradientSamples(Statistic):
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
         scale: float = 1.0,
         progress: Progress | None = None,
+        trial: Trial | None = None,
     ) -> GradientCollector:
         """See `Statistic`."""
         counts = self.n, self.per_sample
         return GradientCollector(
-            model, targets, loss, batches, *counts, context=context, scale=scale, progress=progress
+            model, targets, loss, batches, *counts, context=context, scale=scale, progress=progress, trial=trial
         )
 
 
@@ -144,6 +157,7 @@ class LayerInputs(Statistic):
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
         scale: float = 1.0,
         progress: Progress | None = None,
+        trial: Trial | None = None,
     ) -> InputCollector:
         """See `Statistic`. There is no gradient to scale."""
-        return InputCollector(model, targets, loss, batches, self.n, context=context, progress=progress)
+        return InputCollector(model, targets, loss, batches, self.n, context=context, progress=progress, trial=trial)

@@ -234,7 +234,7 @@ class CAPPruningCallback(CheckpointedRun):
 
     def _event(self, trainer: pl.Trainer, module: Any, pruner: Pruner, progress: Any = None) -> PruningEvent:
         run = self._active
-        return PruningEvent(trainer, module, pruner, run.targets, run.masks, self.seed, progress)
+        return PruningEvent(trainer, module, pruner, run.targets, run.masks, self.seed, progress, run.trials)
 
     # ---------------------------------------------------------- between events
 

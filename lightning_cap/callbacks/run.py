@@ -7,6 +7,7 @@ from collections.abc import Collection, Mapping
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
+from lightning_cap.calibration.sources import Trial
 from lightning_cap.callbacks.run_files import RunFiles
 from lightning_cap.pruners import Pruner
 from lightning_cap.schedules import SparsitySchedule
@@ -19,6 +20,7 @@ class Run:
 
     Attributes:
         begins: The first epoch whose start this ``fit`` comes to, None before it trains.
+        trials: What the dry run has found out about calibration; see `PruningEvent`.
         starts: Epochs of the events that begin a cycle.
         phases: Epochs of the events that begin a sparse phase; see `sparse_phases`.
     """
@@ -34,6 +36,7 @@ class Run:
     ) -> None:
         self.targets, self.masks, self.events, self.files = targets, masks, events, files
         self.begins: int | None = None
+        self.trials: dict[str, Trial] = {}
         self.starts = cycle_starts(events, pruner)
         self.phases = sparse_phases(events, schedule)
 

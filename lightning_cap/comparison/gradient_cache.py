@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_cap.calibration.sources import reading
+from lightning_cap.calibration.sources import SourceMemory, reading
 from lightning_cap.errors import DataError
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities import distributed
@@ -152,10 +152,10 @@ class SharedRows:
         """Rows that were collected, over all ranks."""
         return sum(map(sum, self.counts))
 
-    @property
-    def rows_bytes(self) -> int:
-        """Memory of the largest chunk."""
-        return self.row_bytes * max((counts[distributed.rank()] for counts in self.counts), default=0)
+    def memory(self) -> SourceMemory:
+        """That of the largest chunk."""
+        size = self.row_bytes * max((counts[distributed.rank()] for counts in self.counts), default=0)
+        return SourceMemory(size, 0, size)
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         rank, left = distributed.rank(), self.most

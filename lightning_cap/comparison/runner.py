@@ -12,7 +12,7 @@ import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_cap.calibration.sources import TimedSource
+from lightning_cap.calibration.sources import TimedSource, Trial
 from lightning_cap.comparison.artifacts import Artifacts
 from lightning_cap.comparison.fingerprint import basis_of
 from lightning_cap.comparison.fisher_block import check_block_size
@@ -68,6 +68,7 @@ class ComparisonRunner:
         fingerprints = {(v.slug, s): self._recorder.fingerprint(v, s) for v, s in wanted}
         self._artifacts = Artifacts(request, self._targets, distributed.gather_objects(fingerprints)[0])
         self._todo: dict[Variant, list[float]] = {}
+        self._trials: dict[str, Trial] = {}
         self._started = 0
 
     def run(self) -> list[ComparisonRecord]:
@@ -232,7 +233,7 @@ class ComparisonRunner:
 
     def _event(self, variant: Variant, progress: Progress | None = None) -> PruningEvent:
         args = self._trainer, self._module, variant.pruner, self._targets, self._masks, variant.seed
-        return PruningEvent(*args, progress)
+        return PruningEvent(*args, progress, self._trials)
 
     def _surface_loss(self) -> Callable[[], float]:
         """The validation loss, of as many batches as the surface wants."""

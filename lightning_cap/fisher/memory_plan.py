@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import astuple, dataclass, field, replace
 
 import torch
 from torch import Tensor
 
+from lightning_cap.calibration.sources import NO_MEMORY, SourceMemory
 from lightning_cap.errors import ConfigError
 from lightning_cap.fisher.blocks import Storage, fisher_bytes, resolve_storage, update_bytes
 from lightning_cap.solver.backend import Backend, chunk_blocks, work_bytes
@@ -16,7 +19,7 @@ from lightning_cap.utilities.memory import format_bytes, free_memory
 
 CPU = torch.device("cpu")
 
-_SHARE = 0.8  # of the free memory: the rest is for the activations of the calibration and, later, for training
+_SHARE = 0.8  # of the free memory: the rest is for training, later
 # bytes for an entry of a block besides its Fisher
 _FIRST_PASS = 5  # weight 4, alive 1
 _LATER_PASS = 24  # and rank 2, loss 4, score 4, pruned 1, new weights 4, diagonal 4
@@ -37,6 +40,7 @@ class MemoryPlan:
         shares: For each pass over the gradients and each rank the ``(K_r,)`` indices of the blocks that it holds. There is one pass
             unless memory is short. The blocks of a rank, all passes together, are consecutive.
         chunk: Blocks that are solved at a time.
+        rows: Gradient rows that the source is to compute at once; None for as many as it likes.
     """
 
     device: torch.device
@@ -47,6 +51,7 @@ class MemoryPlan:
     host_bytes: int = 0
     shares: tuple[tuple[Tensor, ...], ...] = field(default=(), compare=False)
     chunk: int = 1
+    rows: int | None = None
 
     @property
     def passes(self) -> int:
@@ -67,8 +72,8 @@ class MemoryPlan:
         if self.limit is not None and self.peak_bytes > self.limit:
             raise ConfigError(
                 f"{self.argument}: the pruning event needs {format_bytes(self.peak_bytes)} on {self.device}, where "
-                f"{format_bytes(self.limit)} may be used, even with the Fisher in as many passes as it has blocks. Allow more with "
-                "max_memory, choose a smaller block_size or row_chunk, or fewer targets with include/exclude."
+                f"{format_bytes(self.limit)} may be used, even with one gradient row and one Fisher block at a time. Allow more "
+                "with max_memory, choose a smaller block_size or row_chunk, or fewer targets with include/exclude."
             )
 
     def __str__(self) -> str:
@@ -92,7 +97,7 @@ class MemoryModel:
         row_chunk: Rows of the Fisher's buffer.
         storage: Of the Fisher.
         backend: Of the solver, resolved.
-        rows_bytes: Gradient rows that the source holds at once.
+        source: What reading the gradients takes.
         ranks: Processes that share the blocks.
         busy_blocks: Of all ranks, those that are not fully masked.
     """
@@ -102,13 +107,15 @@ class MemoryModel:
     row_chunk: int
     storage: Storage
     backend: Backend = "torch"
-    rows_bytes: int = 0
+    source: SourceMemory = NO_MEMORY
     ranks: int = 1
     busy_blocks: int = 0
 
-    def _source(self) -> int:
-        """The rows; with several processes also those that are sent and those that are received."""
-        return self.rows_bytes * (1 if self.ranks == 1 else 3)
+    def _reading(self, rows: int, temporary: int = 0) -> int:
+        """While rows are computed, or handed on; with several processes those of a batch are kept, sent and received."""
+        batch = self.source.row * self.source.batch if self.ranks > 1 else 0
+        handed = 3 * batch or self.source.row * rows
+        return max(batch + self.source.computing(rows), handed + temporary)
 
     def _kept(self, blocks: int, storage: Storage, storage_device: torch.device) -> int:
         """Memory of the Fisher of some blocks."""
@@ -131,33 +138,46 @@ class MemoryModel:
         """Whether the compiled CPU code finds triangles where it works."""
         return self.backend == "numba" and device.type == "cpu" and resolve_storage(self.storage, device) == "packed"
 
-    def bytes_on_device(self, blocks: int, device: torch.device, chunk: int) -> int:
-        """Peak memory with the Fisher of ``blocks`` blocks where it is solved."""
+    def most_rows(self, limit: int) -> int:
+        """Gradient rows to compute at once: as many as the source likes, in no more than a quarter of ``limit``."""
+        rows = self.source.most
+        while rows > 1 and self.source.computing(rows) > limit // 4:
+            rows //= 2
+        return rows
+
+    def bytes_on_device(self, blocks: int, device: torch.device, chunk: int, rows: int) -> int:
+        """Peak memory with the Fisher of ``blocks`` blocks where it is solved, and ``rows`` gradient rows at once."""
         entries = self.num_blocks * self.block_size
         held = (_LATER_PASS if blocks * self.ranks < self.busy_blocks else _FIRST_PASS) * entries
         temporary = update_bytes(blocks, self.block_size, self.storage, device)
-        collect = held + self._buffer(blocks) + temporary + self._source()
+        collect = held + self._buffer(blocks) + self._reading(rows, temporary)
         solve = _SOLVED * entries + self._work(device, min(chunk, max(1, blocks)))
         return self._kept(blocks, self.storage, device) + max(collect, solve)
 
-    def offloaded(self, blocks: int, device: torch.device, chunk: int) -> tuple[int, int]:
+    def offloaded(self, blocks: int, device: torch.device, chunk: int, rows: int) -> tuple[int, int]:
         """Peak memory of the device and of the host, with the Fisher on the host."""
         kept = self._kept(blocks, "packed", CPU)
         entries = self.num_blocks * self.block_size
-        on_device = max(_FIRST_PASS * entries + 3 * self._source(), _SOLVED * entries + self._work(device, chunk))
+        copied = 2 * self.source.row * rows  # in blocks, on their way to the host
+        on_device = max(
+            _FIRST_PASS * entries + self._reading(rows, copied), _SOLVED * entries + self._work(device, chunk)
+        )
         return on_device, kept + 2 * self._buffer(blocks) + 4 * chunk * self.block_size**2
 
-    def most_blocks(self, device: torch.device, limit: int, chunk: int) -> int:
+    def most_blocks(self, device: torch.device, limit: int, chunk: int, rows: int) -> int:
         """The largest number of blocks that `bytes_on_device` fits into ``limit``."""
         low, high = 0, self.num_blocks
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if self.bytes_on_device(middle, device, chunk) <= limit else (low, middle - 1)
+            low, high = (
+                (middle, high) if self.bytes_on_device(middle, device, chunk, rows) <= limit else (low, middle - 1)
+            )
         return low
 
 
 def plan_event(model: MemoryModel, blocks: Tensor, device: torch.device, max_memory: int | None = None) -> MemoryPlan:
-    """Choose the placement: all on the device; the Fisher on the host; or passes over groups of blocks.
+    """Choose the placement: all on the device, with fewer gradient rows at once if need be; the Fisher on the host; or passes
+    over groups of blocks.
 
     Every process must call it; all come to the same plan, that of the one with the least memory.
 
@@ -168,30 +188,68 @@ def plan_event(model: MemoryModel, blocks: Tensor, device: torch.device, max_mem
         max_memory: Bytes that the event may take on ``device``. Default: 80 % of what is free.
     """
     argument = "block_size" if max_memory is None else "max_memory"
-    free, host = (
-        None if None in values else min(values)
-        for values in zip(*distributed.gather_objects((_may_use(device), _may_use(CPU))), strict=True)
-    )
+    source, free, host = _of_all_ranks(model.source, device)
     limit = free if max_memory is None else max_memory
     by_rank = blocks.tensor_split(model.ranks)
-    model = replace(model, busy_blocks=len(blocks))
+    model = replace(model, busy_blocks=len(blocks), source=source)
     count = len(by_rank[0])
     chunk = min(model.chunk(device, limit), max(1, count))
-    peak = model.bytes_on_device(count, device, chunk)
+    plan = functools.partial(MemoryPlan, device, limit=limit, argument=argument, chunk=chunk)
     if count == 0:
-        return MemoryPlan(device, 0, limit, argument, device, 0, (by_rank,), chunk)
-    if limit is None or peak <= limit:
-        return MemoryPlan(device, peak, limit, argument, device, 0, (by_rank,), chunk)
+        return plan(0, storage_device=device, shares=(by_rank,))
+    fewest = 1 if device.type == "cpu" else max(1, source.most // 8)  # few at once are slow on a GPU
+    for rows in _halves(source.most, fewest):
+        peak = model.bytes_on_device(count, device, chunk, rows)
+        if limit is None or peak <= limit:
+            return plan(peak, storage_device=device, shares=(by_rank,), rows=rows)
+    assert limit is not None
+    rows = model.most_rows(limit)
     if device.type != "cpu":
-        on_device, on_host = model.offloaded(count, device, chunk)
+        on_device, on_host = model.offloaded(count, device, chunk, rows)
         if on_device <= limit and (host is None or on_host <= host):
-            return MemoryPlan(device, on_device, limit, argument, CPU, on_host, (by_rank,), chunk)
-    most = max(1, model.most_blocks(device, limit, chunk))
+            return plan(on_device, storage_device=CPU, host_bytes=on_host, shares=(by_rank,), rows=rows)
+    most = max(1, model.most_blocks(device, limit, chunk, rows))
     pieces = [own.tensor_split(-(-count // most)) for own in by_rank]
     shares = tuple(zip(*pieces, strict=True))
-    return MemoryPlan(
-        device, model.bytes_on_device(len(shares[0][0]), device, chunk), limit, argument, device, 0, shares, chunk
-    )
+    peak = model.bytes_on_device(len(shares[0][0]), device, chunk, rows)
+    return plan(peak, storage_device=device, shares=shares, rows=rows)
+
+
+def plan_reading(device: torch.device, source: SourceMemory, held: int, temporary: int, after: int = 0) -> MemoryPlan:
+    """The plan of a method that reads its source once and has no limit of its own but what is free. Every process must call it.
+
+    Args:
+        device: Of the weights.
+        source: What reading takes.
+        held: Bytes that the method holds while it reads.
+        temporary: Bytes that it takes for each byte of the rows that are handed to it.
+        after: Bytes that it takes when all is read.
+
+    Raises:
+        ConfigError: It does not fit.
+    """
+    source, limit, _ = _of_all_ranks(source, device)
+    for rows in _halves(source.most, 1):
+        handed = (1 + temporary) * source.row * (rows if distributed.world_size() == 1 else 3 * source.batch)
+        plan = MemoryPlan(device, max(held + max(source.computing(rows), handed), after), limit, "include", rows=rows)
+        if limit is None or plan.peak_bytes <= limit:
+            break
+    plan.check()
+    return plan
+
+
+def _halves(most: int, fewest: int) -> Iterator[int]:
+    while most > fewest:
+        yield most
+        most //= 2
+    yield max(most, fewest)
+
+
+def _of_all_ranks(source: SourceMemory, device: torch.device) -> tuple[SourceMemory, int | None, int | None]:
+    """The largest source, and the least that may be used of ``device`` and of the host."""
+    sources, *free = zip(*distributed.gather_objects((astuple(source), _may_use(device), _may_use(CPU))), strict=True)
+    on_device, on_host = (None if None in values else min(values) for values in free)
+    return SourceMemory(*map(max, zip(*sources, strict=True))), on_device, on_host
 
 
 def _may_use(device: torch.device) -> int | None:

@@ -9,10 +9,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_cap.calibration.sources import GradientSource
+from lightning_cap.calibration.sources import NO_MEMORY, GradientSource, SourceMemory, limit_rows, memory_of
 from lightning_cap.calibration.statistics import Statistic
 from lightning_cap.errors import ConfigError, GradientError, PatternError, UnsupportedError
-from lightning_cap.fisher.memory_plan import MemoryPlan
+from lightning_cap.fisher.memory_plan import MemoryPlan, plan_reading
 from lightning_cap.pruners.paths import PruningPath
 from lightning_cap.sparsity.allocation import Allocation, Global
 from lightning_cap.sparsity.cost import MOST_STEPS, Cost, Parameters
@@ -99,15 +99,20 @@ class Pruner(ABC):
             done: Events of the run that are done, over all of them: 0 at the first one, below 1.
         """
 
-    def plan(self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, rows_bytes: int = 0) -> MemoryPlan:
+    def plan(
+        self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, source: SourceMemory = NO_MEMORY
+    ) -> MemoryPlan:
         """What `path` will take, and how it will go about it. Every process must call it.
 
         Args:
             targets: The weights.
             masks: As for `path`.
-            rows_bytes: Memory of the gradient rows that the source holds at once.
+            source: What reading the gradients takes.
+
+        Raises:
+            ConfigError: It cannot fit.
         """
-        return MemoryPlan(targets.device, rows_bytes)
+        return plan_reading(targets.device, source, 0, 0)
 
     def state_dict(self) -> dict[str, Any]:
         """Settings that a resumed run must go on with, as plain values; kept in checkpoints."""
@@ -137,6 +142,18 @@ class Pruner(ABC):
     def __repr__(self) -> str:
         settings: dict[str, Any] = {k: v for k, v in vars(self).items() if not k.startswith("_")}
         return f"{type(self).__name__}({', '.join(f'{k}={v!r}' for k, v in settings.items())})"
+
+
+def prepare(
+    pruner: Pruner, targets: Targets, masks: Mapping[str, Tensor] | None, source: GradientSource | None
+) -> MemoryPlan:
+    """Plan what `Pruner.path` will take with ``source``, and let that compute as few rows at once as the plan says.
+
+    Every process must call it. The first batch is tried for it, if none was.
+    """
+    plan = pruner.plan(targets, masks, source=memory_of(source))
+    limit_rows(source, plan.rows)
+    return plan
 
 
 def refuse_regrowth(pruner: Pruner) -> None:

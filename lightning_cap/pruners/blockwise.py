@@ -10,7 +10,7 @@ from typing import Any, ClassVar, get_args
 
 from torch import Tensor
 
-from lightning_cap.calibration.sources import GradientSource, reading
+from lightning_cap.calibration.sources import NO_MEMORY, GradientSource, SourceMemory, reading
 from lightning_cap.calibration.statistics import GradientSamples
 from lightning_cap.fisher.blocks import ROW_CHUNK, EmpiricalFisher, Storage
 from lightning_cap.fisher.memory_plan import MemoryModel, MemoryPlan, plan_event
@@ -80,10 +80,12 @@ class Blockwise(BlockMethod):
         """Refuse a sparsity that the pattern cannot give."""
         self.pattern.check_sparsity(sparsity)
 
-    def plan(self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, rows_bytes: int = 0) -> MemoryPlan:
+    def plan(
+        self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, source: SourceMemory = NO_MEMORY
+    ) -> MemoryPlan:
         """Where the Fisher is kept and in how many passes it is built. See `Pruner.plan`."""
         layout = self._layout(targets)
-        return self.plan_blocks(layout, pack_alive(targets, layout, masks), rows_bytes)
+        return self.plan_blocks(layout, pack_alive(targets, layout, masks), source)
 
     def path(
         self,
@@ -160,16 +162,16 @@ class GradientBlockwise(Blockwise):
         require_counts(row_chunk=state.get("row_chunk", self.row_chunk))
         self.row_chunk = int(state.get("row_chunk", self.row_chunk))
 
-    def plan_blocks(self, layout: BlockLayout, alive: Tensor, rows_bytes: int) -> MemoryPlan:
+    def plan_blocks(self, layout: BlockLayout, alive: Tensor, source: SourceMemory) -> MemoryPlan:
         """On the device, on the host, or in passes, as memory allows."""
         busy = alive.any(-1).nonzero().squeeze(1).cpu()
-        model = self.memory_model(layout, alive, rows_bytes)
+        model = self.memory_model(layout, alive, source)
         plan = plan_event(model, busy, alive.device, parse_bytes(self.max_memory, "max_memory"))
         plan.check()
         return plan
 
     @abstractmethod
-    def memory_model(self, layout: BlockLayout, alive: Tensor, rows_bytes: int) -> MemoryModel:
+    def memory_model(self, layout: BlockLayout, alive: Tensor, source: SourceMemory) -> MemoryModel:
         """What the memory of an event depends on."""
 
 
@@ -190,11 +192,11 @@ class FisherBlockwise(GradientBlockwise):
         require_choice("storage", self.storage, get_args(Storage))
         require_flag("allow_tf32", self.allow_tf32)
 
-    def memory_model(self, layout: BlockLayout, alive: Tensor, rows_bytes: int) -> MemoryModel:
+    def memory_model(self, layout: BlockLayout, alive: Tensor, source: SourceMemory) -> MemoryModel:
         """Blocks in the storage and the backend of this pruner."""
         backend = choose_backend(self.solver_backend, alive.device, self.pattern)
         sizes = layout.block_size, layout.num_blocks, self.row_chunk
-        return MemoryModel(*sizes, self.storage, backend, rows_bytes, world_size())
+        return MemoryModel(*sizes, self.storage, backend, source, world_size())
 
     def read_blocks(self, layout: BlockLayout, plan: MemoryPlan, number: int, gradients: GradientSource) -> Any:
         """Add up the Fisher of this rank's blocks of one pass."""
@@ -204,4 +206,5 @@ class FisherBlockwise(GradientBlockwise):
         with reading(gradients) as chunks:
             for chunk in chunks:
                 fisher.update(chunk)
+                del chunk
         return fisher.finish()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_cap.calibration.sources import GradientSource, check_repeatable, rows_bytes
+from lightning_cap.calibration.sources import GradientSource, SourceMemory, check_repeatable, limit_rows, memory_of
 from lightning_cap.errors import GradientError
 from lightning_cap.fisher.memory_plan import MemoryPlan
 from lightning_cap.pruners.base import Pruner
@@ -21,6 +21,7 @@ from lightning_cap.sparsity.block_layout import BlockLayout
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities.arguments import require_list
 from lightning_cap.utilities.distributed import gather_rows, gather_tensors, raise_on_all_ranks, world_size
+from lightning_cap.utilities.memory import release_memory
 from lightning_cap.utilities.progress import Progress
 
 
@@ -30,7 +31,7 @@ class BlockMethod(Pruner):
     damp: float
 
     @abstractmethod
-    def plan_blocks(self, layout: BlockLayout, alive: Tensor, rows_bytes: int) -> MemoryPlan:
+    def plan_blocks(self, layout: BlockLayout, alive: Tensor, source: SourceMemory) -> MemoryPlan:
         """The plan of an event; ``alive`` is ``(K, B)`` bool. See `Pruner.plan`."""
 
     @abstractmethod
@@ -86,7 +87,8 @@ class BlockwisePath(PruningPath):
         self._targets = targets
         with raise_on_all_ranks("Reading the weights"):
             self._weights = pack_weights(targets, layout, self._alive)
-        self.plan = pruner.plan_blocks(layout, self._alive, rows_bytes(gradients))
+        self.plan = pruner.plan_blocks(layout, self._alive, memory_of(gradients))
+        limit_rows(gradients, self.plan.rows)
         check_repeatable(gradients, self.plan.passes)
         self._own = torch.cat(self.plan.groups)  # (K_r,)
         self._sizes = [sum(len(share[r]) for share in self.plan.shares) for r in range(world_size())]
@@ -119,6 +121,7 @@ class BlockwisePath(PruningPath):
     def _fisher(self, number: int) -> Any:
         """Read the gradients for the blocks of one pass."""
         blocks = self._pruner.read_blocks(self._layout, self.plan, number, self._gradients)
+        release_memory(self.plan.device)  # what the rows took is for the solver now
         if self.plan.passes > 1:
             with raise_on_all_ranks("Reading the gradients again"):
                 self._check_same(number, blocks)

@@ -10,10 +10,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_cap.calibration.sources import GradientSource
+from lightning_cap.calibration.sources import NO_MEMORY, GradientSource, SourceMemory
 from lightning_cap.calibration.statistics import GradientSamples
 from lightning_cap.errors import GradientError
-from lightning_cap.fisher.memory_plan import MemoryPlan
+from lightning_cap.fisher.memory_plan import MemoryPlan, plan_reading
 from lightning_cap.pruners.base import Pruner, check_path_arguments, check_room, require_allocation
 from lightning_cap.pruners.paths import PruneResult, PruningPath, pack_weights
 from lightning_cap.pruners.row_mean import RowMean
@@ -95,10 +95,12 @@ class DropAndGrow(Pruner):
         require_list("sparsities", sparsities, "[0.5, 0.75]")
         check_room(self, targets, dict.fromkeys(targets, 0), sparsities)
 
-    def plan(self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, rows_bytes: int = 0) -> MemoryPlan:
+    def plan(
+        self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, source: SourceMemory = NO_MEMORY
+    ) -> MemoryPlan:
         """See `Pruner.plan`."""
         require_targets(targets)
-        return MemoryPlan(targets.device, rows_bytes + _BYTES * targets.numel)
+        return plan_reading(targets.device, source, 13 * targets.numel, 0, _BYTES * targets.numel)
 
     def path(
         self,

@@ -10,10 +10,17 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lightning_cap.calibration.sources import GradientSource, check_any_rows, check_rows, reading
+from lightning_cap.calibration.sources import (
+    NO_MEMORY,
+    GradientSource,
+    SourceMemory,
+    check_any_rows,
+    check_rows,
+    reading,
+)
 from lightning_cap.calibration.statistics import GradientSamples
 from lightning_cap.errors import GradientError
-from lightning_cap.fisher.memory_plan import MemoryPlan
+from lightning_cap.fisher.memory_plan import MemoryPlan, plan_reading
 from lightning_cap.pruners.base import Pruner, check_path_arguments, in_blocks, require_allocation
 from lightning_cap.pruners.scored import ScoredPath, require_weightwise_pattern
 from lightning_cap.pruners.zero_gradients import check_zeros
@@ -89,12 +96,15 @@ class FastCAP(Pruner):
         """Refuse a sparsity that the pattern cannot give."""
         self.pattern.check_sparsity(sparsity)
 
-    def plan(self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, rows_bytes: int = 0) -> MemoryPlan:
+    def plan(
+        self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, source: SourceMemory = NO_MEMORY
+    ) -> MemoryPlan:
         """Blocks and factors in float64 for each place in the rows of each layer, and ``O(d)``. See `Pruner.plan`."""
         layout = self._layout(targets)
         places = sum(_places(layout, name) for name in layout.shapes)
         entries = layout.num_blocks * layout.block_size
-        return MemoryPlan(targets.device, 3 * rows_bytes + 24 * (places + 2) * layout.block_size**2 + 30 * entries)
+        sums = 8 * places * layout.block_size**2
+        return plan_reading(targets.device, source, 2 * sums, 0, 3 * sums + 30 * entries)
 
     def path(
         self,
@@ -257,6 +267,7 @@ def shared_blocks(layout: BlockLayout, gradients: GradientSource, device: torch.
                 with full_float32():
                     sums[name] += torch.bmm(columns.mT, columns)
             count += next(iter(chunk.values())).shape[0]
+            del chunk
     counts = distributed.gather_counts(count, device)
     check_any_rows(counts)
     for name, (_, outputs) in shapes.items():

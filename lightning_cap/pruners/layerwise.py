@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_cap.calibration.layer_inputs import LayerGrams
-from lightning_cap.calibration.sources import GradientSource, reading
+from lightning_cap.calibration.sources import GradientSource, SourceMemory, reading
 from lightning_cap.calibration.statistics import LayerInputs
 from lightning_cap.errors import GradientError
 from lightning_cap.fisher.memory_plan import MemoryPlan
@@ -74,7 +74,7 @@ class LayerwiseOBS(Blockwise):
         require_targets(targets)
         return targets.row_blocks(self.block_size, self.pattern.group_size)
 
-    def plan_blocks(self, layout: BlockLayout, alive: Tensor, rows_bytes: int) -> MemoryPlan:
+    def plan_blocks(self, layout: BlockLayout, alive: Tensor, source: SourceMemory) -> MemoryPlan:
         """The Hessians of all layers, and chunks of blocks that are solved. No limit is known."""
         busy = alive.any(-1).nonzero().squeeze(1).cpu()
         shares = tuple(busy.tensor_split(world_size()))
@@ -84,7 +84,7 @@ class LayerwiseOBS(Blockwise):
         inputs = [torch.Size(shape[1:]).numel() for shape in layout.shapes.values()]  # at the most: groups have fewer
         hessians = 8 * sum(n**2 for n in inputs) + 4 * 8 * max(inputs, default=0) ** 2
         solve = work_bytes(backend, B, chunk, packed=False) + 8 * chunk * B**2
-        peak = 30 * entries + 4 * B * sum(n + B for n in inputs) + max(rows_bytes + hessians, solve)
+        peak = 30 * entries + 4 * B * sum(n + B for n in inputs) + max(source.computing(1) + hessians, solve)
         return MemoryPlan(alive.device, peak, None, "block_size", alive.device, 0, (shares,), chunk)
 
     def read_blocks(
@@ -187,6 +187,7 @@ def _sum_up(layout: BlockLayout, device: torch.device, source: GradientSource) -
                 gram = chunk[name].to(device)
                 sums[name] = sums[name].add_(gram) if name in sums else gram.double()
             count += chunk.count
+            del chunk
         if sums and not all(bool(torch.isfinite(total).all()) for total in sums.values()):
             raise GradientError("inputs: layer inputs are not finite. Check the model and the calibration data.")
     counts = distributed.gather_counts(count, device)

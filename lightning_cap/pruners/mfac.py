@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from lightning_cap.calibration.sources import GradientSource, reading
+from lightning_cap.calibration.sources import GradientSource, SourceMemory, reading
 from lightning_cap.errors import PatternError
 from lightning_cap.fisher.blocks import Storage
 from lightning_cap.fisher.matrix_free import DynamicInverse, GradientRows, Inverse, RowBlocks, StaticInverse, at_a_time
@@ -67,11 +67,11 @@ class MFAC(GradientBlockwise):
                 "FastCAP with it."
             )
 
-    def memory_model(self, layout: BlockLayout, alive: Tensor, rows_bytes: int) -> MemoryModel:
+    def memory_model(self, layout: BlockLayout, alive: Tensor, source: SourceMemory) -> MemoryModel:
         """Gradient rows in place of Fisher blocks."""
         sizes = layout.block_size, layout.num_blocks, self.row_chunk
         rows, static = self.num_gradients, self.mode == "static"
-        return _RowMemoryModel(*sizes, "full", "torch", rows_bytes, world_size(), rows=rows, static=static)
+        return _RowMemoryModel(*sizes, "full", "torch", source, world_size(), rows=rows, static=static)
 
     def read_blocks(self, layout: BlockLayout, plan: MemoryPlan, number: int, gradients: GradientSource) -> RowBlocks:
         """Keep the rows of this rank's blocks of one pass."""
@@ -80,6 +80,7 @@ class MFAC(GradientBlockwise):
         with reading(gradients) as chunks:
             for chunk in chunks:
                 rows.update(chunk)
+                del chunk
         return rows.finish()
 
     def order_blocks(

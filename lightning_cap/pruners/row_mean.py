@@ -41,6 +41,7 @@ class RowMean:
                 for name, total in sums.items():
                     total += self._statistic(chunk[name].to(total.device).float()).sum(0, dtype=torch.float64)
                 count += next(iter(chunk.values())).shape[0]
+                del chunk
         counts = distributed.gather_counts(count, targets.device)
         check_any_rows(counts)
         means = {name: distributed.sum_over_ranks(total) / sum(counts) for name, total in sums.items()}

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lightning_cap.calibration.sources import GradientSource
+from lightning_cap.calibration.sources import NO_MEMORY, GradientSource, SourceMemory
 from lightning_cap.errors import GradientError, PatternError
-from lightning_cap.fisher.memory_plan import MemoryPlan
+from lightning_cap.fisher.memory_plan import MemoryPlan, plan_reading
 from lightning_cap.pruners.base import Pruner, check_path_arguments, require_allocation
 from lightning_cap.pruners.paths import PruneResult, PruningPath, pack_weights
 from lightning_cap.solver.ranking import select, smallest
@@ -53,9 +53,11 @@ class Scored(Pruner):
         """Refuse a sparsity that the pattern cannot give."""
         self.pattern.check_sparsity(sparsity)
 
-    def plan(self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, rows_bytes: int = 0) -> MemoryPlan:
+    def plan(
+        self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, source: SourceMemory = NO_MEMORY
+    ) -> MemoryPlan:
         """``O(d)``: the saliencies, in float64 while they are summed. See `Pruner.plan`."""
-        return MemoryPlan(targets.device, 3 * rows_bytes + 32 * targets.numel)
+        return plan_reading(targets.device, source, 13 * targets.numel, 0, 32 * targets.numel)
 
     def path(
         self,

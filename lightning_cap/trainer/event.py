@@ -13,10 +13,10 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor
 
-from lightning_cap.calibration.sources import GradientSource, TimedSource, rows_bytes
+from lightning_cap.calibration.sources import GradientSource, TimedSource, Trial
 from lightning_cap.calibration.statistics import Collector, Statistic
 from lightning_cap.fisher.memory_plan import MemoryPlan
-from lightning_cap.pruners.base import Pruner
+from lightning_cap.pruners.base import Pruner, prepare
 from lightning_cap.pruners.paths import PruneResult, PruningPath
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.targets import Targets
@@ -71,6 +71,7 @@ class PruningEvent:
         masks: Weights that are pruned already; updated by `run`.
         seed: First part of the key that samples and augmentation are drawn by.
         progress: ``progress(phase, done, total)``.
+        trials: What a dry run has found out about each statistic, by its ``repr``; filled in. Default: nothing.
 
     Attributes:
         report: What it did.
@@ -86,10 +87,12 @@ class PruningEvent:
         masks: MaskSet,
         seed: int,
         progress: Progress | None = None,
+        trials: dict[str, Trial] | None = None,
     ) -> None:
         self._trainer, self._module, self._pruner = trainer, module, pruner
         self._targets, self._masks, self._seed, self._progress = targets, masks, seed, progress
         self._source = TimedSource(())
+        self._trials = {} if trials is None else trials
         self.report = EventReport(unit="gradients" if pruner.statistic is None else pruner.statistic.unit)
         self.grown: dict[str, Tensor] = {}
 
@@ -155,7 +158,8 @@ class PruningEvent:
         started = time.perf_counter()
         collector = self.collector(collection_index) if rows is None else None
         source = collector if rows is None else rows
-        self.report.peak_bytes = self._plan(source, masks).peak_bytes
+        with self._calibrating() if rows is None else nullcontext():
+            self.report.peak_bytes = self._plan(source, masks).peak_bytes
         self.report.seconds["plan"] += time.perf_counter() - started
         context = self._calibrating if rows is None else nullcontext
         self._source = TimedSource(source if source is not None else (), context)
@@ -178,19 +182,18 @@ class PruningEvent:
         self.report.seconds[phase] += time.perf_counter() - started - collecting
 
     def dry_run(self, collection_index: int) -> None:
-        """Plan, and compute one gradient that is thrown away: what cannot work is to fail before training begins."""
-        with distributed.fail_together("The plan of the pruning events"):
+        """Compute a few gradients that are thrown away, and plan: what cannot work is to fail before training begins."""
+        with distributed.fail_together("The plan of the pruning events"), self._calibrating():
             refuse_broken_weights(self._trainer, self._targets)
             collector = self.collector(collection_index)
+            if collector is not None and self._pruner.statistic is not None:
+                with distributed.raise_on_all_ranks("The first gradient"):
+                    first = next(self._batches(self._pruner.statistic, collection_index), None)
+                    if first is not None:
+                        refuse_broken_loss(self._trainer, self._module, calibration_loss(self._module), first)
+                        collector.probe(first)
             plan = self._plan(collector, self._masks)
         rank_zero_info(f"Pruning events: {plan}")
-        if collector is None or self._pruner.statistic is None:
-            return
-        with self._calibrating(), distributed.raise_on_all_ranks("The first gradient"):
-            first = next(self._batches(self._pruner.statistic, collection_index), None)
-            if first is not None:
-                refuse_broken_loss(self._trainer, self._module, calibration_loss(self._module), first)
-                collector.probe(first)
 
     def collector(self, collection_index: int) -> Collector | None:
         """The source of what the pruner reads, at a collection index; None if that is nothing."""
@@ -205,6 +208,7 @@ class PruningEvent:
             context=precision_context(self._trainer),
             scale=loss_scale(self._trainer),
             progress=self._progress,
+            trial=self._trials.get(repr(statistic)),
         )
 
     def _batches(self, statistic: Statistic, collection_index: int) -> Iterator[Any]:
@@ -215,7 +219,11 @@ class PruningEvent:
         return calibrating(self._trainer, self._module)
 
     def _plan(self, source: GradientSource | None, masks: Mapping[str, Tensor]) -> MemoryPlan:
-        return self._pruner.plan(self._targets, masks, rows_bytes=rows_bytes(source))
+        plan = prepare(self._pruner, self._targets, masks, source)
+        trial = getattr(source, "trial", None)
+        if trial is not None:
+            self._trials[repr(self._pruner.statistic)] = trial
+        return plan
 
     def _prune(self, sparsity: float, collection_index: int, masks: Mapping[str, Tensor]) -> PruneResult:
         with self.path(collection_index, masks) as path, self._timed("apply"), torch.inference_mode(False):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import warnings
+import weakref
 from typing import Any
 
 import pytest
@@ -230,8 +231,8 @@ def test_out_of_memory_halves_the_samples_at_once(caplog: pytest.LogCaptureFixtu
 
     collector._computer.at_once = scarce  # type: ignore[method-assign]
     found = rows(collector)
-    assert sizes[:7] == [2, 8, 8, 8, 8, 4, 2]  # a try, then 64 at once, 32, 16, 8, 4, 2 of a batch of 8
-    assert max(sizes[6:]) == 2
+    assert sizes[:8] == [2, 4, 8, 8, 8, 8, 4, 2]  # tries, then 64 at once, 32, 16, 8, 4, 2 of a batch of 8
+    assert max(sizes[7:]) == 2
     for name in targets:
         torch.testing.assert_close(found[name], expected[name])
     assert "going on with 2 samples at once" in caplog.text
@@ -285,3 +286,76 @@ def test_random_losses_are_not_compared_and_trying_leaves_the_random_state() -> 
         torch.manual_seed(0)
         second = rows(collector)  # not tried again
     assert torch.equal(first["2.weight"], second["2.weight"])
+
+
+def test_what_reading_takes_is_measured_on_the_first_batch() -> None:
+    model = mlp().eval()
+    targets = Targets.from_model(model)
+    one = GradientCollector(model, targets, loss, batches(), 24).memory()
+    assert one.row == 4 * targets.numel
+    assert one.per_row > one.row, "a row, and what its forward and backward pass hold"
+    assert (one.most, one.batch) == (8, 8)
+    whole = GradientCollector(model, targets, loss, batches(size=512), 24, 64).memory()
+    assert (whole.per_row, whole.most, whole.batch) == (0, 1, 8)
+    assert whole.fixed >= 64 * 4 * 7, "the loop's own batch"
+    empty = GradientCollector(model, targets, loss, [], 24)
+    assert empty.memory().row == one.row
+    assert empty.trial is None
+
+
+def test_a_batch_that_was_tried_is_not_lost_of_an_iterator() -> None:
+    model = mlp().eval()
+    targets = Targets.from_model(model)
+    collector = GradientCollector(model, targets, loss, iter(batches()), 24)
+    collector.memory()
+    assert torch.equal(
+        rows(collector)["2.weight"], rows(GradientCollector(model, targets, loss, batches(), 24))["2.weight"]
+    )
+
+
+def test_fewer_rows_at_once_give_the_same_rows() -> None:
+    model = vit().eval()
+    targets = Targets.from_model(model)
+    data = batches(shape=(1, 8, 8))
+    expected = rows(GradientCollector(model, targets, loss, data, 24))
+    collector = GradientCollector(model, targets, loss, data, 24)
+    collector.limit_rows(3)
+    chunks = list(collector)
+    assert [len(next(iter(chunk.values()))) for chunk in chunks] == [3, 3, 2] * 3
+    for name in targets:
+        torch.testing.assert_close(torch.cat([chunk[name] for chunk in chunks]), expected[name], rtol=1e-4, atol=1e-6)
+
+
+def test_a_trial_is_made_once() -> None:
+    model = mlp().eval()
+    targets = Targets.from_model(model)
+    first = GradientCollector(model, targets, loss, batches(), 24)
+    wrong_in_vmap(first, "2.weight")
+    with pytest.warns(UserWarning, match="another gradient"):
+        first.memory()
+    assert first.trial is not None
+    second = GradientCollector(model, targets, loss, batches(), 24, trial=first.trial)
+    second._computer.at_once = None  # type: ignore[assignment,method-assign]
+    assert second.memory() == first.trial.memory
+    assert len(rows(second)["2.weight"]) == 24
+
+
+def test_only_one_chunk_of_rows_lives_at_a_time() -> None:
+    model = mlp().eval()
+    collector = GradientCollector(model, Targets.from_model(model), loss, batches(), 24)
+    compute, alive = collector._computer.at_once, [0]
+
+    def counted(batch: Any) -> dict[str, torch.Tensor]:
+        assert alive == [0]
+        found = compute(batch)
+        for row in found.values():
+            alive[0] += 1
+            weakref.finalize(row.untyped_storage(), lambda: alive.__setitem__(0, alive[0] - 1))
+        return found
+
+    collector.memory()
+    collector._computer.at_once = counted  # type: ignore[method-assign]
+    for chunk in collector:
+        assert alive[0] == len(chunk)
+        del chunk
+    assert alive == [0]

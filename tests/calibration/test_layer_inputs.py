@@ -69,7 +69,7 @@ def test_collector_stops_in_time_and_can_be_read_again() -> None:
                               ).repeatable  # fmt: skip
     assert seen[:2] == [("collect", 8, 10), ("collect", 10, 10)]
     assert all(torch.equal(a["weight"], b["weight"]) for a, b in zip(first, again, strict=True))
-    assert source.rows_bytes >= 4 * 36
+    assert source.memory().fixed >= 4 * 36
 
 
 def test_too_few_inputs_are_told() -> None:

@@ -8,19 +8,26 @@ import lightning.pytorch as pl
 import pytest
 import torch
 
-from lightning_cap.calibration.gradients import rows_at_once
+from lightning_cap.calibration.gradients import GradientCollector
 from lightning_cap.comparison import compare
 from lightning_cap.pruners import CAP
 from lightning_cap.sparsity.targets import Targets
+from lightning_cap.trainer.calibration import calibration_loss
+from lightning_cap.trainer.isolation import suppress_logging
 from tests.support.memory import with_passes
 from tests.support.toy import Toy, callback, cap, loaders, trainer
 
 
 def two_passes() -> CAP:
     """With memory for so much of the Fisher of `Toy`."""
-    targets = Targets.from_model(Toy())
-    pruner: CAP = with_passes(2, cap, targets, 4 * targets.numel * rows_at_once(targets))
-    return pruner
+    module = Toy()
+    targets = Targets.from_model(module)
+    batches = loaders()["train_dataloaders"]
+    loss = calibration_loss(module)
+    with suppress_logging(module):
+        source = GradientCollector(module.eval(), targets, loss, batches, 64).memory()
+    most, least = (int(with_passes(passes, cap, targets, source).max_memory) for passes in (1, 2))
+    return cap(max_memory=(most + least) // 2)
 
 
 def test_events_in_passes_give_the_same_run(tmp_path: Path) -> None:

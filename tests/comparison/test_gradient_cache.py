@@ -62,7 +62,7 @@ def test_shared_rows_are_those_of_an_own_collection(tmp_path: Path, m: int, memo
                 assert torch.equal(got[name], want[name])
             else:  # the last batch was computed whole: equal up to rounding
                 torch.testing.assert_close(got[name], want[name])
-    assert rows.rows_bytes == max(c["0.weight"].shape[0] for c in rows) * 4 * targets.numel
+    assert rows.memory().row == max(c["0.weight"].shape[0] for c in rows) * 4 * targets.numel
     rows.chunks.close()
     assert list(tmp_path.iterdir()) == []
 

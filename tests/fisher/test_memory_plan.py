@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from lightning_cap.calibration.sources import SourceMemory
 from lightning_cap.errors import ConfigError
 from lightning_cap.fisher import memory_plan as planning
-from lightning_cap.fisher.memory_plan import MemoryModel, MemoryPlan, plan_event
+from lightning_cap.fisher.memory_plan import MemoryModel, MemoryPlan, plan_event, plan_reading
 from lightning_cap.pruners import CAP, Magnitude
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities.memory import free_memory
@@ -41,7 +44,7 @@ def test_a_gpu_keeps_the_fisher_itself_if_it_fits(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_large_fisher_goes_to_the_host_and_then_into_passes(monkeypatch: pytest.MonkeyPatch) -> None:
-    sizes = MemoryModel(192, 10**6, 32, "auto", rows_bytes=800 * MB)  # 147 GB
+    sizes = MemoryModel(192, 10**6, 32, "auto", source=SourceMemory(0, 80 * MB, 80 * MB, 10))  # 147 GB
     blocks = torch.arange(10**6)
     _free(monkeypatch, cuda=100_000 * MB, cpu=250_000 * MB)
     plan = plan_event(sizes, blocks, CUDA)
@@ -56,15 +59,17 @@ def test_a_large_fisher_goes_to_the_host_and_then_into_passes(monkeypatch: pytes
 
 
 def test_passes_on_the_cpu_keep_the_limit() -> None:
-    sizes = MemoryModel(64, 5000, 32, "full", rows_bytes=10 * MB, busy_blocks=2500)
+    sizes = MemoryModel(64, 5000, 32, "full", source=SourceMemory(10 * MB, 0, 10 * MB), busy_blocks=2500)
     blocks = torch.arange(0, 5000, 2)
     whole = plan_event(sizes, blocks, CPU, 10**12)
     assert whole.passes == 1
     half = plan_event(sizes, blocks, CPU, 60 * MB)
-    most = sizes.most_blocks(CPU, 60 * MB, half.chunk)
-    assert sizes.bytes_on_device(most, CPU, half.chunk) <= 60 * MB < sizes.bytes_on_device(most + 1, CPU, half.chunk)
+    most = sizes.most_blocks(CPU, 60 * MB, half.chunk, 1)
+    assert (
+        sizes.bytes_on_device(most, CPU, half.chunk, 1) <= 60 * MB < sizes.bytes_on_device(most + 1, CPU, half.chunk, 1)
+    )
     assert 1 < half.passes == -(-2500 // most)
-    assert half.peak_bytes == sizes.bytes_on_device(len(half.groups[0]), CPU, half.chunk)
+    assert half.peak_bytes == sizes.bytes_on_device(len(half.groups[0]), CPU, half.chunk, 1)
     assert torch.equal(torch.cat(half.groups), blocks)
     assert half.chunk < whole.chunk, "no more than a quarter for the solver"
     none = plan_event(sizes, blocks, CPU, 1000)
@@ -92,10 +97,48 @@ def test_a_block_too_large_for_this_machine_is_refused() -> None:
 
 def test_the_plan_says_what_it_is() -> None:
     targets = Targets({"a": torch.ones(10, 10), "b": torch.ones(3)})
-    plan = CAP(block_size=16).plan(targets, rows_bytes=1000)
+    plan = CAP(block_size=16).plan(targets, source=SourceMemory(row=1000))
     assert plan.peak_bytes >= 8 * 16 * 17 * 2 + 1000
     assert str(plan).startswith("Fisher on cpu, ")
     assert str(MemoryPlan(CUDA, 2**30, storage_device=CPU, host_bytes=2**31)).endswith(
         "on cpu, solved on cuda:0, 1.00 GiB, 2.00 GiB of main memory"
     )
     assert Magnitude().plan(targets).peak_bytes == 32 * targets.numel
+
+
+#: Of 100 MB for the Fisher and 10 MB for its rows, with up to 8 gradient rows of 1 MB at once, which take 20 MB each.
+READ = MemoryModel(128, 3000, 8, "packed", "numba", SourceMemory(10 * MB, 20 * MB, MB, 8))
+
+
+def test_less_memory_means_fewer_rows_at_once_then_passes_then_an_error() -> None:
+    blocks = torch.arange(3000)
+    whole = plan_event(READ, blocks, CPU, 10**12)
+    assert (whole.rows, whole.passes) == (8, 1)
+    found = [plan_event(READ, blocks, CPU, whole.peak_bytes // share) for share in (1, 1.5, 2, 4, 6)]
+    assert [plan.rows for plan in found] == sorted((plan.rows for plan in found), reverse=True)
+    assert [plan.passes for plan in found] == sorted(plan.passes for plan in found)
+    assert found[1].rows == 2
+    assert found[1].passes == 1, "fewer rows cost less than another pass"
+    assert found[-1].rows == 1
+    assert found[-1].passes > 2
+    for plan in found:
+        plan.check()
+        assert plan.peak_bytes <= plan.limit
+    with pytest.raises(ConfigError, match="one gradient row and one Fisher block at a time"):
+        plan_event(READ, blocks, CPU, 35 * MB).check()
+
+
+def test_forward_and_backward_passes_count_while_gradients_are_read() -> None:
+    blocks = torch.arange(3000)
+    free = plan_event(replace(READ, source=SourceMemory()), blocks, CPU, 10**12)
+    assert plan_event(READ, blocks, CPU, 10**12).peak_bytes - free.peak_bytes > 120 * MB
+
+
+def test_a_method_without_a_limit_takes_as_many_rows_as_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    source = SourceMemory(0, 20 * MB, MB, 8)
+    _free(monkeypatch, cpu=1000 * MB)
+    assert plan_reading(CPU, source, 10 * MB, 0, 50 * MB) == MemoryPlan(CPU, 170 * MB, 800 * MB, "include", rows=8)
+    _free(monkeypatch, cpu=100 * MB)
+    assert plan_reading(CPU, source, 10 * MB, 0, 50 * MB) == MemoryPlan(CPU, 50 * MB, 80 * MB, "include", rows=2)
+    with pytest.raises(ConfigError, match=r"needs 81\.1 MiB on cpu, where 76\.3 MiB"):
+        plan_reading(CPU, source, 10 * MB, 0, 85 * MB)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cap.calibration.gradients import GradientCollector
+from lightning_cap.calibration.sources import NO_MEMORY, SourceMemory
 from lightning_cap.errors import ConfigError, GradientError
 from lightning_cap.pruners import CAP
 from lightning_cap.sparsity.patterns import NofM
@@ -34,9 +35,9 @@ class Counted:
         yield from self.rows
 
 
-def _scarce(targets: Targets, passes: int, rows_bytes: int = 0, **settings: Any) -> CAP:
+def _scarce(targets: Targets, passes: int, source: SourceMemory = NO_MEMORY, **settings: Any) -> CAP:
     """With just the memory for so many passes."""
-    pruner: CAP = with_passes(passes, partial(CAP, **settings), targets, rows_bytes)
+    pruner: CAP = with_passes(passes, partial(CAP, **settings), targets, source)
     return pruner
 
 
@@ -95,7 +96,7 @@ def test_an_iterator_inside_a_collector_is_found_out() -> None:
     targets = Targets({"weight": model.weight})
     batches = iter([torch.randn(8, 24)])
     source = GradientCollector(model, targets, lambda m, b: m(b).square().mean(), batches, 8)
-    pruner = _scarce(targets, 2, source.rows_bytes, block_size=24, damp=1e-3)
+    pruner = _scarce(targets, 2, source.memory(), block_size=24, damp=1e-3)
     with pytest.raises(GradientError, match="the source is an iterator"):
         pruner.path(targets, source)
 

@@ -68,7 +68,7 @@ def run_cases() -> dict[str, Any]:
         if name == "ties":
             source = _Equal(targets)
         if name == "passes":
-            pruner = with_passes(2, make, targets, source.rows_bytes)
+            pruner = with_passes(2, make, targets, source.memory())
         masks = {"1.weight": torch.ones(24, 12, dtype=torch.bool)} if name == "plain" else None
         if masks:
             masks["1.weight"][:3] = False

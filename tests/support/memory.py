@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from lightning_cap.calibration.sources import NO_MEMORY, SourceMemory
 from lightning_cap.errors import CAPError
 from lightning_cap.sparsity.targets import Targets
 
 
-def with_passes(passes: int, make: Callable[..., Any], targets: Targets, rows_bytes: int = 0) -> Any:
+def with_passes(passes: int, make: Callable[..., Any], targets: Targets, source: SourceMemory = NO_MEMORY) -> Any:
     """``make(max_memory=...)`` with the least memory at which its plan has so many passes."""
 
     def suffices(limit: int) -> bool:
         try:
-            found: int = make(max_memory=limit).plan(targets, rows_bytes=rows_bytes).passes
+            found: int = make(max_memory=limit).plan(targets, source=source).passes
         except CAPError:
             return False
         return found <= passes
@@ -25,5 +26,5 @@ def with_passes(passes: int, make: Callable[..., Any], targets: Targets, rows_by
         middle = (too_little + enough) // 2
         too_little, enough = (too_little, middle) if suffices(middle) else (middle, enough)
     pruner = make(max_memory=enough)
-    assert pruner.plan(targets, rows_bytes=rows_bytes).passes == passes
+    assert pruner.plan(targets, source=source).passes == passes
     return pruner

@@ -39,6 +39,7 @@ TORCHS = {  # private names of torch's, which this is not about
     "_orig_mod",
     "_parameters",
     "_pytree",
+    "_python_dispatch",
     "_reversed_padding_repeated_twice",
 }
 
