@@ -18,20 +18,24 @@ _COPIES = 3  # of the sums of all targets: on the device, over all ranks, on the
 
 
 def check_block_size(targets: Targets, block_size: int) -> None:
-    """Refuse a size that no target has a whole block of, or whose sums there is no memory for.
+    """Refuse a size that no target has a whole block of, or whose sums there is no memory for; every process must call it.
 
     Raises:
         ConfigError: It names the largest that works.
     """
-    largest = max(weight.numel() for weight in targets.values())
-    require_whole("fisher_block", block_size, 1, largest, 64)
+    _require_block(targets, block_size)
     free = free_memory(targets.device)
-    room = math.isqrt(free // (4 * _COPIES * len(targets))) if free is not None else largest
-    if block_size > room:
-        raise ConfigError(
-            f"fisher_block={block_size}: a matrix of so many rows and columns for each of {len(targets)} targets is too large for "
-            f"the {format_bytes(free or 0)} of memory that are free. Give at most {room}, such as 64."
-        )
+    with distributed.raise_on_all_ranks("Looking for memory for the Fisher block"):
+        room = math.isqrt(free // (4 * _COPIES * len(targets))) if free is not None else block_size
+        if block_size > room:
+            raise ConfigError(
+                f"fisher_block={block_size}: a matrix of so many rows and columns for each of {len(targets)} targets is too large "
+                f"for the {format_bytes(free or 0)} of memory that are free. Give at most {room}, such as 64."
+            )
+
+
+def _require_block(targets: Targets, block_size: int) -> None:
+    require_whole("fisher_block", block_size, 1, max(weight.numel() for weight in targets.values()), 64)
 
 
 def average_blocks(targets: Targets, gradients: GradientSource, block_size: int) -> dict[str, Tensor]:
@@ -50,9 +54,9 @@ def average_blocks(targets: Targets, gradients: GradientSource, block_size: int)
         blocks of all of them.
 
     Raises:
-        ConfigError: See `check_block_size`.
+        ConfigError: No target has a whole block.
     """
-    check_block_size(targets, block_size)
+    _require_block(targets, block_size)
     counts = {name: w.numel() // block_size for name, w in targets.items() if w.numel() >= block_size}
     sums = {name: torch.zeros(block_size, block_size, device=targets[name].device) for name in counts}
     rows = torch.zeros((), device=targets.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from lightning_cap.comparison import LossSurface, compare
 from lightning_cap.errors import CAPError, ConfigError, DataError, PatternError, UnsupportedError
 from lightning_cap.pruners import CAP, DropAndGrow, Magnitude
 from lightning_cap.report import markdown, print_comparison, report
-from tests.support.bad_input.table import NO_COUNTS, NO_NUMBERS, Line, wrong
-from tests.support.checkpoints import checkpoint
+from tests.support.bad_input.table import NO_COUNTS, NO_NUMBERS, Command, Line, wrong
+from tests.support.checkpoints import RunsCode, checkpoint
 from tests.support.comparing import Data
 from tests.support.toy import Toy, cap, trainer
 
+_CONFIG = str(Path(__file__).parents[3] / "configs" / "digits_compare.yaml")
 _NO_LISTS: tuple[Any, ...] = ("0.5", 0.5, None, True, {}, {"a": 1}, object, [])
 _NO_SIZES = tuple(value for value in NO_COUNTS if not (isinstance(value, int) and value == 0))
 _NO_BATCHES = tuple(value for value in NO_COUNTS if value is not None)
@@ -72,7 +74,22 @@ def _occupied(folder: Path) -> None:
     (folder / "file").write_text("not a folder")
 
 
+def _command(words: tuple[str, ...], *args: str, **files: bytes) -> Command:
+    named = {name.replace("_ckpt", ".ckpt"): content for name, content in files.items()}
+    return Command(f"oneshot {' '.join(args)} {list(named)}", ["oneshot", "--config", _CONFIG, *args], words, named)
+
+
+def _saved(content: Any) -> bytes:
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
+
+
 LINES = [
+    _command(("ckpt_path='runs/digits_dense/dense.ckpt'", "No such file")),
+    _command(("ckpt_path='a.ckpt'", "could run code"), "--ckpt_path=a.ckpt", a_ckpt=_saved({"x": RunsCode()})),
+    _command(("ckpt_path='a.ckpt'", "another model"), "--ckpt_path=a.ckpt", a_ckpt=_saved(checkpoint())),
+    _command(("output_dir='/proc/none'", "cannot be written to"), "--ckpt_path=null", "--output_dir=/proc/none"),
     *wrong(_compare, "trainer", None, "trainer", 3, CAPTrainer),
     *wrong(_compare, "model", None, "model", 3, torch.nn.Linear(2, 2)),
     *wrong(_compare, "datamodule", "data", 3, [1], Data, torch.ones(3)),
