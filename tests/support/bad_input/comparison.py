@@ -76,7 +76,7 @@ def _occupied(folder: Path) -> None:
 
 def _command(words: tuple[str, ...], *args: str, **files: bytes) -> Command:
     named = {name.replace("_ckpt", ".ckpt"): content for name, content in files.items()}
-    return Command(f"oneshot {' '.join(args)} {list(named)}", ["oneshot", "--config", _CONFIG, *args], words, named)
+    return Command(f"oneshot {' '.join(args)}: {words[-1]}", ["oneshot", "--config", _CONFIG, *args], words, named)
 
 
 def _saved(content: Any) -> bytes:
