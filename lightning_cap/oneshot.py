@@ -20,7 +20,8 @@ from lightning_cap.errors import ConfigError
 from lightning_cap.pruners import CAP, Pruner, PruneResult
 from lightning_cap.pruners.base import prepare, refuse_regrowth, refuse_splitting
 from lightning_cap.sparsity.cost import steps_to
-from lightning_cap.sparsity.ends import PENDING, Flow, trace
+from lightning_cap.sparsity.ends import PENDING
+from lightning_cap.sparsity.layer_graph import Flow, trace
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.trainer.ends import agree_on_ends

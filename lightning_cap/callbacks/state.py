@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_cap.callbacks.cycle import Cycle, CycleRecord
 from lightning_cap.callbacks.run_files import RunFiles, unused_files
-from lightning_cap.errors import CAPError, DataError
+from lightning_cap.errors import CAPError, DataError, TargetError
 from lightning_cap.pruners import Pruner
 from lightning_cap.sparsity.ends import Ends
 from lightning_cap.sparsity.masks import MaskSet
@@ -133,7 +133,10 @@ def load_ends(restored: Restored) -> Ends | None:
         DataError: They are damaged.
     """
     with _reading("ends"):
-        return None if restored.ends is None else Ends.from_state(restored.ends)
+        try:
+            return None if restored.ends is None else Ends.from_state(restored.ends)
+        except TargetError as error:
+            raise ValueError(str(error)) from error
 
 
 def load_pruner(pruner: Pruner, restored: Restored) -> None:

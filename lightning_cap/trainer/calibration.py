@@ -65,7 +65,7 @@ def _one_source(given: Any) -> Iterable[Any]:
     return source
 
 
-def _order(trainer: pl.Trainer, source: Iterable[Any]) -> Iterable[Any] | None:
+def sample_order(trainer: pl.Trainer, source: Iterable[Any]) -> Iterable[Any] | None:
     """What the order of the samples is drawn from, if not from the loader's own sampler.
 
     With ``overfit_batches``, samples are drawn from those that are trained on: the first of the data set.
@@ -107,7 +107,7 @@ def calibration_batches(
         source: Where to draw from. Default: `calibration_source`.
     """
     source = calibration_source(trainer, module) if source is None else source
-    batches = statistic.batches(source, targets, key, _order(trainer, source))
+    batches = statistic.batches(source, targets, key, sample_order(trainer, source))
     return ready_batches(trainer, module, batches, (*key, rng.Domain.COMPUTE))
 
 

@@ -9,17 +9,17 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from lightning_cap.calibration.batches import CalibrationBatches
-from lightning_cap.sparsity.ends import Ends, Flow, ends_of, trace
-from lightning_cap.trainer import compat
+from lightning_cap.sparsity.ends import Ends, ends_of
+from lightning_cap.sparsity.layer_graph import Flow, trace
 from lightning_cap.trainer.calibration import (
     calibrating,
     calibration_loss,
     calibration_source,
     precision_context,
     ready_batches,
+    sample_order,
 )
 from lightning_cap.utilities import distributed, rng
 
@@ -75,7 +75,7 @@ def _batches(trainer: pl.Trainer, module: pl.LightningModule, seed: int) -> Iter
     """One batch for each rank."""
     key = (seed, 0)
     source = calibration_source(trainer, module)
-    sampler = compat.inner_sampler(source) if isinstance(source, DataLoader) else None
-    size = CalibrationBatches(source, 1, 1, *key, _SAMPLES, sampler).batch_size
-    batches = CalibrationBatches(source, size * distributed.world_size(), 1, *key, _SAMPLES, sampler)
+    order = sample_order(trainer, source)
+    size = CalibrationBatches(source, 1, 1, *key, _SAMPLES, order).batch_size
+    batches = CalibrationBatches(source, size * distributed.world_size(), 1, *key, _SAMPLES, order)
     return ready_batches(trainer, module, batches, (*key, rng.Domain.COMPUTE))

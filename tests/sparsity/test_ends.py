@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.models.segmentation.fcn import FCN, FCNHead
 
 from lightning_cap.errors import TargetError
-from lightning_cap.sparsity.ends import Ends, ends_of, find_ends, trace
+from lightning_cap.sparsity.ends import Ends, ends_of, find_ends
+from lightning_cap.sparsity.layer_graph import trace
 from lightning_cap.sparsity.layers import registered_ends
 from lightning_cap.sparsity.targets import Targets
 
@@ -197,6 +198,18 @@ def test_weights_that_are_used_without_their_layer() -> None:
         return F.linear(F.linear(F.linear(X, model[0].weight), by_hand), model[4].weight).sum()
 
     check(model, all_by_hand, "0", "4")
+
+
+def test_scripted_compiled_and_recurrent_layers() -> None:
+    scripted = nn.Sequential(torch.jit.script(mlp(6, 8, 8)), nn.Linear(8, 8), nn.Linear(8, 2))
+    check(scripted, lambda: scripted(X), "", "2")
+    compiled = mlp(6, 8, 8, 2)
+    compiled[2] = torch.compile(compiled[2])  # type: ignore[assignment]
+    with torch.compiler.set_stance("force_eager"):
+        check(compiled, lambda: compiled(X), "0", "4")
+    model = nn.ModuleDict({"inp": nn.Linear(6, 8), "rnn": nn.LSTM(8, 8), "out": nn.Linear(8, 2)})
+    packed = lambda x: nn.utils.rnn.pack_sequence([x, x[:2]])  # noqa: E731
+    check(model, lambda: model["out"](model["rnn"](packed(model["inp"](X)))[1][0]), "inp", "out")
 
 
 def test_layers_that_are_called_twice() -> None:

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_cap.sparsity.ends import Ends, Flow, trace
+from lightning_cap.sparsity.ends import Ends
+from lightning_cap.sparsity.layer_graph import Flow, trace
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.trainer.ends import agree_on_ends, find_module_ends
 from lightning_cap.utilities import distributed

@@ -76,6 +76,9 @@ LINES = [
     *wrong(from_model, "include", *_NO_LISTS, *_NO_LISTS_OF_NAMES, error=TargetError, words=("list of names or globs",)),
     *wrong(from_model, "exclude", *_NO_LISTS, *_NO_LISTS_OF_NAMES, error=TargetError, words=("list of names or globs",)),
     *wrong(from_model, "ends", "first", 3, True, ["0.weight"], {"first": ["0.weight"]}, Ends, torch.ones(2), error=TargetError),
+    *(line for name in ("first", "last", "unreached") for line in wrong(
+        Ends, name, None, "head.weight", 3, True, {"head.weight": 1}, [3], [""], (None,), object, error=TargetError)),
+    *wrong(Ends, "by_order", None, 3, True, ["x"], error=TargetError),
     *wrong(ends_by, "loss", None, "loss", 3, torch.ones(2), [1], float("nan"), error=TargetError, words=("lambda",)),
     *wrong(Targets, "weights", None, 3, "fc.weight", [torch.ones(2)], torch.ones(2), nn.Linear(2, 2), {1: torch.ones(2)},
            {"w": 3}, {"w": None}, {"w": [1.0]}, error=TargetError),
