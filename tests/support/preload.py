@@ -3,15 +3,19 @@
 No gradient may be computed here, and no thread started: neither survives a fork.
 """
 
+import contextlib
+import io
+
 import lightning.pytorch  # noqa: F401
 import pytest  # noqa: F401 - its command is the main module of every process
 import timm  # noqa: F401
 import torch
 
-import lightning_cap.cli  # noqa: F401
+import lightning_cap.cli
 import tests.support.toy  # noqa: F401
 from lightning_cap.solver import eliminate, reconstruct
 from lightning_cap.sparsity.patterns import Unstructured
+from tests.support import ROOT
 
 
 def load_compiled_solver() -> None:
@@ -24,4 +28,11 @@ def load_compiled_solver() -> None:
     reconstruct(fisher, weights, alive, out.rank < 4, out.damp, out.use_float64)
 
 
+def load_parser() -> None:
+    """Have in memory what the command line finds out of signatures and docstrings."""
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.suppress(SystemExit):
+        lightning_cap.cli.main(["fit", "--config", str(ROOT / "configs/digits_gradual.yaml"), "--no-such-option"])
+
+
 load_compiled_solver()
+load_parser()

@@ -5,17 +5,23 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import lightning.pytorch as pl
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_cap.cli.files import check_files
+from lightning_cap.cli.leftovers import folders_to_come, remove_unused
+from lightning_cap.cli.parsing import CAPParser, find_callbacks_by_setting
 from lightning_cap.comparison import LossSurface, compare
 from lightning_cap.comparison.records import RESULTS
 from lightning_cap.errors import CAPError, ConfigError
 from lightning_cap.pruners import Pruner
 from lightning_cap.report import print_comparison, report
-from lightning_cap.utilities.arguments import require_instance, require_path
+from lightning_cap.trainer.checkpoints import check_checkpoint
+from lightning_cap.utilities.arguments import require_instance, require_path, require_whole
 from lightning_cap.utilities.files import require_writable
 
 
@@ -98,15 +104,40 @@ class CAPTrainer(pl.Trainer):
 
 
 class _SaveConfig(SaveConfigCallback):
-    """Saves the configuration beside the logs; without a logger there is no folder of the run's own to write to."""
+    """Saves the configuration beside the logs once a run has begun, where it has a logger, and so a folder of its own."""
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Nothing yet."""
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save(trainer, pl_module, "fit")
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        if not trainer.sanity_checking:
+            self._save(trainer, pl_module, "validate")
+
+    def on_test_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save(trainer, pl_module, "test")
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        self._save(trainer, pl_module, "predict")
+
+    def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         if trainer.loggers:
             super().setup(trainer, pl_module, stage)
 
 
 class CAPCLI(LightningCLI):
     """LightningCLI with the subcommands fit, validate, test, predict and oneshot."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        self._to_come: list[Path] = []
+        try:
+            super().__init__(**{"parser_class": CAPParser, **kwargs})
+        except Exception as error:
+            if _mistake(error) is not None:
+                remove_unused(self._to_come)
+            raise
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -116,12 +147,20 @@ class CAPCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """A recipe is given once, with the data: the model takes its regularisation from the same."""
         parser.link_arguments("data.init_args.recipe", "model.init_args.recipe")
+        find_callbacks_by_setting(parser)
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
-        """Hide ``ckpt_path`` at first: Lightning would let hyperparameters in a checkpoint change the model that is configured."""
+        """Look at files first; hide ``ckpt_path``: Lightning would let hyperparameters in it change the configured model."""
+        if args is None or isinstance(args, list):
+            check_files(sys.argv[1:] if args is None else args)
         super().parse_arguments(parser, args)
-        given = self.config.get(self.config.get("subcommand") or "", {})
+        command = self.config.get("subcommand") or ""
+        given = self.config.get(command, self.config)
+        seed = given.get("seed_everything")
+        if not isinstance(seed, bool) and seed is not None:
+            require_whole("seed_everything", seed, 0, 2**32 - 1)
         self._ckpt_path = given.get("ckpt_path")
+        check_checkpoint(self._ckpt_path, resumes=command == "fit")
         if self._ckpt_path is not None:
             given["ckpt_path"] = None
 
@@ -130,9 +169,30 @@ class CAPCLI(LightningCLI):
         if self._ckpt_path is not None:
             self.config[self.config["subcommand"]]["ckpt_path"] = self._ckpt_path
 
+    def after_instantiate_classes(self) -> None:
+        """Remember what is not there yet, to leave nothing behind."""
+        self._to_come = folders_to_come(self.trainer.loggers) if self.trainer.is_global_zero else []
+
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Make the Trainer; what it refuses is a mistake in the configuration.
+
+        Raises:
+            ConfigError: Tells what Lightning says of it.
+        """
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            if isinstance(error, CAPError):
+                raise
+            given = self.config.get(self.subcommand or "", self.config)["trainer"]
+            settings = ", ".join(
+                f"{name}={given.get(name)!r}" for name in ("accelerator", "devices", "strategy", "precision")
+            )
+            raise ConfigError(f"trainer: {error} ({settings})") from error
+
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point of the console script.
+    """Entry point of the console script. A mistake of the user's ends it with one line; the rest keeps its traceback.
 
     Args:
         args: Command line, None for that of the process.
@@ -143,18 +203,14 @@ def main(args: list[str] | None = None) -> None:
     try:
         CAPCLI(trainer_class=CAPTrainer, args=args, save_config_callback=_SaveConfig, save_config_kwargs=overwrite)
     except Exception as error:
-        ours = _our_error(error)
-        if ours is None:
+        mistake = _mistake(error)
+        if mistake is None:
             raise
-        sys.exit(f"lightning-cap: error: {ours}")
+        sys.exit(f"lightning-cap: error: {' '.join(str(mistake).split())}")
 
 
-def _our_error(error: BaseException | None) -> CAPError | None:
-    """The exception of this package behind ``error``, which jsonargparse may have wrapped."""
-    while error is not None and not isinstance(error, CAPError):
+def _mistake(error: BaseException | None) -> BaseException | None:
+    """The exception behind ``error`` that tells of a user's mistake; jsonargparse may have wrapped it."""
+    while error is not None and not isinstance(error, (CAPError, MisconfigurationException)):
         error = error.__cause__ or error.__context__
     return error
-
-
-if __name__ == "__main__":
-    main()

@@ -146,7 +146,7 @@ def test_oneshot_compares_pruners(tmp_path: Path, capsys: pytest.CaptureFixture[
     [
         ("neither given", {}),
         ("both given", {"pruner": a_cap(), "pruners": {"CAP": a_cap()}}),
-        ("Option 'block' is not accepted", {"pruners": {"CAP": a_cap(block=3)}}),
+        ("Option 'block' is not accepted; did you mean 'block_size'?", {"pruners": {"CAP": a_cap(block=3)}}),
         ("nowhere", {"pruners": {"CAP": {"class_path": "nowhere.CAP"}}}),
         ("damp=-1.0", {"pruners": {"CAP": a_cap(damp=-1.0)}}),
         ("surface.pruners", {"pruners": {"CAP": a_cap()}, "surface": {"pruners": ["CAP", "x"], "sparsity": 0.9}}),
@@ -168,7 +168,50 @@ def test_our_errors_end_the_command_with_one_line(tmp_path: Path) -> None:
     arguments = [*shortened(tmp_path), "--trainer.max_epochs=2"]
     with pytest.raises(SystemExit, match=r"lightning-cap: error: .*max_epochs=2"):
         main(["fit", *arguments])
-    assert {path.name for path in (tmp_path / "runs").rglob("*.*")} <= {"hparams.yaml"}  # which Lightning 2.5 leaves
+    assert not (tmp_path / "runs").exists()
+
+
+def test_refusal_leaves_the_logs_of_other_runs(tmp_path: Path) -> None:
+    arguments = [*shortened(tmp_path), "--trainer.max_epochs=2"]
+    other = tmp_path / "runs/digits_gradual/version_0/metrics.csv"
+    other.parent.mkdir(parents=True)
+    other.touch()
+    with pytest.raises(SystemExit, match="max_epochs=2"):
+        main(["fit", *arguments])
+    assert list((tmp_path / "runs").rglob("*.*")) == [other]
+    assert [path.name for path in (tmp_path / "runs/digits_gradual").iterdir()] == ["version_0"]
+
+
+def test_settings_find_their_callback(tmp_path: Path) -> None:
+    """jsonargparse gives them to the last of the list."""
+    stopping = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val/loss"}}
+    config = yaml.safe_load(Path(GRADUAL).read_text())
+    config["trainer"]["callbacks"] = [stopping, *config["trainer"]["callbacks"], "RichProgressBar"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    given = [
+        "pruner.num_gradients=512",
+        "patience=7",
+        "init_args.min_delta=0.5",
+        "schedule.steps={2: 0.5}",
+        "pruner=FastCAP",
+    ]
+    options = [f"--trainer.callbacks.{setting}" for setting in given]
+    cli = CAPCLI(trainer_class=CAPTrainer, run=False, args=["--config", str(tmp_path / "config.yaml"), *options])
+    early, pruning, bar = cli.config["trainer"]["callbacks"]
+    assert (early["init_args"]["patience"], early["init_args"]["min_delta"]) == (7, 0.5)
+    assert bar["class_path"].endswith("RichProgressBar")
+    assert pruning["init_args"]["schedule"]["init_args"]["steps"] == {2: 0.5}
+    assert pruning["init_args"]["pruner"]["class_path"].endswith("FastCAP")
+    assert pruning["init_args"]["pruner"]["init_args"]["num_gradients"] == 512
+
+
+def test_unexpected_errors_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: CAPTrainer, *args: Any, **named: Any) -> None:
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(CAPTrainer, "fit", broken)
+    with pytest.raises(RuntimeError, match="a bug"):
+        main(["fit", *shortened(tmp_path)])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,128 @@
+"""Bad input to the ``lightning-cap`` command: options, YAML, class paths and what Lightning's Trainer refuses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tests.support import ROOT
+from tests.support.bad_input.table import Command
+
+GRADUAL = str(ROOT / "configs/digits_gradual.yaml")
+TEXT = (ROOT / "configs/digits_gradual.yaml").read_text()
+PRUNER, SCHEDULE = "--trainer.callbacks.pruner", "--trainer.callbacks.schedule"
+
+
+def fit(name: str, options: list[str], *words: str, environment: Mapping[str, str | None] | None = None) -> Command:
+    """``fit`` of a whole configuration and a wrong option."""
+    return Command(f"fit {name}", ["fit", "--config", GRADUAL, *options], words, environment=environment or {})
+
+
+def config(name: str, content: str | bytes, *words: str) -> Command:
+    """A wrong configuration file."""
+    return Command(
+        f"config: {name}", ["fit", "--config", "config.yaml"], ("config.yaml", *words), {"config.yaml": content}
+    )
+
+
+def changed(old: str, new: str) -> str:
+    assert old in TEXT
+    return TEXT.replace(old, new)
+
+
+def yaml(name: str, old: str, new: str, *words: str) -> Command:
+    """The configuration with a wrong line."""
+    return Command(f"yaml: {name}", ["fit", "--config", "config.yaml"], words, {"config.yaml": changed(old, new)})
+
+
+def oneshot(name: str, options: list[str], *words: str) -> Command:
+    args = ["oneshot", "--config", str(ROOT / "configs/digits_oneshot.yaml"), "--ckpt_path=null", *options]
+    return Command(f"oneshot {name}", args, words)
+
+
+LINES = [
+    Command("no such command", ["fti"], ("'fti'", "'fit'")),
+    Command("no command", ["--config", GRADUAL], ("fit,validate",)),
+    Command("no configuration", ["fit"], ("fit.model", "--config FILE")),
+    Command("an option of no command", ["fit", "--config", GRADUAL, "--confg", "x"], ("--confg", "did you mean '--config'?")),
+    fit("--trainer.max_epoch", ["--trainer.max_epoch=3"], "did you mean '--trainer.max_epochs'?"),
+    fit("--modl.weight_decay", ["--modl.weight_decay=3"], "did you mean '--model'?"),
+    fit("a letter of a setting", [f"{PRUNER}.block_sise=32"], "trainer.callbacks.pruner: Option 'block_sise' is not accepted",
+        "did you mean 'block_size'?"),
+    fit("no such setting of a model", ["--model.weight_decays=1"], "model: ", "did you mean 'weight_decay'?"),
+    fit("no such setting of a timm model", ["--model.model.in_chan=1"], "model.model: ", "did you mean 'in_chans'?"),
+    fit("no such setting of the data", ["--data.mean=0.5"], "data: Option 'mean' is not accepted"),
+    fit("no such setting of an optimizer", ["--model.optimizer.lrr=0.1"], "model.optimizer: ", "did you mean 'lr'?"),
+    fit("no such setting of a scheduler", ["--model.lr_scheduler.perod=3"], "did you mean 'period'?"),
+    fit("no such setting of any callback", ["--trainer.callbacks.prunr.damp=1"], "no callback has", "did you mean 'pruner'?"),
+    fit("letters for a count", [f"{PRUNER}.num_gradients=abc"], "pruner.num_gradients: give a whole number, not abc"),
+    fit("null for a count", [f"{PRUNER}.num_gradients=null"], "pruner.num_gradients: give a whole number, not None"),
+    fit("half a count", [f"{PRUNER}.num_gradients=0.5"], "num_gradients: give a whole number, not 0.5"),
+    fit("no gradients", [f"{PRUNER}.num_gradients=0"], "num_gradients=0: give a whole number of at least 1"),
+    fit("letters for a number", ["--model.weight_decay=abc"], "model.weight_decay: give a number or null, not abc"),
+    fit("letters for a learning rate", ["--model.optimizer.lr=abc"], "model.optimizer.lr: give a number", "not abc"),
+    fit("null for a learning rate", ["--model.optimizer.lr=null"], "model.optimizer.lr: give a number"),
+    fit("letters for epochs", ["--trainer.max_epochs=abc"], "trainer.max_epochs: give a whole number or null, not abc"),
+    fit("half an epoch", ["--trainer.max_epochs=3.5"], "trainer.max_epochs"),
+    fit("epochs below none", ["--trainer.max_epochs=-5"], "trainer: ", "max_epochs"),
+    fit("a list for a number", ["--data.batch_size=[1]"], "data.batch_size: give a whole number"),
+    fit("no batch", ["--data.batch_size=0"], "batch_size=0"),
+    fit("nan for noise", ["--data.noise=.nan"], "noise=nan"),
+    fit("no such choice", [f"{PRUNER}.ranking=best"], "pruner.ranking: give 'marginal', 'cumulative', not best"),
+    fit("no such precision", ["--trainer.precision=17"], "trainer.precision", "'bf16-mixed'"),
+    fit("letters for a seed", ["--seed_everything=abc"], "seed_everything"),
+    fit("a seed below 0", ["--seed_everything=-1"], "seed_everything=-1"),
+    fit("a class of a near name", ["--data=DigitDataModule"], "data: ", "did you mean 'DigitsDataModule'?"),
+    fit("a class that its module lacks", ["--data=lightning_cap.data.DigitDataModule"], "did you mean 'DigitsDataModule'?"),
+    fit("a module that is not there", ["--data=lightning_cap.dat.DigitsDataModule"], "did you mean 'data'?"),
+    fit("a package that is not there", ["--data=lightning_capp.data.DigitsDataModule"], "did you mean 'lightning_cap'?"),
+    fit("a class of another kind", ["--data=lightning_cap.pruners.CAP"], "data: ", "LightningDataModule"),
+    fit("no such pruner", [f"{PRUNER}=CPA"], "trainer.callbacks.pruner: ", "did you mean 'CAP'?"),
+    fit("no such allocation", [f"{PRUNER}.allocation=ERKK"], "pruner.allocation: ", "did you mean 'ERK'?"),
+    fit("an abstract class", [f"{PRUNER}.pattern=lightning_cap.sparsity.Pattern"], "pattern=", "NofM"),
+    fit("no such optimizer", ["--model.optimizer=AdamV"], "model.optimizer: give a class path, not AdamV"),
+    fit("no such logger", ["--trainer.logger=foo"], "trainer.logger: ", "not foo"),
+    fit("a callback of no class", ["--trainer.callbacks=[1]"], "trainer.callbacks: ", "Callback"),
+    fit("an epoch given twice", [f"{SCHEDULE}.steps={{1: 0.5, 1: 0.6}}"], f"{SCHEDULE}.steps: 1 is given twice"),
+    fit("half an epoch in a schedule", [f"{SCHEDULE}.steps={{0.5: 0.5}}"], "0.5"),
+    fit("no schedule", [f"{SCHEDULE}=null"], "trainer.callbacks", "schedule"),
+    fit("a schedule longer than the run", ["--trainer.max_epochs=3"], "max_epochs=3"),
+    fit("no accelerator", ["--trainer.accelerator=gpu"], "accelerator='gpu'", environment={"CUDA_VISIBLE_DEVICES": ""}),
+    fit("no such accelerator", ["--trainer.accelerator=tpuu"], "trainer: ", "accelerator='tpuu'"),
+    fit("no device", ["--trainer.devices=0", "--trainer.accelerator=cpu"], "trainer: ", "devices='0'"),
+    fit("no such strategy", ["--trainer.strategy=dpp"], "trainer: ", "strategy='dpp'"),
+    fit("less than no batches", ["--trainer.limit_train_batches=-1"], "trainer: ", "limit_train_batches"),
+    fit("no such checkpoint", ["--ckpt_path=nowhere.ckpt"], "ckpt_path='nowhere.ckpt'"),
+    fit("a folder for a checkpoint", ["--ckpt_path=."], "ckpt_path='.'", "folder"),
+    fit("a text for a checkpoint", [f"--ckpt_path={GRADUAL}"], "ckpt_path=", "digits_gradual.yaml"),
+    fit("a value of --print_config", ["--print_config=x"], "--print_config"),
+    Command("validate: no such checkpoint", ["validate", "--config", GRADUAL, "--ckpt_path=x"], ("ckpt_path='x'",)),
+    Command("no such file", ["fit", "--config", "nowhere.yaml"], ("--config 'nowhere.yaml'", "no such file")),
+    Command("a folder for a file", ["fit", "--config", "."], ("--config '.'", "folder")),
+    Command("--config=", ["fit", "--config="], ("--config",)),
+    Command("--config without a file", ["fit", "--config"], ("--config", "expected one argument")),
+    config("empty", "", "is empty"),
+    config("a comment", "# nothing\n", "is empty"),
+    config("a list", "- 1\n- 2\n", "holds no settings by name"),
+    config("one word", "digits", "holds no settings by name"),
+    config("bytes", bytes(range(256)), "no UTF-8 text"),
+    config("zeros", b"a: \0\0", "is no text"),
+    config("UTF-16", TEXT.encode("utf-16"), "no UTF-8 text"),
+    config("a tab", "trainer:\n\tmax_epochs: 3\n", "line 2", "is no YAML"),
+    config("a bracket", "trainer: {max_epochs: 3\n", "is no YAML"),
+    config("a key given twice", changed("  max_epochs: 130", "  max_epochs: 130\n  max_epochs: 3"), "'max_epochs' is given twice"),
+    config("an epoch given twice", changed("{60: 0.50, 80:", "{60: 0.50, 60:"), "60 is given twice"),
+    yaml("a section", "trainer:", "trainr:", "'trainr", "did you mean 'trainer"),
+    yaml("a setting of the Trainer", "max_epochs:", "max_epoch:", "did you mean 'trainer.max_epochs'?"),
+    yaml("a setting of the pruner", "damp:", "dampp:", "trainer.callbacks", "did you mean 'damp'?"),
+    yaml("null for a count", "num_gradients: 2048", "num_gradients:", "num_gradients=None: give a whole number"),
+    yaml("true for a count", "num_gradients: 2048", "num_gradients: true", "num_gradients: give a whole number, not True"),
+    yaml("a class path", "lightning_cap.pruners.CAP", "lightning_cap.pruners.CPA", "did you mean 'CAP'?"),
+    yaml("a class of another kind", "lightning_cap.pruners.CAP", "lightning_cap.CyclicLinearLR", "Pruner"),
+    yaml("a string for a mapping", "steps: {60: 0.50, 80: 0.75, 100: 0.90}", "steps: half", "steps: give a mapping"),
+    oneshot("neither pruner nor pruners", ["--pruner=null"], "neither given"),
+    oneshot("no sparsity", ["--sparsities=[]"], "sparsities"),
+    oneshot("a sparsity above 1", ["--sparsities=[1.5]"], "1.5"),
+    oneshot("one number for sparsities", ["--sparsities=0.5"], "sparsities: "),
+    oneshot("letters for seeds", ["--seeds=[a]"], "seeds: "),
+    oneshot("no such setting", ["--sparsity=[0.5]"], "did you mean '--sparsities'?"),
+]  # fmt: skip
