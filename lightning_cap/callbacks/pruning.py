@@ -69,7 +69,7 @@ class CAPPruningCallback(CheckpointedRun):
 
     def __init__(
         self,
-        schedule: SparsitySchedule | dict[Any, Any],
+        schedule: SparsitySchedule | dict[Any, float],
         pruner: Pruner | None = None,
         include: list[str] | None = None,
         exclude: list[str] | None = None,
