@@ -39,6 +39,8 @@ from lightning_cap.report.style import (
     styles,
 )
 
+_FAR = 12.0  # times the median distance from the unpruned model: what is farther is left out of a panel
+_MOST = 0.6  # of all values
 _CLOSE = 0.5  # of all values: where those near the unpruned model's take less, they have a panel of their own
 
 
@@ -52,7 +54,7 @@ def plot_accuracy(records: Records, path: Path) -> None:
         path: A ``.png``, ``.svg`` or ``.pdf`` file.
     """
     name, unpruned, found = accuracy_name(records), unpruned_record(records), by_label(as_given(records))
-    start = unpruned.metrics[name] if unpruned is not None and name is not None else None
+    start = _start(records, name)
     looks = styles(list(found))
     lines = {
         label: [
@@ -81,14 +83,26 @@ def plot_accuracy(records: Records, path: Path) -> None:
     save(figure, path)
 
 
+def _start(records: Records, name: str | None) -> float | None:
+    """The metric of the model before pruning."""
+    unpruned = unpruned_record(records)
+    return None if unpruned is None or name is None else unpruned.metrics.get(name)
+
+
 def _near(start: float, lines: Sequence[Sequence[tuple[float, float]]]) -> tuple[float, float] | None:
-    """The range of ``start`` and of what comes nearest to it at each sparsity; None if all values hardly take more."""
-    columns = [column for column in zip(*lines, strict=False) if column]
-    values = [mean for line in lines for mean, _ in line] + [start]
-    nearest = [min(column, key=lambda value: abs(value[0] - start)) for column in columns]
-    low = min([start, *(mean - deviation for mean, deviation in nearest)])
-    high = max([start, *(mean + deviation for mean, deviation in nearest)])
-    if len(lines) < 2 or not 0 < high - low < _CLOSE * (max(values) - min(values)):
+    """The range of what comes near to ``start``; None if all values hardly take more.
+
+    Near are the nearest at each sparsity, and most of all.
+    """
+    values = [mean for line in lines for mean, _ in line]
+    if len(lines) < 2 or not values:
+        return None
+    columns = [[abs(point[0] - start) for point in column] for column in zip(*lines, strict=False)]
+    distances = sorted(abs(value - start) for value in values)
+    most = max([distances[int(_MOST * (len(values) - 1))], *(min(column) for column in columns)])
+    near = [start, *(value for value in values if abs(value - start) <= most)]
+    low, high = min(near), max(near)
+    if not 0 < high - low < _CLOSE * (max(*values, start) - min(*values, start)):
         return None
     return low - 0.08 * (high - low), high + 0.08 * (high - low)
 
@@ -188,8 +202,8 @@ def _increases(record: ComparisonRecord, kind: str) -> tuple[float, float]:
 def plot_grid(records: Records, setting: str, path: Path) -> None:
     """Accuracy over the values of one setting, a panel for each sparsity, a line for each pruner (figures 10 to 13).
 
-    The pruner as given is a point of its line, with a ring. Each panel has its own range, which leaves out what falls far below
-    the others; that is told in the panel.
+    The pruner as given is a point of its line, with a ring. Each panel has its own range, which leaves out what is far from the
+    others; that is told above it.
 
     Args:
         records: What `lightning_cap.comparison.compare` returned.
@@ -202,10 +216,12 @@ def plot_grid(records: Records, setting: str, path: Path) -> None:
     values = sorted({value_of(record, setting) for record in used}, key=number_first)
     positions, logarithmic = _positions(values)
     name, goals, looks = accuracy_name(records), goals_of(records), styles(list(by_label(given)))
+    start = _start(records, name)
     figure, every = panels(len(goals), 3.3, 2.8)
     for axes, goal in zip(every, goals, strict=True):
         here = [record for record in used if record.goal == goal]
-        left_out = _limit(axes, [v for v in metric_values(here, name) if v is not None and math.isfinite(v)])
+        measured = [v for v in metric_values(here, name) if v is not None and math.isfinite(v)]
+        outside = _limit(axes, measured, max(measured, default=0.0) if start is None else start)
         for pruner in pruners:
             own = [record for record in here if record.pruner == pruner]
             _values_of(axes, own, {v: positions[v] for v in values}, setting, name, pruner, looks[pruner])
@@ -213,7 +229,7 @@ def plot_grid(records: Records, setting: str, path: Path) -> None:
             axes.set_xscale("log")
         axes.set_xticks(list(positions.values()), [_text(value) for value in values], fontsize=8)
         axes.minorticks_off()
-        axes.set_title(f"{percent(goal)} sparsity{left_out}", fontsize=9)
+        axes.set_title(f"{percent(goal)} sparsity{outside}", fontsize=9)
         axes.set_xlabel(setting)
         axes.set_ylabel(plain(name or "no metric"))
         grid(axes)
@@ -244,21 +260,22 @@ def _values_of(
     _line(axes, [x for x, _ in points], [value for _, value in points], pruner, look)
 
 
-def _limit(axes: Any, values: Sequence[float]) -> str:
+def _limit(axes: Any, values: Sequence[float], start: float) -> str:
     """Set the vertical range to where most values are; says how many are outside.
 
-    Values below are left out where they would take more than three times the room of the upper three quarters.
+    Those are outside whose distance from ``start`` is a multiple of the median's.
     """
     if not values:
         return ""
-    high, quarter = max(values), sorted(values)[len(values) // 4]
-    low = max(min(values), high - 4 * (high - quarter)) if high > quarter else min(values)
-    least = 0.01 * max(abs(low), abs(high))
+    usual = statistics.median(abs(value - start) for value in values)
+    kept = [value for value in values if abs(value - start) <= _FAR * max(usual, 0.005 * abs(start))]
+    low, high = min(kept), max(kept)
+    least = 0.01 * max(abs(low), abs(high))  # so that noise does not fill the panel
     margin = max(0.06 * (high - low), (least - (high - low)) / 2)
-    if high > low or margin > 0:
+    if margin > 0:
         axes.set_ylim(low - margin, high + margin)
-    below = sum(value < low - margin for value in values)
-    return f" ({below} of {len(values)} results are below)" if below else ""
+    outside = len(values) - len(kept)
+    return f" ({outside} of {len(values)} results are outside)" if outside else ""
 
 
 def _positions(values: Sequence[Any]) -> tuple[dict[Any, float], bool]:

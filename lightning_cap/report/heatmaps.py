@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ from lightning_cap.comparison.records import UNPRUNED, SurfaceRecord
 from lightning_cap.report.records import percent
 from lightning_cap.report.style import Looks, panels, plain, save, styles
 
-_DOUBLINGS = 10  # of the height above the lowest loss, from line to line
+_DOUBLINGS = 10  # at most, of the height above the lowest loss, from line to line
+_TOLD = 5e-4  # of a number: what its first four digits tell
 
 
 def plot_surface(surface: SurfaceRecord, path: Path, looks: Looks | None = None) -> None:
@@ -35,7 +37,8 @@ def plot_surface(surface: SurfaceRecord, path: Path, looks: Looks | None = None)
     finite = loss[np.isfinite(loss)]
     low, high = (float(finite.min()), float(finite.max())) if finite.size else (0.0, 0.0)
     span = high - low if high > low else 1.0  # a plain: contours need rising levels
-    levels = low + span * np.concatenate([[0.0], 2.0 ** np.arange(-_DOUBLINGS, 0.25, 0.5)])
+    doublings = min(_DOUBLINGS, max(2, int(math.log2(span / max(_TOLD * abs(low), 1e-30)))))
+    levels = low + span * np.concatenate([[0.0], 2.0 ** np.arange(-doublings, 0.25, 0.5)])
     extend = "neither" if finite.size == loss.size else "max"
     filled = axes.contourf(
         axis, axis, loss, levels=levels, norm=BoundaryNorm(levels, 256), cmap="viridis", extend=extend

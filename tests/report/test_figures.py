@@ -60,6 +60,30 @@ def test_accuracy_has_ticks_where_it_was_asked_for_and_a_panel_where_the_methods
     assert "2 seeds" in told(drawn[0])
 
 
+def test_noise_alone_has_no_panel_of_its_own(drawn: list[Figure]) -> None:
+    """The best hardly differ from the unpruned model: the panel goes on to those that do."""
+    values = {
+        "A": [0.99, 0.991, 0.989, 0.99, 0.988],
+        "B": [0.991, 0.98, 0.97, 0.96, 0.95],
+        "C": [0.3, 0.2, 0.2, 0.1, 0.1],
+    }
+    some = [record(name, s, 0, acc) for name, column in values.items() for s, acc in zip(GOALS, column, strict=True)]
+    curves.plot_accuracy([UNPRUNED, *some], Path("a.png"))
+    low, high = drawn[0].axes[1].get_ylim()
+    assert 0.9 < low < 0.97
+    assert high > 0.991
+
+
+def test_levels_of_a_surface_are_told_apart_by_their_numbers(drawn: list[Figure]) -> None:
+    surface = SurfaceRecord(pruners=("A", "B"), sparsity=0.5, axis=(0.0, 0.5, 1.0), corners={"unpruned": 0.2, "A": 0.2, "B": 0.3},
+                            loss=((0.25, 0.26, 0.27), (0.26, 0.27, 0.28), (0.27, 0.28, 0.29)))  # fmt: skip
+    heatmaps.plot_surface(surface, Path("s.png"))
+    drawn[0].canvas.draw()
+    ticks = [text.get_text() for text in drawn[0].axes[1].get_yticklabels()]
+    assert len(ticks) > 5
+    assert len(set(ticks)) == len(ticks)
+
+
 def test_one_panel_is_enough_where_all_are_alike(drawn: list[Figure]) -> None:
     curves.plot_accuracy([r for r in of_five() if r.pruner != "C"], Path("a.png"))
     curves.plot_accuracy([r for r in of_five() if r.pruner in ("unpruned", "C")], Path("a.png"))
@@ -111,9 +135,22 @@ def test_a_collapse_does_not_hide_the_others_in_a_grid(drawn: list[Figure]) -> N
     curves.plot_grid(some, "damp", Path("g.png"))
     (axes,) = drawn[0].axes
     assert axes.get_ylim()[0] > 0.5
-    assert axes.get_title() == "50 % sparsity (1 of 4 results are below)"
+    assert axes.get_title() == "50 % sparsity (1 of 4 results are outside)"
     assert labels(axes)[0] == "1e-6"
     assert "ring: the pruner as given" in told(drawn[0])
+
+
+def test_a_metric_that_is_to_be_small_is_limited_from_the_other_side(drawn: list[Figure]) -> None:
+    losses = {1e-6: 0.12, 1e-4: 0.13, 1e-3: 0.14, 1.0: 9.0}
+    some = [replace(UNPRUNED, metrics={"val_loss": 0.1})]
+    for damp, loss in losses.items():
+        grid = GridPoint("damp", damp) if damp != 1e-6 else None
+        some.append(replace(record("A", 0.5, 0, 0, grid), metrics={"val_loss": loss}))
+    curves.plot_grid(some, "damp", Path("g.png"))
+    (axes,) = drawn[0].axes
+    low, high = axes.get_ylim()
+    assert low < 0.12
+    assert high < 1
 
 
 def test_layers_and_agreement_show_every_sparsity(drawn: list[Figure]) -> None:
