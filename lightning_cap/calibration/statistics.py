@@ -16,6 +16,7 @@ from lightning_cap.calibration.layer_inputs import InputCollector
 from lightning_cap.calibration.rows import Loss
 from lightning_cap.calibration.sources import SourceMemory, Trial
 from lightning_cap.sparsity.targets import Targets
+from lightning_cap.utilities.arguments import require_counts
 from lightning_cap.utilities.progress import Progress
 
 _MOST_INPUTS = 2**16  # samples in a batch of layer inputs
@@ -94,6 +95,9 @@ class GradientSamples(Statistic):
 
     unit: ClassVar[str] = "gradients"
 
+    def __post_init__(self) -> None:
+        require_counts(n=self.n, per_sample=self.per_sample)
+
     @property
     def num_samples(self) -> int:
         """``n`` times ``per_sample``."""
@@ -135,6 +139,9 @@ class LayerInputs(Statistic):
     n: int
 
     unit: ClassVar[str] = "inputs"
+
+    def __post_init__(self) -> None:
+        require_counts(n=self.n)
 
     @property
     def num_samples(self) -> int:

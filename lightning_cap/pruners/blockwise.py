@@ -29,10 +29,13 @@ from lightning_cap.utilities.arguments import (
     require_flag,
     require_instance,
     require_real,
+    require_whole,
 )
 from lightning_cap.utilities.distributed import raise_on_all_ranks, world_size
 from lightning_cap.utilities.memory import parse_bytes
 from lightning_cap.utilities.progress import Progress
+
+_MOST_ROWS = 2**16  # that are added up at once
 
 
 @dataclass(kw_only=True, eq=False)
@@ -109,7 +112,9 @@ class Blockwise(BlockMethod):
 
     def _layout(self, targets: Targets) -> BlockLayout:
         require_targets(targets)
-        return targets.blocks(self.block_size, self.pattern.group_size)
+        group = self.pattern.group_size
+        largest = -(-max(weight.numel() for weight in targets.values()) // group) * group
+        return targets.blocks(min(self.block_size, largest), group)  # no padding beyond the largest target
 
     def rebuild_blocks(
         self,
@@ -143,8 +148,8 @@ class GradientBlockwise(Blockwise):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        counts = {name: getattr(self, name) for name in ("num_gradients", "samples_per_gradient", "row_chunk")}
-        require_counts(**counts)
+        require_counts(num_gradients=self.num_gradients, samples_per_gradient=self.samples_per_gradient)
+        require_whole("row_chunk", self.row_chunk, at_most=_MOST_ROWS, example=ROW_CHUNK)
         parse_bytes(self.max_memory, "max_memory")
 
     @property
@@ -159,7 +164,7 @@ class GradientBlockwise(Blockwise):
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the row chunk of the checkpoint."""
         require_instance("state", state, Mapping, "that of a checkpoint")
-        require_counts(row_chunk=state.get("row_chunk", self.row_chunk))
+        require_whole("row_chunk", state.get("row_chunk", self.row_chunk), at_most=_MOST_ROWS)
         self.row_chunk = int(state.get("row_chunk", self.row_chunk))
 
     def plan_blocks(self, layout: BlockLayout, alive: Tensor, source: SourceMemory) -> MemoryPlan:

@@ -21,7 +21,8 @@ class CAP(FisherBlockwise):
     """Optimal Brain Surgeon inside blocks of the empirical Fisher, one weight at a time, merged over the model.
 
     Args:
-        block_size: Weights in a Fisher block, ``B``. Memory is ``d·B·4`` bytes, time ``O(d·B²)``.
+        block_size: Weights in a Fisher block, ``B``; of a larger one than the largest target, as many as that has. Memory is
+            ``d·B·4`` bytes, time ``O(d·B²)``.
         num_gradients: Gradient samples, ``N`` of equation 3.
         samples_per_gradient: Inputs ``m`` whose mean loss gives one gradient sample. The scale of the Fisher against
             ``damp`` changes with it, since a gradient is that of the mean loss: noise in it shrinks as ``1/m``.

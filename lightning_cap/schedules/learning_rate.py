@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -119,7 +120,22 @@ class CyclicLinearLR(LRScheduler):
 
         Args:
             state_dict: The state, of a scheduler with as many parameter groups.
+
+        Raises:
+            ConfigError: It is that of another scheduler.
         """
+        require_instance("state_dict", state_dict, Mapping, "scheduler.state_dict()")
+        missing = sorted(self.state_dict().keys() - state_dict.keys())
+        if missing:
+            raise ConfigError(
+                f"state_dict: it has no {missing[0]!r}. Give that of a CyclicLinearLR, from a sound checkpoint."
+            )
+        groups = len(self.optimizer.param_groups)
+        if len(state_dict["base_lrs"]) != groups:
+            raise ConfigError(
+                f"state_dict: it is of {len(state_dict['base_lrs'])} parameter groups, and the optimizer has {groups}. Give it the "
+                "parameter groups of the run that the checkpoint is of."
+            )
         self.last_epoch = state_dict["last_epoch"]
         self._step_count = state_dict["step_count"]
         self.base_lrs = list(state_dict["base_lrs"])

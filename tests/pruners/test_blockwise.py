@@ -21,6 +21,8 @@ from lightning_cap.pruners import CAP
 from lightning_cap.sparsity.patterns import NofM
 from lightning_cap.sparsity.targets import Targets
 from tests.support.memory import with_passes
+from tests.support.problems import gradient_rows, random_targets, same_result
+from tests.support.pruners import CASES
 from tests.support.quadratic import Quadratic
 
 
@@ -202,3 +204,13 @@ def test_peak_memory_is_what_the_plan_says(storage: str, damp: float, passes: in
     found, planned, peak = map(int, done.stdout.split())
     assert (found > 1) is (passes > 1)
     assert 0.8 * planned < peak < 1.1 * planned, (planned / 2**20, peak / 2**20)
+
+
+@pytest.mark.parametrize("name", ["cap", "woodfisher", "mfac", "fast-cap"])
+def test_blocks_are_no_larger_than_targets(name: str) -> None:
+    """A block of 10 ** 9 weights took minutes and gigabytes of padding."""
+    targets, case = random_targets(), CASES[name]
+    rows = gradient_rows(targets, 12)
+    one, two = (case.kind(block_size=size, num_gradients=12, damp=1e-2).path(targets, rows) for size in (96, 10**30))
+    assert one._layout.num_blocks == two._layout.num_blocks
+    assert same_result(one.at(0.5), two.at(0.5))

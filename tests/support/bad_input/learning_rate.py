@@ -29,7 +29,19 @@ def restart(value: Any) -> Line:
     return Line(f"CyclicLinearLR.restart({value!r})", run, ConfigError, ("period=", "whole number"))
 
 
+STATE = CyclicLinearLR(optimizer(), period=3).state_dict()
+
+
+def restored(state: Any, *words: str) -> Line:
+    def run(_: Path) -> None:
+        CyclicLinearLR(optimizer()).load_state_dict(state)
+
+    return Line(f"CyclicLinearLR.load_state_dict({state!r})", run, ConfigError, ("state_dict", *words))
+
+
 LINES = [
+    *(restored(state) for state in (None, 3, [STATE], {}, {"last_epoch": 3})),
+    restored({**STATE, "base_lrs": [0.1, 0.2]}, "2 parameter groups", "has 1"),
     *wrong(CyclicLinearLR, "optimizer", None, "adam", [0.1], torch.optim.SGD, nn.Linear(2, 2)),
     *wrong(cyclic, "min_lr", *NO_NUMBERS, -1.0, 0.2),
     *wrong(cyclic, "period", *(value for value in NO_COUNTS if value is not None)),

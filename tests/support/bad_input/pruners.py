@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from lightning_cap.calibration import GradientSamples, LayerInputs
 from lightning_cap.errors import CAPError, ConfigError, GradientError, PatternError
 from lightning_cap.pruners import (
     CAP,
@@ -205,7 +206,7 @@ LINES = [
     *wrong(DropAndGrow, "drop_fraction", *NO_NUMBERS, 1.0, -0.1),
     *wrong(Random, "seed", "0", None, True, 1.0, -1, [0]),
     *wrong(FastCAP, "columns", *NO_COUNTS),
-    *(entry for kind in (CAP, MFAC, WoodFisher) for entry in wrong(kind, "row_chunk", "32", None, True, 32.0, 0)),
+    *(entry for kind in (CAP, MFAC, WoodFisher) for entry in wrong(kind, "row_chunk", "32", None, True, 32.0, 0, 10**9)),
     *(
         entry
         for kind in (CAP, MFAC, WoodFisher)
@@ -217,6 +218,9 @@ LINES = [
     *(entry for kind in (CAP, LayerwiseOBS) for entry in wrong(kind, "backend", "cuda", None, 1, ["torch"])),
     *wrong(WoodFisher, "update", "all", None, True),
     *wrong(MFAC, "mode", "fast", None, 1),
+    *wrong(GradientSamples, "n", *NO_COUNTS),
+    *wrong(GradientSamples, "per_sample", "1", None, True, 32.0, 0, given={"n": 8}),
+    *wrong(LayerInputs, "n", *NO_COUNTS),
     *of_paths(),
     *chunks(),
     *(
