@@ -108,7 +108,9 @@ def test_gpu_rows_run_on_a_cpu(benchmarks: Any, monkeypatch: pytest.MonkeyPatch)
     found = gpu.phases(32, 2, 16, "cpu", row_chunk=16)
     assert (found["weights"], found["blocks"]) == (896, 56)
     assert set(found["seconds"]) == {"accumulate", "factor", "eliminate"}
-    with pytest.warns(UserWarning, match="all 2 are zero for 9 of 14 targets"):  # a new one multiplies its branches by 0
+    with pytest.warns(
+        UserWarning, match="all 2 are zero for 9 of 14 targets"
+    ):  # a new one multiplies its branches by 0
         event = gpu.event(gpu.ModelCase("test_resnet", 16, 2, 2), "cpu")
     assert event["sparsity"] == pytest.approx(0.9, abs=1e-4)
     assert 0 < event["share_gradients"] < 1
