@@ -64,6 +64,11 @@ class DigitsDataModule(ClassificationDataModule):
         """Ten."""
         return 10
 
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """Of an image in a batch: (1, 8, 8)."""
+        return 1, 8, 8
+
     def training_set(self, augment: bool) -> Dataset[Any]:
         """Return the training digits, with noise and shift or plain."""
         images, labels, _, _ = _split(self.val_fraction)
