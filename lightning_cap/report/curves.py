@@ -40,6 +40,7 @@ from lightning_cap.report.style import (
 )
 
 _FAR = 12.0  # times the median distance from the unpruned model: what is farther is left out of a panel
+_GAIN = 4.0  # times the room that the others have then
 _MOST = 0.6  # of all values
 _CLOSE = 0.5  # of all values: where those near the unpruned model's take less, they have a panel of their own
 
@@ -263,12 +264,14 @@ def _values_of(
 def _limit(axes: Any, values: Sequence[float], start: float) -> str:
     """Set the vertical range to where most values are; says how many are outside.
 
-    Those are outside whose distance from ``start`` is a multiple of the median's.
+    Those are outside whose distance from ``start`` is a multiple of the median's, if the panel gains by it.
     """
     if not values:
         return ""
     usual = statistics.median(abs(value - start) for value in values)
     kept = [value for value in values if abs(value - start) <= _FAR * max(usual, 0.005 * abs(start))]
+    if max(values) - min(values) < _GAIN * (max(kept) - min(kept)):
+        kept = list(values)
     low, high = min(kept), max(kept)
     least = 0.01 * max(abs(low), abs(high))  # so that noise does not fill the panel
     margin = max(0.06 * (high - low), (least - (high - low)) / 2)

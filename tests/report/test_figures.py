@@ -140,6 +140,15 @@ def test_a_collapse_does_not_hide_the_others_in_a_grid(drawn: list[Figure]) -> N
     assert "ring: the pruner as given" in told(drawn[0])
 
 
+def test_nothing_is_left_out_of_a_grid_for_little(drawn: list[Figure]) -> None:
+    given = ((0.987, 1e-5), (0.982, 1e-4), (0.92, 1e-3), (0.88, 1.0))
+    some = [record("A", 0.5, 0, acc, GridPoint("damp", damp)) for acc, damp in given]
+    curves.plot_grid([UNPRUNED, record("A", 0.5, 0, 0.988), *some], "damp", Path("g.png"))
+    (axes,) = drawn[0].axes
+    assert axes.get_ylim()[0] < 0.88
+    assert axes.get_title() == "50 % sparsity"
+
+
 def test_a_metric_that_is_to_be_small_is_limited_from_the_other_side(drawn: list[Figure]) -> None:
     losses = {1e-6: 0.12, 1e-4: 0.13, 1e-3: 0.14, 1.0: 9.0}
     some = [replace(UNPRUNED, metrics={"val_loss": 0.1})]
