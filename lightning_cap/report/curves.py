@@ -17,11 +17,13 @@ from lightning_cap.report.records import (
     as_given,
     by_label,
     goals_of,
+    grid_settings,
     in_grid,
     mean_and_deviation,
     metric_values,
     number_first,
     percent,
+    require_records,
     unpruned_record,
     value_of,
 )
@@ -38,6 +40,7 @@ from lightning_cap.report.style import (
     sparsity_axis,
     styles,
 )
+from lightning_cap.utilities.arguments import require_choice
 
 _FAR = 12.0  # times the median distance from the unpruned model: what is farther is left out of a panel
 _GAIN = 4.0  # times the room that the others have then
@@ -54,6 +57,7 @@ def plot_accuracy(records: Records, path: Path) -> None:
         records: What `lightning_cap.comparison.compare` returned.
         path: A ``.png``, ``.svg`` or ``.pdf`` file.
     """
+    require_records(records)
     name, unpruned, found = accuracy_name(records), unpruned_record(records), by_label(as_given(records))
     start = _start(records, name)
     looks = styles(list(found))
@@ -136,6 +140,7 @@ def plot_losses(records: Records, path: Path) -> bool:
     Returns:
         Whether there was anything to draw.
     """
+    require_records(records)
     predicting = [record for record in as_given(records) if record.predicted_loss is not None]
     kind = "calibration" if any(r.loss_increase.get("calibration") is not None for r in predicting) else "validation"
     known = [record for record in predicting if record.loss_increase.get(kind) is not None]
@@ -211,6 +216,8 @@ def plot_grid(records: Records, setting: str, path: Path) -> None:
         setting: Of the grids.
         path: A ``.png``, ``.svg`` or ``.pdf`` file.
     """
+    require_records(records)
+    require_choice("setting", setting, grid_settings(records) or ["no grid"])
     changed, given = in_grid(records, setting), as_given(records)
     pruners = list(dict.fromkeys(record.pruner for record in changed))
     used = [record for record in given if record.pruner in pruners] + changed

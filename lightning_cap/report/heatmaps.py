@@ -15,6 +15,7 @@ from torch import Tensor
 from lightning_cap.comparison.records import UNPRUNED, SurfaceRecord
 from lightning_cap.report.records import percent
 from lightning_cap.report.style import Looks, panels, plain, save, styles
+from lightning_cap.utilities.arguments import require_instance
 
 _DOUBLINGS = 10  # at most, of the height above the lowest loss, from line to line
 _TOLD = 5e-4  # of a number: what its first four digits tell
@@ -31,6 +32,7 @@ def plot_surface(surface: SurfaceRecord, path: Path, looks: Looks | None = None)
         path: A ``.png``, ``.svg`` or ``.pdf`` file.
         looks: Colours and markers by the pruners' names. Default: those of a comparison of the two.
     """
+    require_instance("surface", surface, SurfaceRecord, "read_record(path, SurfaceRecord)")
     looks = looks or styles(surface.pruners)
     axis, loss = np.array(surface.axis), np.array(surface.loss, dtype=float)
     figure, (axes,) = panels(1, 5.6, 4.6)

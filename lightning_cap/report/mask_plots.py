@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib.colors import Normalize
 
 from lightning_cap.comparison.records import intersection_over_union, load_masks
-from lightning_cap.report.records import Records, as_given, by_label, first_seed, goals_of, percent
+from lightning_cap.report.records import Records, as_given, by_label, first_seed, goals_of, percent, require_records
 from lightning_cap.report.style import NUM_COLORS, Looks, footnote, grid, legend, panels, plain, save, styles
 
 _MOST_BARS = 120
@@ -27,6 +27,7 @@ def plot_layers(records: Records, path: Path) -> None:
         records: What `lightning_cap.comparison.compare` returned; of the first seed are drawn.
         path: A ``.png``, ``.svg`` or ``.pdf`` file.
     """
+    require_records(records)
     found, every_goal = by_label(first_seed(as_given(records))), goals_of(records)
     goals = _spread(every_goal)
     looks = styles(list(found))
@@ -108,6 +109,7 @@ def mask_agreement(records: Records, folder: Path) -> dict[str, Any]:
     Returns:
         ``{sparsity: {"pruners": names, "iou": matrix}}``, for sparsities that more than one pruner has.
     """
+    require_records(records)
     out: dict[str, Any] = {}
     for goal in goals_of(records):
         chosen = [record for record in first_seed(as_given(records)) if record.goal == goal and record.masks]

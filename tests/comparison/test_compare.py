@@ -285,17 +285,26 @@ def test_no_validation_data_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_two_processes_give_the_records_of_one(tmp_path: Path) -> None:
-    found = []
-    for devices in (1, 2):
-        folder = tmp_path / str(devices)
+    pruners = {"CAP": cap(), "few": cap(num_gradients=20), "GM": Magnitude()}
+    surface = LossSurface(("CAP", "GM"), 0.75, points=3)
+
+    def on(devices: int, **given: Any) -> Any:
         t = trainer(tmp_path, devices=devices, strategy="ddp_spawn" if devices > 1 else "auto")
-        pruners = {"CAP": cap(), "few": cap(num_gradients=20), "GM": Magnitude()}
-        surface = LossSurface(("CAP", "GM"), 0.75, points=3)
-        records = compare(t, toy(), pruners, [0.5, 0.75], (0, 1), Data(), folder=folder, max_rows_memory=1, surface=surface,
-                       fisher_block=16, loss_samples=32, grids={"num_recomputations": [2]}, save_weights=True)  # fmt: skip
-        assert records == results(folder)
-        assert not (folder / ".work").exists()
+        return compare(t, toy(), pruners, [0.5, 0.75], (0, 1), Data(), folder=tmp_path / str(devices), max_rows_memory=1,
+                       surface=surface, fisher_block=16, save_weights=True, **given)  # fmt: skip
+
+    found, other_losses = [], []
+    for devices in (1, 2):
+        records = on(devices, loss_samples=32, grids={"num_recomputations": [2]})
+        assert records == results(tmp_path / str(devices))
+        assert not (tmp_path / str(devices) / ".work").exists()
         found.append(records)
+        again = on(devices, loss_samples=16)  # fewer records, and another loss of them
+        assert [r.seconds for r in again] == [r.seconds for r in records if r.grid is None]  # nothing is solved again
+        assert len(results(tmp_path / str(devices))) == len(records)
+        other_losses.append([r.loss_increase["calibration"] for r in again[1:]])
+        assert other_losses[-1] != [r.loss_increase["calibration"] for r in records[1:] if r.grid is None]
+    assert other_losses[1] == pytest.approx(other_losses[0], rel=1e-3)
     assert_close(*found)
     one, two = (tmp_path / str(devices) for devices in (1, 2))
     for record in found[0][1:]:

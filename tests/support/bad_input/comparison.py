@@ -11,12 +11,17 @@ import torch
 
 from lightning_cap.cli import CAPTrainer
 from lightning_cap.comparison import LossSurface, compare
+from lightning_cap.comparison.records import SurfaceRecord
 from lightning_cap.errors import CAPError, ConfigError, DataError, PatternError, UnsupportedError
 from lightning_cap.pruners import CAP, DropAndGrow, Magnitude
 from lightning_cap.report import markdown, print_comparison, report
+from lightning_cap.report.curves import plot_accuracy, plot_grid, plot_losses
+from lightning_cap.report.heatmaps import plot_surface
+from lightning_cap.report.mask_plots import mask_agreement, plot_layers
 from tests.support.bad_input.table import NO_COUNTS, NO_NUMBERS, Command, Line, wrong
 from tests.support.checkpoints import RunsCode, checkpoint
 from tests.support.comparing import Data
+from tests.support.comparison_records import UNPRUNED
 from tests.support.toy import Toy, cap, trainer
 
 _CONFIG = str(Path(__file__).parents[3] / "configs" / "digits_compare.yaml")
@@ -180,5 +185,13 @@ LINES = [
     *wrong(_oneshot, "ckpt_path", "a.ckpt", error=DataError, words=["cannot be read"]),
     *wrong(markdown, "records", None, [], "records", 3, [3], [{"pruner": "CAP"}]),
     *wrong(print_comparison, "records", None, [], "records", [None]),
+    *wrong(plot_accuracy, "records", None, [], [3], given={"path": Path("a.png")}),
+    *wrong(plot_losses, "records", None, [], [3], given={"path": Path("a.png")}),
+    *wrong(plot_layers, "records", None, [], [3], given={"path": Path("a.png")}),
+    *wrong(plot_grid, "records", None, [], [3], given={"path": Path("a.png"), "setting": "damp"}),
+    *wrong(plot_grid, "setting", None, 3, "damp", given={"path": Path("a.png"), "records": [UNPRUNED]}),
+    *wrong(mask_agreement, "records", None, [], [3], given={"folder": Path("a")}),
+    *wrong(plot_surface, "surface", None, {}, SurfaceRecord, given={"path": Path("a.png")}),
+    *wrong(plot_accuracy, "path", "a.png", Path("a"), Path("a.gif"), given={"records": [UNPRUNED]}),
     *wrong(report, "records", None, [], "records", given={"folder": Path("out")}),
 ]
