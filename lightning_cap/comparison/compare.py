@@ -7,6 +7,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
 from lightning_cap.comparison.records import RESULTS, ComparisonRecord
 from lightning_cap.comparison.request import Request, make_request
@@ -85,6 +86,7 @@ def compare(
     require_instance("trainer", trainer, pl.Trainer, "lightning.pytorch.Trainer()")
     require_instance("model", getattr(model, "_orig_mod", model), pl.LightningModule, "VisionClassifier(...)")
     require_instance("datamodule", datamodule, pl.LightningDataModule, "DigitsDataModule()", optional=True)
+    _check_validation(getattr(model, "_orig_mod", model), datamodule)
     request = make_request(
         pruners=pruners,
         sparsities=sparsities,
@@ -120,6 +122,18 @@ def compare(
     if spawned and request.folder is not None:
         return request.of(read_records(request.folder / RESULTS, ComparisonRecord))
     return hook.records
+
+
+def _check_validation(model: pl.LightningModule, datamodule: pl.LightningDataModule | None) -> None:
+    if not is_overridden("validation_step", model):
+        raise ConfigError(
+            f"model={type(model).__name__}: a comparison validates every result. Define validation_step() and log metrics in it."
+        )
+    if not any(is_overridden("val_dataloader", owner) for owner in (model, datamodule) if owner is not None):
+        raise ConfigError(
+            f"datamodule={None if datamodule is None else type(datamodule).__name__}: a comparison validates every result. Give a "
+            "datamodule with val_dataloader()."
+        )
 
 
 class CompareInValidation(pl.Callback):

@@ -108,8 +108,8 @@ def require_choice(name: str, value: object, choices: Sequence[str], error: type
         ConfigError: It is not (or ``error``); the choices are listed.
     """
     if not isinstance(value, str) or value not in choices:
-        listed = ", ".join(repr(choice) for choice in choices[:-1])
-        raise error(f"{name}={shown(value)}: choose {listed} or {choices[-1]!r}.")
+        listed = [", ".join(repr(choice) for choice in choices[:-1]), repr(choices[-1])]
+        raise error(f"{name}={shown(value)}: choose {' or '.join(filter(None, listed))}.")
 
 
 def require_flag(name: str, value: object) -> None:

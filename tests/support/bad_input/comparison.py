@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.pytorch import LightningDataModule, LightningModule
 
 from lightning_cap.cli import CAPTrainer
 from lightning_cap.comparison import LossSurface, compare
@@ -98,6 +99,9 @@ LINES = [
     *wrong(_compare, "trainer", None, "trainer", 3, CAPTrainer),
     *wrong(_compare, "model", None, "model", 3, torch.nn.Linear(2, 2)),
     *wrong(_compare, "datamodule", "data", 3, [1], Data, torch.ones(3)),
+    *wrong(_compare, "datamodule", None, words=["val_dataloader()"]),
+    _line("no val_dataloader", ("datamodule=Lightning", "val_dataloader()"), datamodule=LightningDataModule()),
+    _line("no validation_step", ("model=LightningModule", "validation_step()"), model=LightningModule()),
     *wrong(_compare, "pruners", None, "CAP", 3, [], {}, [CAP()], CAP),
     *wrong(_compare, "sparsities", *_NO_LISTS),
     *wrong(_compare, "seeds", *_NO_LISTS, [0.0], [True], ["0"], [None], [float("nan")], [0, 0], [-1]),
