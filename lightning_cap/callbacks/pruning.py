@@ -283,7 +283,8 @@ class CAPPruningCallback(CheckpointedRun):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the table: dense accuracy, and accuracy, real sparsity and checkpoint of each goal."""
-        if trainer.max_epochs in self._active.events and trainer.max_epochs not in self._state.done:
+        missed = self._active.missed(self._state.done)
+        if trainer.max_epochs in missed and self._restored is not None:
             self.on_train_end(trainer, pl_module)  # of a run that was stopped in this event: nothing is left to train
         elif self._active.begins is None:  # no on_train_start, no on_train_end
             self._active.warn_of_missed(self._state.done)

@@ -15,7 +15,7 @@ from torch import nn
 from lightning_cap import CAPPruningCallback
 from lightning_cap.errors import CAPError, ConfigError, DataError, ScheduleError, UnsupportedError
 from lightning_cap.pruners import Magnitude
-from lightning_cap.schedules import SparsitySteps
+from lightning_cap.schedules import OneShot, SparsitySteps
 from tests.support.toy import Toy, callback, loaders, trainer
 
 
@@ -108,6 +108,14 @@ def test_nothing_trained_is_said(tmp_path: Path, how: dict[str, Any]) -> None:
     cb = callback({0: 0.5}, save="none")
     with pytest.warns(UserWarning, match=r"Nothing was trained before the pruning events of epochs \{0: 0\.5\}"):
         trainer(tmp_path, cb, **how).fit(Toy(), **loaders())
+
+
+def test_nothing_is_pruned_at_the_end_of_no_training(tmp_path: Path) -> None:
+    """Neither is the head, which no forward pass has told."""
+    module = Toy()
+    with pytest.warns(UserWarning, match="Nothing was trained before the pruning events of epochs"):
+        trainer(tmp_path, callback(OneShot(0.5, epoch=None)), limit_train_batches=0).fit(module, **loaders())
+    assert all(bool((weight != 0).all()) for weight in module.net[::6].parameters())
 
 
 def test_an_empty_loader_trains_nothing(tmp_path: Path) -> None:
