@@ -26,10 +26,12 @@ from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.trainer.ends import agree_on_ends
 from lightning_cap.trainer.isolation import preserve_state
+from lightning_cap.utilities import distributed
 from lightning_cap.utilities.arguments import require_callable, require_flag, require_instance, require_iterable
 from lightning_cap.utilities.progress import Progress
 
 
+@distributed.fail_together("Pruning")
 def prune(
     model: nn.Module,
     batches: Iterable[Any],

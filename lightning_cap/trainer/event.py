@@ -145,6 +145,7 @@ class PruningEvent:
         else:
             self._masks.update(masks)
 
+    @distributed.fail_together("The pruning event")
     def path(
         self, collection_index: int, masks: Mapping[str, Tensor], rows: GradientSource | None = None
     ) -> PruningPath:
