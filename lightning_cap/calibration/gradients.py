@@ -174,8 +174,10 @@ class GradientCollector:
                 batch, self._batches = peek(self._batches)
                 if batch is not None:
                     self.probe(batch)
-        size = 4 * self._targets.numel
-        return SourceMemory(0, size, size) if self.trial is None else self.trial.memory
+        if self.trial is None:  # this process has no batch; it is not to be asked again, as the others are not
+            size = 4 * self._targets.numel
+            self.trial = Trial(SourceMemory(0, size, size), self._vmap)
+        return self.trial.memory
 
     def limit_rows(self, rows: int) -> None:
         """Compute ``rows`` of them at once at the most; the results depend on it by rounding alone."""

@@ -88,7 +88,8 @@ class InputCollector:
                 batch, self._batches = peek(self._batches)
                 if batch is not None:
                     self.probe(batch)
-        return NO_MEMORY if self.trial is None else self.trial.memory
+        self.trial = self.trial or Trial(NO_MEMORY)  # where this process has no batch
+        return self.trial.memory
 
     def __iter__(self) -> Iterator[LayerGrams]:
         """One chunk per batch."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from lightning_cap.calibration.sources import GradientSource, TimedSource, Trial
 from lightning_cap.calibration.statistics import Collector, Statistic
+from lightning_cap.errors import GradientError
 from lightning_cap.fisher.memory_plan import MemoryPlan
 from lightning_cap.pruners.base import Pruner, prepare
 from lightning_cap.pruners.paths import PruneResult, PruningPath
@@ -113,7 +114,7 @@ class PruningEvent:
         masks, saliency = dict(self._masks), 0.0
         try:
             with distributed.fail_together("The pruning event"):
-                self._refuse_divergence(collection_index)
+                refuse_broken_weights(self._trainer, self._targets)
                 for sparsity in sparsities:
                     result = self._prune(sparsity, collection_index, masks)
                     masks = dict(result.masks)
@@ -129,13 +130,11 @@ class PruningEvent:
         self.report.grown = sum(int(back.sum()) for back in self.grown.values())
         return collection_index
 
-    def _refuse_divergence(self, collection_index: int) -> None:
-        refuse_broken_weights(self._trainer, self._targets)
+    def _refuse_broken_loss(self, collection_index: int) -> None:
         if self._pruner.statistic is not None:
-            with self._calibrating():
-                first = next(self._batches(self._pruner.statistic, collection_index), None)
-                if first is not None:
-                    refuse_broken_loss(self._trainer, self._module, calibration_loss(self._module), first)
+            first = next(self._batches(self._pruner.statistic, collection_index), None)
+            if first is not None:
+                refuse_broken_loss(self._trainer, self._module, calibration_loss(self._module), first)
 
     def _put(self, masks: Mapping[str, Tensor], lifted: bool) -> None:
         if lifted:
@@ -164,12 +163,22 @@ class PruningEvent:
         self.report.seconds["plan"] += time.perf_counter() - started
         context = self._calibrating if rows is None else nullcontext
         self._source = TimedSource(source if source is not None else (), context)
-        with self._timed("solve"), torch.inference_mode(False):
+        with self._timed("solve"), torch.inference_mode(False), self._explaining(collection_index):
             path = self._pruner.path(self._targets, self._source, masks, progress=self._progress)
         if collector is not None:
             self.report.samples += collector.collected
             self.report.skipped += collector.skipped
         return path
+
+    @contextmanager
+    def _explaining(self, collection_index: int) -> Iterator[None]:
+        """Gradients that cannot be used are told as a broken loss, if that is why."""
+        try:
+            yield
+        except GradientError:
+            with self._calibrating():
+                self._refuse_broken_loss(collection_index)
+            raise
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:
@@ -186,14 +195,9 @@ class PruningEvent:
         """Compute a few gradients that are thrown away, and plan: what cannot work is to fail before training begins."""
         with distributed.fail_together("The plan of the pruning events"), self._calibrating():
             refuse_broken_weights(self._trainer, self._targets)
-            collector = self.collector(collection_index)
-            if collector is not None and self._pruner.statistic is not None:
-                with distributed.raise_on_all_ranks("The first gradient"):
-                    first = next(self._batches(self._pruner.statistic, collection_index), None)
-                    if first is not None:
-                        refuse_broken_loss(self._trainer, self._module, calibration_loss(self._module), first)
-                        collector.probe(first)
-            plan = self._plan(collector, self._masks)
+            with distributed.raise_on_all_ranks("The first loss"):
+                self._refuse_broken_loss(collection_index)
+            plan = self._plan(self.collector(collection_index), self._masks)
         rank_zero_info(f"Pruning events: {plan}")
 
     def collector(self, collection_index: int) -> Collector | None:

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_cap import CAPPruningCallback
-from lightning_cap.errors import ConfigError
+from lightning_cap.errors import GradientError
 from lightning_cap.pruners import PruneResult
 from lightning_cap.pruners.blockwise import BlockwisePath
 from lightning_cap.schedules import SparsitySteps
@@ -246,7 +246,7 @@ def test_a_loss_that_is_nan_right_after_an_event(tmp_path: Path) -> None:
     """It shows as in a dense model. The next event refuses; what was saved before is sound and can be gone on from."""
     sound, _, _ = run_here(tmp_path / "sound")
     module, cb, error = run_here(tmp_path / "nan", at=1)
-    assert isinstance(error, ConfigError)
+    assert isinstance(error, GradientError)
     assert "is not finite" in str(error)
     assert torch.isnan(module.net[4].weight).all()
     assert cb.masks.global_sparsity == 0.5, "masks are exact"
