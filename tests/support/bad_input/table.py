@@ -6,6 +6,7 @@ import contextlib
 import io
 import os
 import random
+import re
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -74,7 +75,7 @@ def wrong(
     def line(value: Any) -> Line:
         named = f"{argument}={shown(value)}"
         return Line(
-            f"{make.__name__}({named})",
+            f"{make.__name__}({re.sub(' at 0x[0-9a-f]+', '', named)})",  # the same in every process
             lambda _: make(**{**(given or {}), argument: value}),
             error,
             (named, *words),
