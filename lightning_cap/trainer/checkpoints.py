@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ def check_checkpoint(path: str | os.PathLike[str] | None, argument: str = "ckpt_
     held = _read(Path(path).expanduser(), named)
     if not isinstance(held, Mapping):
         raise DataError(f"{named}: it holds one {type(held).__name__} and is no Lightning checkpoint. {_GIVE}")
-    if not isinstance(held.get("state_dict"), Mapping) or not isinstance(held.get("pytorch-lightning_version"), str):
+    if not isinstance(held.get("state_dict"), Mapping) or not _is_version(held.get("pytorch-lightning_version")):
         raise DataError(
             f"{named}: it is no Lightning checkpoint; it holds {shown(list(held))}. {_GIVE} Plain weights are loaded into the "
             "model itself, as by VisionClassifier(checkpoint=...)."
@@ -74,6 +75,10 @@ def naming_mismatch(path: str | os.PathLike[str] | None, argument: str = "ckpt_p
         raise DataError(
             f"{argument}={shown(os.fspath(path))}: it is of another model. {told} Give a checkpoint of this one."
         ) from error
+
+
+def _is_version(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)+([.+-]?[a-z]+\d*)*(\+[\w.]+)?", value) is not None
 
 
 def _read(path: Path, named: str) -> Any:

@@ -126,6 +126,28 @@ def test_the_same_model_is_the_same_in_a_second_comparison(tmp_path: Path, monke
     assert solved == ["CAP/0"]
 
 
+class Stateful(Data):
+    """Keeps what it sets up in attributes, as many do."""
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit":
+            self.train, self.mean = ToyData(), 0.5
+        else:
+            self.val = ToyData(32, noise=0.0)
+
+
+def test_pruners_that_read_nothing_are_known_again_without_those_that_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both: dict[str, Pruner] = {"CAP": cap(), "GM": Magnitude()}
+    first = run(tmp_path, data=Stateful(), pruners=both)
+    solved, data = paths(monkeypatch), Stateful()
+    for pruners in ({"GM": Magnitude()}, both, {"GM": Magnitude()}):
+        found = run(tmp_path, data=data, pruners=pruners)
+        assert found == [record for record in first if record.pruner in ("unpruned", *pruners)]
+    assert solved == []
+
+
 class Power:
     """A setting of the user's own without a ``repr``."""
 

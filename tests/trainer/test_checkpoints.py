@@ -23,6 +23,12 @@ def test_sound_checkpoints_are_taken(tmp_path: Path, how: dict[str, Any]) -> Non
     check_checkpoint(str(path))
 
 
+@pytest.mark.parametrize("version", ["1.0", "2.5.0.post0", "2.6.0rc1", "2.6.0.dev20260101", "2.5.1+local.3"])
+def test_every_version_of_lightning_is_known(tmp_path: Path, version: str) -> None:
+    torch.save(checkpoint(**{"pytorch-lightning_version": version}), tmp_path / "a.ckpt")
+    check_checkpoint(tmp_path / "a.ckpt")
+
+
 def test_what_lightning_looks_up_is_left_to_it() -> None:
     for path in (None, *WORDS, "s3://bucket/a.ckpt"):
         check_checkpoint(path)

@@ -109,6 +109,10 @@ LINES = [
     _line("an empty dict", _saved({}), _NO_CHECKPOINT, "[]"),
     _line("of timm", _saved({"model": {}, "epoch": 3}), _NO_CHECKPOINT, "'model'"),
     _line("without version", _saved(_WITHOUT_VERSION), _NO_CHECKPOINT),
+    *(
+        _line(f"version {v!r}", _saved(checkpoint(**{"pytorch-lightning_version": v})), _NO_CHECKPOINT)
+        for v in ("new", 2, "", "2")
+    ),
     _line("a number for weights", _saved({**checkpoint(), "state_dict": 3}), _NO_CHECKPOINT),
     _line("a pickle that runs code", _bytes(pickle.dumps(RunsCode())), "not loaded"),
     _line("a checkpoint that runs code", _saved({**checkpoint(), "x": RunsCode()}), "system", "could run code"),
