@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_cap.cli.files import check_files
-from lightning_cap.cli.leftovers import folders_to_come, remove_unused
+from lightning_cap.cli.leftovers import folders_to_come, log_folders, remove_unused
+from lightning_cap.cli.messages import is_tree, one_line
 from lightning_cap.cli.parsing import CAPParser, find_callbacks_by_setting
 from lightning_cap.comparison import LossSurface, compare
 from lightning_cap.comparison.records import RESULTS
@@ -169,9 +171,26 @@ class CAPCLI(LightningCLI):
         if self._ckpt_path is not None:
             self.config[self.config["subcommand"]]["ckpt_path"] = self._ckpt_path
 
+    def instantiate_classes(self) -> None:
+        """Make model, data and Trainer.
+
+        Raises:
+            ConfigError: A class does not take its settings, or its package is missing; jsonargparse tells it in a tree.
+        """
+        try:
+            super().instantiate_classes()
+        except ValueError as error:
+            if _mistake(error) is not None or not is_tree(str(error)):
+                raise
+            raise ConfigError(one_line(str(error))) from error
+
     def after_instantiate_classes(self) -> None:
-        """Remember what is not there yet, to leave nothing behind."""
-        self._to_come = folders_to_come(self.trainer.loggers) if self.trainer.is_global_zero else []
+        """Refuse a logger that cannot write. Remember what is not there yet, to leave nothing behind."""
+        if not self.trainer.is_global_zero:
+            return
+        for place in log_folders(self.trainer.loggers):
+            require_writable("trainer.logger", str(place), place)
+        self._to_come = folders_to_come(self.trainer.loggers)
 
     def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
         """Make the Trainer; what it refuses is a mistake in the configuration.
@@ -179,16 +198,19 @@ class CAPCLI(LightningCLI):
         Raises:
             ConfigError: Tells what Lightning says of it.
         """
+        given = self.config.get(self.subcommand or "", self.config)["trainer"]
+        for name in ("check_val_every_n_epoch", "accumulate_grad_batches"):  # which the Trainer divides by
+            if given.get(name) is not None:
+                require_whole(f"trainer.{name}", given[name])
         try:
             return super().instantiate_trainer(**kwargs)
         except (ValueError, TypeError, MisconfigurationException) as error:
             if isinstance(error, CAPError):
                 raise
-            given = self.config.get(self.subcommand or "", self.config)["trainer"]
-            settings = ", ".join(
-                f"{name}={given.get(name)!r}" for name in ("accelerator", "devices", "strategy", "precision")
-            )
-            raise ConfigError(f"trainer: {error} ({settings})") from error
+            names = ("accelerator", "devices", "strategy", "num_nodes")
+            told = [f"{name}={given[name]!r}" for name in names if given.get(name) not in (None, "auto", 1)]
+            settings = f" ({', '.join(told)})" if told else ""
+            raise ConfigError(f"trainer: {error}{settings}") from error
 
 
 def main(args: list[str] | None = None) -> None:
@@ -212,5 +234,13 @@ def main(args: list[str] | None = None) -> None:
 def _mistake(error: BaseException | None) -> BaseException | None:
     """The exception behind ``error`` that tells of a user's mistake; jsonargparse may have wrapped it."""
     while error is not None and not isinstance(error, (CAPError, MisconfigurationException)):
-        error = error.__cause__ or error.__context__
+        if isinstance(error, ValueError) and _raised_by_lightning(error):
+            return error
+        error = error.__cause__
     return error
+
+
+def _raised_by_lightning(error: BaseException) -> bool:
+    """Whether Lightning itself has raised it, as it does for settings of the Trainer that do not fit each other."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and str(frames[-1][0].f_globals.get("__name__")).startswith("lightning.")

@@ -11,11 +11,16 @@ from lightning.pytorch.loggers import Logger
 _OF_LOGGERS = {"hparams.yaml"}  # which they write even when a run has failed before its first step
 
 
+def log_folders(loggers: Iterable[Logger]) -> list[Path]:
+    """Where loggers write, as far as they tell."""
+    places = (getattr(logger, "log_dir", None) for logger in loggers)
+    return [Path(place).absolute() for place in places if isinstance(place, str) and "://" not in place]
+
+
 def folders_to_come(loggers: Iterable[Logger]) -> list[Path]:
     """The topmost folder that each logger will make for its logs; of one whose folder is there already, none."""
-    places = (getattr(logger, "log_dir", None) for logger in loggers)
     found = []
-    for place in (Path(place).absolute() for place in places if isinstance(place, str)):
+    for place in log_folders(loggers):
         missing = [folder for folder in (place, *place.parents) if not folder.exists()]
         found += missing[-1:]
     return found

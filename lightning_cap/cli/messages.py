@@ -65,6 +65,11 @@ def one_line(message: str) -> str:
     return " ".join(f"{'.'.join(found.path)}{': ' if found.path else ''}{told}".split())
 
 
+def is_tree(message: str) -> bool:
+    """Whether jsonargparse tells in a tree what it has tried."""
+    return bool(message.startswith(_UNION) or _KEY.match(message) or _CLASS.match(message))
+
+
 def near(name: str, names: Iterable[str], cutoff: float = 0.6) -> str:
     """``; did you mean 'x'?`` of the nearest name, if one is near."""
     found = difflib.get_close_matches(name, list(names), n=1, cutoff=cutoff)

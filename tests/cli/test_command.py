@@ -205,6 +205,12 @@ def test_settings_find_their_callback(tmp_path: Path) -> None:
     assert pruning["init_args"]["pruner"]["init_args"]["num_gradients"] == 512
 
 
+def test_what_lightning_refuses_in_a_run_is_told_in_one_line(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"lightning-cap: error: `val_check_interval` \(99\) must be"):
+        main(["fit", *shortened(tmp_path), "--trainer.val_check_interval=99"])
+    assert not (tmp_path / "runs").exists()
+
+
 def test_unexpected_errors_keep_their_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: CAPTrainer, *args: Any, **named: Any) -> None:
         raise RuntimeError("a bug")
