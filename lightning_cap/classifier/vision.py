@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -182,10 +183,10 @@ class VisionClassifier(LightningModule):
         model = plain_module(self.model)  # of a compiled model: names without prefix
         skip = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
         groups = param_groups_weight_decay(model, self.weight_decay, no_weight_decay_list=skip)
-        optimizer = self.make_optimizer(groups)
+        optimizer: Optimizer = _made("optimizer", self.make_optimizer, groups)
         if self.make_lr_scheduler is None:
             return optimizer
-        scheduler = self.make_lr_scheduler(optimizer)
+        scheduler = _made("lr_scheduler", self.make_lr_scheduler, optimizer)
         if isinstance(scheduler, torch.optim.lr_scheduler.ReduceLROnPlateau):
             monitor = getattr(scheduler, "monitor", "val/loss")
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "monitor": monitor}}
@@ -225,6 +226,14 @@ def _accuracies(num_classes: int, prefix: str) -> MetricCollection:
     if num_classes > 5:
         metrics["acc5"] = MulticlassAccuracy(num_classes, top_k=5, average="micro")
     return MetricCollection(metrics, prefix=prefix, compute_groups=False)  # equal states at first must not merge them
+
+
+def _made(name: str, make: Callable[[Any], Any], of: Any) -> Any:
+    """What a function of the user's makes; that it refuses its settings is told with the name of the argument."""
+    try:
+        return make(of)
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{name} cannot be made: {error}. Correct its settings.") from error
 
 
 def _require_function(name: str, value: object, example: str) -> None:

@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.optim import SGD
+from torch.optim.lr_scheduler import StepLR
 
 from lightning_cap.classifier import VisionClassifier, load_weights
 from lightning_cap.data import DigitsDataModule
@@ -71,6 +73,10 @@ LINES = [
     named("kwargs of a module", lambda _: VisionClassifier(NET, 3, model_kwargs={"depth": 1}), "model_kwargs={'depth': 1}"),
     named("another number of classes", lambda _: VisionClassifier(vit(), 12), "num_classes=12, but the model has 10"),
     named("unknown kwargs", lambda _: VisionClassifier("resnet18", model_kwargs={"a": 1}), "'a': 1", "model_kwargs"),
+    named("a learning rate below 0", lambda _: VisionClassifier(vit(), optimizer=lambda g: SGD(g, lr=-1)).configure_optimizers(),
+          "optimizer cannot be made", "learning rate: -1"),
+    named("an optimizer without its settings", lambda _: VisionClassifier(vit(), lr_scheduler=StepLR).configure_optimizers(),
+          "lr_scheduler cannot be made", "step_size"),
     checkpoint("nothing", b"", "cannot be read"),
     checkpoint("text", b"no weights at all", "cannot be read"),
     checkpoint("zeros", bytes(1000), "cannot be read"),
