@@ -10,7 +10,7 @@ from typing import Any
 
 from lightning_cap.callbacks.cycle import Cycle, CycleRecord
 from lightning_cap.callbacks.run_files import RunFiles, unused_files
-from lightning_cap.errors import CAPError, DataError, TargetError
+from lightning_cap.errors import CAPError, ConfigError, DataError
 from lightning_cap.pruners import Pruner
 from lightning_cap.sparsity.ends import Ends
 from lightning_cap.sparsity.masks import MaskSet
@@ -122,7 +122,7 @@ def load_masks(masks: MaskSet, packed: Mapping[str, Any]) -> None:
         ConfigError: They are not of these targets.
         DataError: They are damaged.
     """
-    with _reading("masks"):
+    with _reading("masks", ConfigError):
         masks.load_state_dict(packed)
 
 
@@ -133,10 +133,7 @@ def load_ends(restored: Restored) -> Ends | None:
         DataError: They are damaged.
     """
     with _reading("ends"):
-        try:
-            return None if restored.ends is None else Ends.from_state(restored.ends)
-        except TargetError as error:
-            raise ValueError(str(error)) from error
+        return None if restored.ends is None else Ends.from_state(restored.ends)
 
 
 def load_pruner(pruner: Pruner, restored: Restored) -> None:
@@ -151,12 +148,12 @@ def load_pruner(pruner: Pruner, restored: Restored) -> None:
 
 
 @contextmanager
-def _reading(name: str) -> Iterator[None]:
+def _reading(name: str, *passed_on: type[CAPError]) -> Iterator[None]:
     try:
         yield
-    except CAPError:
+    except passed_on:
         raise
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+    except (CAPError, KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise _damaged(f"its {name!r} cannot be read ({type(error).__name__}: {shown(str(error))})") from error
 
 

@@ -11,7 +11,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from lightning_cap.errors import ConfigError
+from lightning_cap.errors import ConfigError, DataError
 from lightning_cap.sparsity.targets import Targets, require_targets
 from lightning_cap.utilities.arguments import require_instance, shown
 from lightning_cap.utilities.bits import pack_bits, unpack_bits
@@ -161,7 +161,8 @@ class MaskSet(Mapping[str, Tensor]):
         """Replace all masks.
 
         Raises:
-            ConfigError: The names or shapes are not those of the targets, or it is not what `state_dict` gave.
+            ConfigError: The names or shapes are not those of the targets.
+            DataError: It is not what `state_dict` gave.
         """
         shapes = {name: list(mask.shape) for name, mask in self._masks.items()}
         saved = {name: list(entry["shape"]) for name, entry in _checked(state).items()}
@@ -249,7 +250,7 @@ def _checked(state: object) -> Mapping[str, Any]:
         for entry in state.values()
     )
     if not whole:
-        raise ConfigError(
+        raise DataError(
             f"checkpoint: its masks are damaged, or of another version: {shown(state)}. Resume from another checkpoint."
         )
     return cast("Mapping[str, Any]", state)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_cap.errors import CAPError, ConfigError, PatternError
+from lightning_cap.errors import CAPError, ConfigError, DataError, PatternError
 from lightning_cap.sparsity import (
     ERK,
     Allocation,
@@ -111,7 +111,7 @@ LINES = [
         "masks: 'b' has none",
     ),
     *(
-        line(f"MaskSet.load_state_dict: {n}", lambda s=s: loaded(s), "checkpoint: its masks")
+        Line(f"MaskSet.load_state_dict: {n}", lambda _, s=s: loaded(s), DataError, ("checkpoint: its masks",))
         for n, s in DAMAGED.items()
     ),
     *(
