@@ -63,7 +63,7 @@ class ComparisonRunner:
         if request.fisher_block:
             check_block_size(self._targets, request.fisher_block)
         self._recorder = Recorder(trainer, module, request, self._targets, self._basis)
-        self._solutions = Solutions(request.folder, self._targets)
+        self._solutions = Solutions(request.folder, self._before)
         wanted = [(v, s) for v in request.variants for s in request.sparsities]
         fingerprints = {(v.slug, s): self._recorder.fingerprint(v, s) for v, s in wanted}
         self._artifacts = Artifacts(request, self._targets, distributed.gather_objects(fingerprints)[0])

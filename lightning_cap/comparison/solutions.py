@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
@@ -10,7 +11,6 @@ from torch import Tensor
 from lightning_cap.comparison.record_store import digest
 from lightning_cap.comparison.records import ComparisonRecord, load_masks, load_weights
 from lightning_cap.errors import DataError
-from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities import distributed
 
 _log = logging.getLogger(__name__)
@@ -21,19 +21,19 @@ class Solutions:
 
     Args:
         folder: Of the comparison, None for none.
-        targets: With the weights before pruning.
+        before: The weights before pruning.
     """
 
-    def __init__(self, folder: Path | None, targets: Targets) -> None:
-        self._folder, self._targets, self._before = folder, targets, targets.copies()
+    def __init__(self, folder: Path | None, before: Mapping[str, Tensor]) -> None:
+        self._folder, self._before = folder, before
 
     def load(self, record: ComparisonRecord) -> dict[str, Tensor] | None:
         """The weights of a record on every process, None if they are not to be had; every process must call it."""
         found = self._found(record) if distributed.rank() == 0 else None
         if not distributed.gather_objects(found is not None)[0]:
             return None
-        weights = found or self._targets.copies()
-        weights = {name: weights[name].to(weight.device) for name, weight in self._before.items()}
+        given = self._before if found is None else found
+        weights = {name: given[name].to(weight.device, copy=True) for name, weight in self._before.items()}
         for name in weights:
             distributed.broadcast(weights[name])
         return weights
