@@ -67,7 +67,8 @@ def find_ends(model: nn.Module, loss: Callable[[], Any]) -> Ends:
     A layer is last if it is met on the way back from the loss and its output reaches no other layer: in a residual stream
     the last of all, with two heads both. It is first if no other layer is met on the way back from its input. Layers are Linear,
     convolution, attention, recurrent and embedding layers, and any module without submodules that has a matrix; not norms.
-    Frozen and excluded layers count: with the head excluded, the layer before it is no head.
+    Frozen and excluded layers count: with the head excluded, the layer before it is no head. But a module of several layers that
+    is frozen as a whole, as that of a perceptual loss, is no part of the model: what feeds it is a head.
 
     Args:
         model: Any module; only generators and buffers that its forward pass changes are changed. No ``.grad`` is written.
@@ -90,9 +91,11 @@ def ends_of(model: nn.Module, flows: Iterable[Flow]) -> Ends:
         reached |= flow.reached
         for name, others in flow.before.items():
             before.setdefault(name, set()).update(others - {name})
-    followed = set().union(*before.values()) if before else set()
-    first, last, unreached = [], [], []
     names = layer_names(model)
+    outside = _frozen_together(model, names)
+    followed = {other for others in before.values() for other in others}
+    followed_inside = {other for name, others in before.items() if name not in outside for other in others}
+    first, last, unreached = [], [], []
     projects = {m.out_proj: name for m, name in names.items() if isinstance(m, nn.MultiheadAttention)}
     for weight, layer in prunable_layers(model).items():
         unit = projects.get(layer, names[layer])  # type: ignore[call-overload]
@@ -101,5 +104,16 @@ def ends_of(model: nn.Module, flows: Iterable[Flow]) -> Ends:
             unreached.append(weight)
         elif unit in before:
             first += [weight] if takes_input and not before[unit] else []
-            last += [weight] if gives_output and unit not in followed else []
+            others = followed if unit in outside else followed_inside
+            last += [weight] if gives_output and unit not in others else []
     return Ends(tuple(first), tuple(last), tuple(unreached))
+
+
+def _frozen_together(model: nn.Module, names: Mapping[nn.Module, str]) -> set[str]:
+    """Layers of modules inside ``model`` that have several layers and are frozen as a whole."""
+    found: set[str] = set()
+    for module in model.modules():
+        layers = [names[m] for m in module.modules() if m in names]
+        if module is not model and len(layers) > 1 and not any(p.requires_grad for p in module.parameters()):
+            found.update(layers)
+    return found

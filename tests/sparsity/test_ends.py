@@ -87,6 +87,15 @@ def test_what_is_excluded_or_frozen_stays_an_end() -> None:
     assert list(Targets.from_model(model, ends=ends)) == ["2.weight", "4.weight"]
 
 
+def test_what_feeds_a_frozen_network_is_a_head() -> None:
+    model = nn.ModuleDict({"net": mlp(6, 8, 8, 6), "perceptual": mlp(6, 8, 8)})
+    loss = lambda: F.mse_loss(model["perceptual"](model["net"](X)), model["perceptual"](X))  # noqa: E731
+    check(model, loss, "net.0", "perceptual.2")
+    model["perceptual"].requires_grad_(False)
+    ends = check(model, loss, "net.0", "net.4 perceptual.2")
+    assert list(Targets.from_model(model, ends=ends)) == ["net.2.weight"]
+
+
 class Heads(nn.Module):
     """A body with a head behind each of two of its layers; registered in a bad order."""
 
