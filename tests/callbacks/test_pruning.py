@@ -193,7 +193,7 @@ def test_failed_event_leaves_model_and_masks_unchanged(tmp_path: Path) -> None:
             return nn.functional.cross_entropy(self(batch[0]), batch[1]) * scale
 
     module, cb, watch = Breaks(), callback({1: 0.5, 2: 0.75}), Watch()
-    with pytest.raises(GradientError, match="48 of 48 gradient samples are not finite"):
+    with pytest.raises(GradientError, match="loss: it is nan on a whole calibration batch after 8 training steps"):
         trainer(tmp_path, cb, watch).fit(module, **loaders())
     assert zeros(module).float().mean() == 0.5
     assert cb.masks.global_sparsity == 0.5
