@@ -18,8 +18,10 @@ from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, default_collate
 from torch.utils.data.distributed import DistributedSampler
 
-from lightning_cap.errors import DataError, GradientError
+from lightning_cap.calibration.checks import check_samples
+from lightning_cap.errors import ConfigError, DataError, GradientError
 from lightning_cap.utilities import distributed, rng
+from lightning_cap.utilities.arguments import require_counts, require_iterable, require_whole
 
 _BATCH_SIZE = 32  # where a loader does not tell its own
 
@@ -44,6 +46,7 @@ class CalibrationBatches:
             around it. A ``range`` is the part of the data set to draw from, of an iterable one too.
 
     Raises:
+        ConfigError: An argument is out of range; when it is read, a gradient has more samples than the data set.
         DataError: The data set is empty.
     """
 
@@ -57,6 +60,13 @@ class CalibrationBatches:
         most_gradients: int = 2**16,
         sampler: Iterable[Any] | None = None,
     ) -> None:
+        require_iterable("source", source, "a DataLoader")
+        check_samples(num_samples=num_samples)
+        require_counts(samples_per_gradient=samples_per_gradient, most_gradients=most_gradients)
+        for name, value in (("seed", seed), ("event", event)):
+            require_whole(name, value, 0)
+        if sampler is not None:
+            require_iterable("sampler", sampler, "loader.sampler")
         self._source = source
         self._sampler = sampler
         self._num_samples = num_samples
@@ -113,6 +123,11 @@ class CalibrationBatches:
         if size == 0:
             raise DataError(
                 "calibration data: the data set is empty. Give calibration_dataloader() at least one sample."
+            )
+        if size < self._samples_per_gradient:
+            raise ConfigError(
+                f"samples_per_gradient={self._samples_per_gradient}: the data set of the calibration has {size} samples. Give "
+                f"{size} or less."
             )
         indices: list[int] = []
         for number in itertools.count():

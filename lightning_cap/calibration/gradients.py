@@ -13,11 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cap.calibration.batches import batch_size, slice_batch
+from lightning_cap.calibration.checks import check_batch, check_collector
 from lightning_cap.calibration.rows import Loss, RowComputer, largest_difference
 from lightning_cap.calibration.sources import SourceMemory, Trial, peek, repeatable
 from lightning_cap.errors import GradientError
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities import distributed, rng
+from lightning_cap.utilities.arguments import require_counts, require_instance, require_real
 from lightning_cap.utilities.memory import is_out_of_memory, release_memory
 from lightning_cap.utilities.peak_memory import measure_peak
 from lightning_cap.utilities.progress import Progress
@@ -46,6 +48,9 @@ class GradientCollector:
         progress: ``progress("collect", rows done, num_gradients)``.
         trial: What an earlier collector of the same model has found out by its first batch. Default: this one tries.
 
+    Raises:
+        ConfigError: An argument is out of range; when it is read, the first batch has fewer samples than one gradient.
+
     Attributes:
         trial: What the first batch has told; None before.
         skipped: Rows left out because they were not finite, in the last pass.
@@ -66,6 +71,10 @@ class GradientCollector:
         progress: Progress | None = None,
         trial: Trial | None = None,
     ) -> None:
+        check_collector(model, targets, loss, batches, context, progress)
+        require_counts(num_gradients=num_gradients, samples_per_gradient=samples_per_gradient)
+        require_real("scale", scale, "(0, inf)", example=65536.0)
+        require_instance("trial", trial, Trial, "earlier.trial", optional=True)
         self._computer = RowComputer(model, targets, loss, samples_per_gradient, context, scale)
         self._targets = targets
         self._batches = batches
@@ -174,6 +183,7 @@ class GradientCollector:
                 batch, self._batches = peek(self._batches)
                 if batch is not None:
                     self.probe(batch)
+            release_memory(self._targets.device)
         if self.trial is None:  # this process has no batch; it is not to be asked again, as the others are not
             size = 4 * self._targets.numel
             self.trial = Trial(SourceMemory(0, size, size), self._vmap)
@@ -194,6 +204,7 @@ class GradientCollector:
             self._try(batch)
 
     def _try(self, batch: Any) -> None:
+        check_batch(self._samples, batch_size(batch, default=0))
         one, samples = next(iter(self._computer.split(batch, 1))), batch_size(batch, default=1)
         row, peak = measure_peak(lambda: _also_finite(self._computer.one(one)), self._targets.device)
         size = 4 * self._targets.numel

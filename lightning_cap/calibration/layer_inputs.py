@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_cap.calibration.batches import batch_size, slice_batch
+from lightning_cap.calibration.checks import check_collector
 from lightning_cap.calibration.normalization import PlainNormalization
 from lightning_cap.calibration.rows import Loss
 from lightning_cap.calibration.sources import NO_MEMORY, SourceMemory, Trial, peek, repeatable
 from lightning_cap.errors import TargetError
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities import distributed, rng
+from lightning_cap.utilities.arguments import require_counts, require_instance
 from lightning_cap.utilities.memory import release_memory
 from lightning_cap.utilities.peak_memory import measure_peak
 from lightning_cap.utilities.precision import full_float32
@@ -53,6 +55,7 @@ class InputCollector:
         trial: See `GradientCollector`.
 
     Raises:
+        ConfigError: An argument is out of range.
         TargetError: A target is not the weight of such a layer.
     """
 
@@ -68,6 +71,9 @@ class InputCollector:
         progress: Progress | None = None,
         trial: Trial | None = None,
     ) -> None:
+        check_collector(model, targets, loss, batches, context, progress)
+        require_counts(num_inputs=num_inputs)
+        require_instance("trial", trial, Trial, "earlier.trial", optional=True)
         self._model, self._loss, self._batches = model, loss, batches
         self._num_inputs, self._context, self._progress = num_inputs, context, progress
         self._layers = {name: _layer(model, name, path) for name, path in targets.paths.items()}
@@ -88,6 +94,7 @@ class InputCollector:
                 batch, self._batches = peek(self._batches)
                 if batch is not None:
                     self.probe(batch)
+            release_memory(self._device)
         self.trial = self.trial or Trial(NO_MEMORY)  # where this process has no batch
         return self.trial.memory
 

@@ -11,12 +11,12 @@ from typing import Any, ClassVar, Protocol
 from torch import Tensor, nn
 
 from lightning_cap.calibration.batches import CalibrationBatches
+from lightning_cap.calibration.checks import check_samples
 from lightning_cap.calibration.gradients import GradientCollector, rows_at_once
 from lightning_cap.calibration.layer_inputs import InputCollector
 from lightning_cap.calibration.rows import Loss
 from lightning_cap.calibration.sources import SourceMemory, Trial
 from lightning_cap.sparsity.targets import Targets
-from lightning_cap.utilities.arguments import require_counts
 from lightning_cap.utilities.progress import Progress
 
 _MOST_INPUTS = 2**16  # samples in a batch of layer inputs
@@ -88,15 +88,18 @@ class GradientSamples(Statistic):
     Args:
         n: Rows over all processes, ``N`` of equation 3.
         per_sample: Inputs whose mean loss gives one row.
+
+    Raises:
+        ConfigError: A number is out of range, or they are too many samples together.
     """
 
     n: int
     per_sample: int = 1
 
-    unit: ClassVar[str] = "gradients"
-
     def __post_init__(self) -> None:
-        require_counts(n=self.n, per_sample=self.per_sample)
+        check_samples(n=self.n, per_sample=self.per_sample)
+
+    unit: ClassVar[str] = "gradients"
 
     @property
     def num_samples(self) -> int:
@@ -134,14 +137,17 @@ class LayerInputs(Statistic):
 
     Args:
         n: Samples over all processes.
+
+    Raises:
+        ConfigError: ``n`` is out of range.
     """
 
     n: int
 
-    unit: ClassVar[str] = "inputs"
-
     def __post_init__(self) -> None:
-        require_counts(n=self.n)
+        check_samples(n=self.n)
+
+    unit: ClassVar[str] = "inputs"
 
     @property
     def num_samples(self) -> int:

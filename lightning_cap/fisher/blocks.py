@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from lightning_cap.fisher.row_buffers import DirectRowBuffer, Fill, RowBuffer, S
 from lightning_cap.kernels.cpu.threads import over_blocks
 from lightning_cap.sparsity.block_layout import BlockLayout, Selection
 from lightning_cap.utilities import distributed
+from lightning_cap.utilities.arguments import require_choice, require_counts, require_flag, require_instance
 from lightning_cap.utilities.precision import full_float32
 
 #: ``"full"`` blocks, or ``"packed"`` lower triangles (half the memory). ``"auto"``: packed on the CPU, full on a GPU.
@@ -82,6 +83,9 @@ class EmpiricalFisher:
             must call `update` and `finish` equally often, with rows of its own samples. Default: this process holds all.
         allow_tf32: Let a GPU round the rows to TF32 in products (ten bits of mantissa).
 
+    Raises:
+        ConfigError: An argument is out of range.
+
     Attributes:
         count: RowBuffer taken in so far, ``N``, of all ranks.
     """
@@ -96,6 +100,12 @@ class EmpiricalFisher:
         shares: Sequence[Tensor] | None = None,
         allow_tf32: bool = False,
     ) -> None:
+        require_instance("layout", layout, BlockLayout, "targets.blocks(192)")
+        require_instance("device", device, torch.device, "torch.device('cpu')")
+        require_instance("storage_device", storage_device, torch.device, "torch.device('cpu')", optional=True)
+        require_counts(row_chunk=row_chunk)
+        require_choice("storage", storage, get_args(Storage))
+        require_flag("allow_tf32", allow_tf32)
         self.count = 0
         self._layout, self._device = layout, device
         self._shares = [Selection(layout, share) for share in shares] if shares else [Selection(layout)]

@@ -15,6 +15,7 @@ from lightning_cap.errors import ConfigError
 from lightning_cap.fisher.blocks import Storage, fisher_bytes, resolve_storage, update_bytes
 from lightning_cap.solver.backend import Backend, chunk_blocks, work_bytes
 from lightning_cap.utilities import distributed
+from lightning_cap.utilities.arguments import require_counts, require_instance
 from lightning_cap.utilities.memory import format_bytes, free_memory
 
 CPU = torch.device("cpu")
@@ -186,7 +187,15 @@ def plan_event(model: MemoryModel, blocks: Tensor, device: torch.device, max_mem
         blocks: ``(K',)`` rising indices of the blocks that are not fully masked.
         device: Of the weights.
         max_memory: Bytes that the event may take on ``device``. Default: 80 % of what is free.
+
+    Raises:
+        ConfigError: An argument is of the wrong kind. Whether it fits is for `MemoryPlan.check` to say.
     """
+    require_instance("model", model, MemoryModel, "MemoryModel(192, 1000, 32, 'auto')")
+    require_instance("blocks", blocks, Tensor, "torch.arange(1000)")
+    require_instance("device", device, torch.device, "torch.device('cpu')")
+    if max_memory is not None:
+        require_counts(max_memory=max_memory)
     argument = "block_size" if max_memory is None else "max_memory"
     source, free, host = _of_all_ranks(model.source, device)
     limit = free if max_memory is None else max_memory
@@ -222,7 +231,7 @@ def plan_reading(device: torch.device, source: SourceMemory, held: int, temporar
         device: Of the weights.
         source: What reading takes.
         held: Bytes that the method holds while it reads.
-        temporary: Bytes that it takes for each byte of the rows that are handed to it.
+        temporary: Bytes that it takes besides for each row that is handed to it.
         after: Bytes that it takes when all is read.
 
     Raises:
@@ -230,8 +239,10 @@ def plan_reading(device: torch.device, source: SourceMemory, held: int, temporar
     """
     source, limit, _ = _of_all_ranks(source, device)
     for rows in _halves(source.most, 1):
-        handed = (1 + temporary) * source.row * (rows if distributed.world_size() == 1 else 3 * source.batch)
-        plan = MemoryPlan(device, max(held + max(source.computing(rows), handed), after), limit, "include", rows=rows)
+        single = distributed.world_size() == 1
+        handed = (source.row + temporary) * (rows if single else source.batch)
+        computing = source.computing(rows) + (0 if single else source.row * source.batch)
+        plan = MemoryPlan(device, max(held + max(computing, handed), after), limit, "include", rows=rows)
         if limit is None or plan.peak_bytes <= limit:
             break
     plan.check()

@@ -46,7 +46,7 @@ class Blockwise(BlockMethod):
     (`rebuild_blocks`). This class shares the blocks out over processes and passes and finds the global cut.
 
     Args:
-        block_size: Weights in a block, ``B``.
+        block_size: Weights in a block, ``B``. One never spans two targets, so it is no larger than the largest.
         damp: ``λ`` of equation 3.
         allocation: How zeros are shared out over the targets.
         pattern: Which masks are allowed. Default: `Unstructured`.

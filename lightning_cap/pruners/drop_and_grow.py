@@ -16,7 +16,7 @@ from lightning_cap.errors import GradientError
 from lightning_cap.fisher.memory_plan import MemoryPlan, plan_reading
 from lightning_cap.pruners.base import Pruner, check_path_arguments, check_room, require_allocation
 from lightning_cap.pruners.paths import PruneResult, PruningPath, pack_weights
-from lightning_cap.pruners.row_mean import RowMean
+from lightning_cap.pruners.row_mean import RowMean, temporary_bytes
 from lightning_cap.solver.ranking import select, smallest
 from lightning_cap.sparsity.allocation import Allocation, Global
 from lightning_cap.sparsity.masks import check_masks
@@ -27,7 +27,7 @@ from lightning_cap.utilities.decimals import as_written
 from lightning_cap.utilities.progress import Progress
 
 _LARGEST_FLOAT = 0x7F7FFFFF  # bits of the largest finite float32
-_BYTES = 48  # a weight: gradient sum 8, weight 4, two scores 8, places of a group 8, sorting 16, masks 4
+_BYTES = 83  # a weight: gradient sum 8, weights 12, scores 12, places of a group 8, sorting 36, masks 7
 
 
 @dataclass(kw_only=True, eq=False)
@@ -100,7 +100,9 @@ class DropAndGrow(Pruner):
     ) -> MemoryPlan:
         """See `Pruner.plan`."""
         require_targets(targets)
-        return plan_reading(targets.device, source, 13 * targets.numel, 0, _BYTES * targets.numel)
+        return plan_reading(
+            targets.device, source, 13 * targets.numel, temporary_bytes(targets), _BYTES * targets.numel
+        )
 
     def path(
         self,

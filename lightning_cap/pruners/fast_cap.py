@@ -104,7 +104,10 @@ class FastCAP(Pruner):
         places = sum(_places(layout, name) for name in layout.shapes)
         entries = layout.num_blocks * layout.block_size
         sums = 8 * places * layout.block_size**2
-        return plan_reading(targets.device, source, 2 * sums, 0, 3 * sums + 30 * entries)
+        temporary = 26 * max(
+            weight.numel() for weight in targets.values()
+        )  # its rows in blocks, squares, copies for the product
+        return plan_reading(targets.device, source, 2 * sums, temporary, 3 * sums + 60 * entries)
 
     def path(
         self,

@@ -13,6 +13,11 @@ from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities import distributed
 
 
+def temporary_bytes(targets: Targets) -> int:
+    """Memory that `RowMean.over` takes for a row of a chunk, beyond the row: copies of the largest target's, one in float64."""
+    return 16 * max(weight.numel() for weight in targets.values())
+
+
 class RowMean:
     """Adds up a statistic of gradient rows over all processes, in float64.
 

@@ -14,6 +14,7 @@ from lightning_cap.errors import GradientError, PatternError
 from lightning_cap.fisher.memory_plan import MemoryPlan, plan_reading
 from lightning_cap.pruners.base import Pruner, check_path_arguments, require_allocation
 from lightning_cap.pruners.paths import PruneResult, PruningPath, pack_weights
+from lightning_cap.pruners.row_mean import temporary_bytes
 from lightning_cap.solver.ranking import select, smallest
 from lightning_cap.sparsity.allocation import Allocation, Global
 from lightning_cap.sparsity.block_layout import BlockLayout
@@ -57,7 +58,8 @@ class Scored(Pruner):
         self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, source: SourceMemory = NO_MEMORY
     ) -> MemoryPlan:
         """``O(d)``: the saliencies, in float64 while they are summed. See `Pruner.plan`."""
-        return plan_reading(targets.device, source, 13 * targets.numel, 0, 32 * targets.numel)
+        held, after = 13 * targets.numel, 58 * targets.numel
+        return plan_reading(targets.device, source, held, temporary_bytes(targets), after)
 
     def path(
         self,

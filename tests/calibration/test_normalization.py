@@ -68,7 +68,10 @@ def test_a_group_of_any_size_has_the_right_gradient(make: Callable[[], nn.Module
     model = tokens(make())
     data = torch.randn(size, 3, 5, 5, dtype=torch.float64)
     targets = Targets({"conv.weight": model.conv.weight}, {"conv.weight": "conv.weight"})
-    [chunk] = GradientCollector(model, targets, loss, [data], 1, 2)  # the last group of a data set may have one sample
+    first = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+    _, chunk = GradientCollector(
+        model, targets, loss, [first, data], 2, 2
+    )  # the last group of a data set may have one sample
     found = chunk["conv.weight"].flatten()[::20]
     torch.testing.assert_close(found, finite_differences(model, data), rtol=1e-4, atol=1e-6)
 

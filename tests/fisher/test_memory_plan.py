@@ -103,7 +103,7 @@ def test_the_plan_says_what_it_is() -> None:
     assert str(MemoryPlan(CUDA, 2**30, storage_device=CPU, host_bytes=2**31)).endswith(
         "on cpu, solved on cuda:0, 1.00 GiB, 2.00 GiB of main memory"
     )
-    assert Magnitude().plan(targets).peak_bytes == 32 * targets.numel
+    assert Magnitude().plan(targets).peak_bytes == 58 * targets.numel
 
 
 #: Of 100 MB for the Fisher and 10 MB for its rows, with up to 8 gradient rows of 1 MB at once, which take 20 MB each.
@@ -114,7 +114,7 @@ def test_less_memory_means_fewer_rows_at_once_then_passes_then_an_error() -> Non
     blocks = torch.arange(3000)
     whole = plan_event(READ, blocks, CPU, 10**12)
     assert (whole.rows, whole.passes) == (8, 1)
-    found = [plan_event(READ, blocks, CPU, whole.peak_bytes // share) for share in (1, 1.5, 2, 4, 6)]
+    found = [plan_event(READ, blocks, CPU, int(whole.peak_bytes / share)) for share in (1, 1.5, 2, 4, 6)]
     assert [plan.rows for plan in found] == sorted((plan.rows for plan in found), reverse=True)
     assert [plan.passes for plan in found] == sorted(plan.passes for plan in found)
     assert found[1].rows == 2

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lightning_cap.calibration.gradients import GradientCollector
 from lightning_cap.calibration.sources import NO_MEMORY, SourceMemory
 from lightning_cap.errors import ConfigError, GradientError
-from lightning_cap.pruners import CAP
+from lightning_cap.pruners import CAP, blockwise_path
 from lightning_cap.sparsity.patterns import NofM
 from lightning_cap.sparsity.targets import Targets
 from tests.support.memory import with_passes
@@ -93,6 +93,24 @@ def test_passes_find_out_that_the_gradients_differ() -> None:
         path.at(0.5)
 
 
+def test_what_the_rows_took_is_given_back_before_the_solve(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = Quadratic({"a": (10, 16)})
+    calls: list[str] = []
+
+    class Told(CAP):
+        def read_blocks(self, *args: Any) -> Any:
+            calls.append("read")
+            return super().read_blocks(*args)
+
+        def order_blocks(self, *args: Any) -> Any:
+            calls.append("solve")
+            return super().order_blocks(*args)
+
+    monkeypatch.setattr(blockwise_path, "release_memory", lambda device: calls.append("release"))
+    Told(block_size=16, damp=1e-3).path(problem.targets, problem.rows)
+    assert calls == ["read", "release", "solve"]
+
+
 def test_an_iterator_inside_a_collector_is_found_out() -> None:
     model = nn.Linear(24, 60, bias=False)
     targets = Targets({"weight": model.weight})
@@ -156,7 +174,7 @@ def test_a_backend_that_cannot_run_is_refused_before_any_gradient() -> None:
 _PEAK = r"""
 import re, sys, torch
 from pathlib import Path
-from lightning_cap.pruners import CAP
+from lightning_cap.pruners import CAP, blockwise_path
 from lightning_cap.sparsity import Targets
 B, blocks = int(sys.argv[4]), int(sys.argv[5])
 settings = dict(block_size=B, num_gradients=64, damp=float(sys.argv[1]), storage=sys.argv[2])

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_cap.calibration import GradientSamples, LayerInputs
 from lightning_cap.errors import CAPError, ConfigError, GradientError, PatternError
 from lightning_cap.pruners import (
     CAP,
@@ -218,9 +217,6 @@ LINES = [
     *(entry for kind in (CAP, LayerwiseOBS) for entry in wrong(kind, "backend", "cuda", None, 1, ["torch"])),
     *wrong(WoodFisher, "update", "all", None, True),
     *wrong(MFAC, "mode", "fast", None, 1),
-    *wrong(GradientSamples, "n", *NO_COUNTS),
-    *wrong(GradientSamples, "per_sample", "1", None, True, 32.0, 0, given={"n": 8}),
-    *wrong(LayerInputs, "n", *NO_COUNTS),
     *of_paths(),
     *chunks(),
     *(
