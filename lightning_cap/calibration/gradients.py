@@ -181,12 +181,9 @@ class GradientCollector:
         if self.trial is None:
             with distributed.raise_on_all_ranks("The first gradient"), rng.preserved():
                 batch, self._batches = peek(self._batches)
-                if batch is not None:
-                    self.probe(batch)
+                self.probe(batch)
             release_memory(self._targets.device)
-        if self.trial is None:  # this process has no batch; it is not to be asked again, as the others are not
-            size = 4 * self._targets.numel
-            self.trial = Trial(SourceMemory(0, size, size), self._vmap)
+        assert self.trial is not None
         return self.trial.memory
 
     def limit_rows(self, rows: int) -> None:
@@ -195,11 +192,15 @@ class GradientCollector:
 
     def probe(self, batch: Any) -> None:
         """Compute a few gradient rows and throw them away, to fail early: what they take is known then. The first is computed by
-        autograd and by vmap, and where the two differ, the loop is used.
+        autograd and by vmap, and where the two differ, the loop is used. A process without a batch gives None.
 
         Raises:
             GradientError: The loss is not a scalar, has no gradient, or does not depend on any target.
         """
+        if batch is None:
+            size = 4 * self._targets.numel
+            self.trial = Trial(SourceMemory(0, size, size), self._vmap)
+            return
         with rng.preserved():  # so that rows do not depend on whether they were tried before
             self._try(batch)
 

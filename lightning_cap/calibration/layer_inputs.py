@@ -92,10 +92,9 @@ class InputCollector:
         if self.trial is None:
             with distributed.raise_on_all_ranks("The first layer inputs"), rng.preserved():
                 batch, self._batches = peek(self._batches)
-                if batch is not None:
-                    self.probe(batch)
+                self.probe(batch)
             release_memory(self._device)
-        self.trial = self.trial or Trial(NO_MEMORY)  # where this process has no batch
+        assert self.trial is not None
         return self.trial.memory
 
     def __iter__(self) -> Iterator[LayerGrams]:
@@ -124,6 +123,9 @@ class InputCollector:
 
     def probe(self, batch: Any) -> None:
         """Collect from one batch and throw it away, to fail early; what that takes is known then."""
+        if batch is None:  # this process has none
+            self.trial = Trial(NO_MEMORY)
+            return
         grams, peak = measure_peak(lambda: self._of(batch), self._device)
         size = sum(gram.nbytes for gram in grams.values())
         self.trial = Trial(SourceMemory(peak, 0, size))

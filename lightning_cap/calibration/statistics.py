@@ -39,7 +39,7 @@ class Collector(Protocol):
         """Chunks for every target."""
 
     def probe(self, batch: Any) -> None:
-        """Compute what one batch gives and throw it away, to fail early; `trial` is known then."""
+        """Compute what one batch gives and throw it away, to fail early; `trial` is known then. None: there is no batch."""
 
     def memory(self) -> SourceMemory:
         """What reading it takes; the first batch is tried for it, if none was. Every process must call it."""
