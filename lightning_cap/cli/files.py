@@ -12,6 +12,7 @@ from lightning_cap.errors import ConfigError
 from lightning_cap.utilities.arguments import shown
 
 _CONFIG = ("--config", "-c")
+_NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _ENDINGS = (".yaml", ".yml", ".json")
 
 
@@ -96,6 +97,10 @@ def _check_keys(node: yaml.Node, named: str) -> None:
     for key, _ in pairs:
         line = key.start_mark.line + 1
         name = _constructed(key)
+        if ":" in str(key.value) and key.tag in _NUMBERS:  # to YAML it is in base 60
+            raise ConfigError(
+                f"{named}: {key.value!r} in line {line} is one number. Write a space after the colon, as in {{1: 0.5}}."
+            )
         if name in seen and key.tag != "tag:yaml.org,2002:merge":
             raise ConfigError(f"{named}: {shown(name)} is given twice, in lines {seen[name]} and {line}. Keep one.")
         seen[name] = line
@@ -110,6 +115,6 @@ def _constructed(key: yaml.Node) -> Hashable:
         return id(key)
     try:
         found: Hashable = yaml.SafeLoader("").construct_object(key)
-    except (yaml.YAMLError, ValueError, TypeError):  # {1:0.5}
+    except (yaml.YAMLError, ValueError, TypeError):
         return str(key.value)
     return found

@@ -18,9 +18,9 @@ _CALLABLE = re.compile(
     r"Type [^\n]*? expects a function or a callable class: (.*?)(?:\. Got value: Namespace.*)?\Z", re.DOTALL
 )
 _UNION = "Does not validate against any of the Union subtypes"
-_BRANCHES = re.compile(r"^Errors:\n(.*)^Given value type: [^\n]*\nGiven value: (.*)\Z", re.DOTALL | re.MULTILINE)
+_BRANCHES = re.compile(r"^Errors:\n(.*)^Given value type: [^\n]*\nGiven value: ?(.*)\Z", re.DOTALL | re.MULTILINE)
 _NESTED = re.compile(r"NestedArg\(key='[^']*', val=(.*)\)\Z", re.DOTALL)
-_TYPE = re.compile(r"Expected an? (.+?)(?:\. Got value: (.*))?\Z", re.DOTALL)
+_TYPE = re.compile(r"Expected (?:an? )?(.+?)(?:\. Got value: (.*))?\Z", re.DOTALL)
 _NAMES = {
     "NoneType": "null",
     "bool": "true or false",
@@ -60,7 +60,7 @@ def one_line(message: str) -> str:
     found = _mistake(message)
     told = found.told
     if found.kinds:
-        value = "" if found.value is None else f", not {found.value}"
+        value = "" if found.value is None else f", not {found.value or repr('')}"
         told = f"give {' or '.join(dict.fromkeys(found.kinds))}{value}{found.hint}"
     return " ".join(f"{'.'.join(found.path)}{': ' if found.path else ''}{told}".split())
 

@@ -26,7 +26,7 @@ _LONGEST = 400  # characters of what does not fit
 def check_checkpoint(path: str | os.PathLike[str] | None, argument: str = "ckpt_path", resumes: bool = False) -> None:
     """Refuse a checkpoint that Lightning could not load. No code in it is run, and its tensors stay on the disk.
 
-    None, the words `WORDS`, and addresses such as ``s3://...`` are left to Lightning.
+    None, the words `WORDS`, ``registry:...`` and addresses such as ``s3://...`` are left to Lightning.
 
     Args:
         path: The checkpoint.
@@ -39,6 +39,8 @@ def check_checkpoint(path: str | os.PathLike[str] | None, argument: str = "ckpt_
     """
     require_path(argument, path, "runs/last.ckpt", optional=True)
     if path is None or os.fspath(path) in WORDS or "://" in os.fspath(path):
+        return
+    if os.fspath(path).lower().partition(":")[0] == "registry" and not os.path.exists(path):
         return
     named = f"{argument}={shown(os.fspath(path))}"
     held = _read(Path(path).expanduser(), named)

@@ -100,6 +100,15 @@ def test_the_model_is_left_as_it_is() -> None:
     assert torch.equal(random, torch.get_rng_state())
 
 
+def test_the_model_is_tried_where_the_run_will_be() -> None:
+    """Of a device other than that of the weights, the model sees copies."""
+    model, there = vit(), torch.device("meta")
+    check_images(model, 10, DigitsDataModule(), there)
+    assert {tensor.device for tensor in model.state_dict().values()} == {CPU}
+    with pytest.raises(ConfigError, match="which the model does not take"):
+        check_images(vit(in_chans=3), 10, DigitsDataModule(), there)
+
+
 def test_models_without_weights_yet_are_not_tried() -> None:
     check_images(nn.LazyConv2d(4, 3), 10, DigitsDataModule(), CPU)
     check_images(nn.Linear(3, 10, device="meta"), 10, DigitsDataModule(), CPU)

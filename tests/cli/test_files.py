@@ -28,10 +28,11 @@ def test_anchors_and_merges_pass(tmp_path: Path) -> None:
         ("a: 1\nb: 2\na: 3\n", r"a.yaml': 'a' is given twice, in lines 1 and 3"),
         ("a:\n  - b: 1\n    'b': 2\n", "'b' is given twice, in lines 2 and 3"),
         ("a: {1: 1, 1.0: 2}\n", "1.0 is given twice"),
+        ("a:\n  {1:0.5}\n", r"'1:0.5' in line 2 is one number. Write a space after the colon"),
     ],
 )
 @pytest.mark.parametrize("option", ["--config", "--model"])
-def test_keys_given_twice(tmp_path: Path, text: str, words: str, option: str) -> None:
+def test_wrong_keys(tmp_path: Path, text: str, words: str, option: str) -> None:
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(ConfigError, match=words):
         check_files(["fit", option, str(tmp_path / "a.yaml")])

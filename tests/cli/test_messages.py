@@ -34,6 +34,9 @@ def test_the_branch_that_came_furthest_is_told() -> None:
     [
         ("unrecognized arguments: --x", "unrecognized arguments: --x"),
         ('Parser key "a":\n  Expected a <class \'int\'>. Got value: None', "a: give a whole number, not None"),
+        ('Parser key "a":\n  Expected <class \'list\'>', "a: give a list"),
+        ('Parser key "a":\n  Does not validate against any of the Union subtypes\n  Errors:\n    - Expected a <class \'int\'>\n'
+         "  Given value type: <class 'str'>\n  Given value: ", "a: give a whole number, not ''"),
         ("something\n  of another\nversion", "something of another version"),
         ("Does not validate against any of the Union subtypes\nin another way",
          "Does not validate against any of the Union subtypes in another way"),

@@ -30,7 +30,7 @@ def test_every_version_of_lightning_is_known(tmp_path: Path, version: str) -> No
 
 
 def test_what_lightning_looks_up_is_left_to_it() -> None:
-    for path in (None, *WORDS, "s3://bucket/a.ckpt"):
+    for path in (None, *WORDS, "s3://bucket/a.ckpt", "registry", "Registry:a/model:version:1"):
         check_checkpoint(path)
 
 
