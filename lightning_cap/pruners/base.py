@@ -5,7 +5,7 @@ Annotations are evaluated here, not postponed: jsonargparse resolves those of a 
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 from torch import Tensor
 
@@ -24,6 +24,7 @@ from lightning_cap.utilities.arguments import (
     require_instance,
     require_iterable,
     require_list,
+    require_real,
     require_whole,
 )
 from lightning_cap.utilities.progress import Progress
@@ -82,9 +83,7 @@ class Pruner(ABC):
         Raises:
             ConfigError: The zeros of one cannot be placed; it is named.
         """
-        require_targets(targets)
-        check_masks(targets, masks)
-        require_list("sparsities", sparsities, "[0.5, 0.75]")
+        require_goals(targets, masks, sparsities)
         if self.pattern.sparsity is not None:
             return
         existing = dict.fromkeys(targets, 0) | {name: int((~mask).sum()) for name, mask in (masks or {}).items()}
@@ -92,12 +91,16 @@ class Pruner(ABC):
         goals = [s for s in sparsities if not self.cost.is_exceeded(s, saved, total)]
         check_room(self, targets, existing, goals)
 
-    def begin_event(self, done: float) -> None:  # noqa: B027 - optional
+    def begin_event(self, done: float) -> None:
         """Take note of how far the run is, before each event of a callback.
 
         Args:
             done: Events of the run that are done, over all of them: 0 at the first one, below 1.
+
+        Raises:
+            ConfigError: It is no number in [0, 1].
         """
+        require_real("done", done, "[0, 1]", example=0.0)
 
     def plan(
         self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, source: SourceMemory = NO_MEMORY
@@ -112,14 +115,21 @@ class Pruner(ABC):
         Raises:
             ConfigError: It cannot fit.
         """
+        require_targets(targets)
+        check_masks(targets, masks)
         return plan_reading(targets.device, source, 0, 0)
 
     def state_dict(self) -> dict[str, Any]:
         """Settings that a resumed run must go on with, as plain values; kept in checkpoints."""
         return {}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:  # noqa: B027 - optional
-        """Take up the settings of a checkpoint."""
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up the settings of a checkpoint.
+
+        Raises:
+            ConfigError: It holds something else.
+        """
+        require_instance("state", state, Mapping, "that of a checkpoint")
 
     @abstractmethod
     def path(
@@ -206,6 +216,19 @@ def require_allocation(allocation: object) -> None:
     require_instance("allocation", allocation, Allocation, "ERK()")
 
 
+def require_goals(targets: object, masks: object, sparsities: object) -> None:
+    """Refuse what is no `Targets`, no masks of theirs, or no list of sparsities.
+
+    Raises:
+        ConfigError: One is something else; it is named.
+    """
+    require_targets(targets)
+    check_masks(cast(Targets, targets), masks)
+    require_list("sparsities", sparsities, "[0.5, 0.75]")
+    for sparsity in cast("Sequence[float]", sparsities):
+        Unstructured().check_sparsity(sparsity)
+
+
 def check_path_arguments(targets: object, gradients: object, progress: object) -> None:
     """Refuse what `Pruner.path` cannot work on; masks and rows are checked where they are read.
 
@@ -215,7 +238,7 @@ def check_path_arguments(targets: object, gradients: object, progress: object) -
     """
     require_targets(targets)
     require_iterable("gradients", gradients, "[{target name: (n, *weight.shape)}]", error=GradientError)
-    require_callable("progress", progress, "progress(phase, done, total)", optional=True)
+    require_callable("progress", progress, "progress(phase, done, total)", 3, optional=True)
 
 
 def in_blocks(pattern: Pattern, method: str) -> Pattern:

@@ -27,7 +27,6 @@ from lightning_cap.utilities.arguments import (
     require_choice,
     require_counts,
     require_flag,
-    require_instance,
     require_real,
     require_whole,
 )
@@ -163,7 +162,7 @@ class GradientBlockwise(Blockwise):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on with the row chunk of the checkpoint."""
-        require_instance("state", state, Mapping, "that of a checkpoint")
+        super().load_state_dict(state)
         require_whole("row_chunk", state.get("row_chunk", self.row_chunk), at_most=_MOST_ROWS)
         self.row_chunk = int(state.get("row_chunk", self.row_chunk))
 

@@ -14,7 +14,7 @@ from lightning_cap.calibration.sources import NO_MEMORY, GradientSource, SourceM
 from lightning_cap.calibration.statistics import GradientSamples
 from lightning_cap.errors import GradientError
 from lightning_cap.fisher.memory_plan import MemoryPlan, plan_reading
-from lightning_cap.pruners.base import Pruner, check_path_arguments, check_room, require_allocation
+from lightning_cap.pruners.base import Pruner, check_path_arguments, check_room, require_allocation, require_goals
 from lightning_cap.pruners.paths import PruneResult, PruningPath, pack_weights
 from lightning_cap.pruners.row_mean import RowMean, temporary_bytes
 from lightning_cap.solver.ranking import select, smallest
@@ -75,7 +75,7 @@ class DropAndGrow(Pruner):
 
     def begin_event(self, done: float) -> None:
         """The cosine is taken at ``done``; see `Pruner.begin_event`."""
-        require_real("done", done, "[0, 1]")
+        super().begin_event(done)
         self._done = done
 
     @property
@@ -90,9 +90,7 @@ class DropAndGrow(Pruner):
 
     def check_goals(self, targets: Targets, masks: Mapping[str, Tensor] | None, sparsities: Sequence[float]) -> None:
         """Zeros that are there do not bind. See `Pruner.check_goals`."""
-        require_targets(targets)
-        check_masks(targets, masks)
-        require_list("sparsities", sparsities, "[0.5, 0.75]")
+        require_goals(targets, masks, sparsities)
         check_room(self, targets, dict.fromkeys(targets, 0), sparsities)
 
     def plan(
@@ -100,6 +98,7 @@ class DropAndGrow(Pruner):
     ) -> MemoryPlan:
         """See `Pruner.plan`."""
         require_targets(targets)
+        check_masks(targets, masks)
         return plan_reading(
             targets.device, source, 13 * targets.numel, temporary_bytes(targets), _BYTES * targets.numel
         )

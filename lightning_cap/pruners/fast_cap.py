@@ -30,6 +30,7 @@ from lightning_cap.solver.linalg import spd_inverse
 from lightning_cap.solver.ranking import smallest
 from lightning_cap.sparsity.allocation import Allocation, Global
 from lightning_cap.sparsity.block_layout import BlockLayout
+from lightning_cap.sparsity.masks import check_masks
 from lightning_cap.sparsity.patterns import PatternArgument
 from lightning_cap.sparsity.targets import Targets, require_targets
 from lightning_cap.utilities import distributed
@@ -100,6 +101,8 @@ class FastCAP(Pruner):
         self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, source: SourceMemory = NO_MEMORY
     ) -> MemoryPlan:
         """Blocks and factors in float64 for each place in the rows of each layer, and ``O(d)``. See `Pruner.plan`."""
+        require_targets(targets)
+        check_masks(targets, masks)
         layout = self._layout(targets)
         places = sum(_places(layout, name) for name in layout.shapes)
         entries = layout.num_blocks * layout.block_size

@@ -18,6 +18,7 @@ from lightning_cap.pruners.row_mean import temporary_bytes
 from lightning_cap.solver.ranking import select, smallest
 from lightning_cap.sparsity.allocation import Allocation, Global
 from lightning_cap.sparsity.block_layout import BlockLayout
+from lightning_cap.sparsity.masks import check_masks
 from lightning_cap.sparsity.patterns import Pattern, PatternArgument, as_pattern
 from lightning_cap.sparsity.targets import Targets, require_targets
 from lightning_cap.utilities.arguments import require_list
@@ -58,6 +59,8 @@ class Scored(Pruner):
         self, targets: Targets, masks: Mapping[str, Tensor] | None = None, *, source: SourceMemory = NO_MEMORY
     ) -> MemoryPlan:
         """``O(d)``: the saliencies, in float64 while they are summed. See `Pruner.plan`."""
+        require_targets(targets)
+        check_masks(targets, masks)
         held, after = 13 * targets.numel, 58 * targets.numel
         return plan_reading(targets.device, source, held, temporary_bytes(targets), after)
 

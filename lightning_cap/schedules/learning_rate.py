@@ -45,6 +45,10 @@ class CyclicLinearLR(LRScheduler):
         require_real("min_lr", min_lr, "[0, inf)", example=1e-5)
         _require_period(period)
         require_whole("last_epoch", last_epoch, at_least=-1)
+        if last_epoch >= 0 and not all("initial_lr" in group for group in optimizer.param_groups):
+            raise ConfigError(
+                f"last_epoch={last_epoch}: no scheduler has driven the optimizer before (it has no 'initial_lr'). Leave it at -1."
+            )
         self.min_lr = plain_float(min_lr)
         self.auto_period = period is None
         self._period = None if period is None else int(period)

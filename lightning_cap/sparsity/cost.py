@@ -37,6 +37,7 @@ class Cost(ABC):
 
     def is_exceeded(self, goal: float, saved: int, total: int) -> bool:
         """Whether more is saved already than the goal asks for, so that there is nothing left to prune."""
+        require_whole("saved", saved, at_least=0)
         return saved > self.budget(goal, total)
 
 

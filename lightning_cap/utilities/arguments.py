@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import reprlib
-from collections.abc import Collection, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence, Set
 from numbers import Integral, Real
 from os import PathLike
 from typing import Any
@@ -198,7 +199,7 @@ def require_list(name: str, value: object, example: str, error: type[ConfigError
     Raises:
         ConfigError: It is something else (or ``error``). What is in it is not looked at.
     """
-    if not isinstance(value, Collection) or isinstance(value, (str, bytes, Mapping, Set)):
+    if not isinstance(value, Collection) or isinstance(value, (str, bytes, Mapping, Set)) or _is_scalar(value):
         raise error(f"{name}={shown(value)}: give a list, such as {example}.")
 
 
@@ -210,18 +211,40 @@ def require_iterable(name: str, value: object, example: str, error: type[CAPErro
     """
     if isinstance(value, (str, bytes, Mapping)) or hasattr(value, "untyped_storage") or isinstance(value, type):
         raise error(f"{name}={shown(value)}: give several in a list or another iterable, such as {example}.")
-    if not isinstance(value, Iterable) and not hasattr(value, "__getitem__"):
+    if (not isinstance(value, Iterable) and not hasattr(value, "__getitem__")) or _is_scalar(value):
         raise error(f"{name}={shown(value)}: give a list or another iterable, such as {example}.")
 
 
-def require_callable(name: str, value: object, example: str, optional: bool = False) -> None:
-    """Refuse what cannot be called.
+def require_callable(name: str, value: object, example: str, num_arguments: int, optional: bool = False) -> None:
+    """Refuse what is no function, or not one of so many arguments.
 
     Raises:
-        ConfigError: It cannot.
+        ConfigError: It is something else, a class included.
     """
-    if not callable(value) and not (optional and value is None):
-        raise ConfigError(f"{name}={shown(value)}: give a function{_such_as(example, quote=False)}.")
+    if optional and value is None:
+        return
+    if not callable(value) or isinstance(value, type) or not _takes(value, num_arguments):
+        raise ConfigError(
+            f"{name}={shown(value)}: give a function of {num_arguments} arguments{_such_as(example, quote=False)}."
+        )
+
+
+def _takes(function: Callable[..., Any], num_arguments: int) -> bool:
+    """Whether so many arguments can be given by position; yes where that cannot be known."""
+    try:
+        signature = inspect.signature(getattr(function, "forward", function))  # of a module: of its own
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind(*range(num_arguments))
+    except TypeError:
+        return False
+    return True
+
+
+def _is_scalar(value: object) -> bool:
+    """Whether it is an array or a tensor of a single number, which only looks like a list."""
+    return getattr(value, "ndim", 1) == 0
 
 
 def _such_as(example: object, quote: bool = True) -> str:

@@ -45,6 +45,6 @@ LINES = [
     *wrong(CyclicLinearLR, "optimizer", None, "adam", [0.1], torch.optim.SGD, nn.Linear(2, 2)),
     *wrong(cyclic, "min_lr", *NO_NUMBERS, -1.0, 0.2),
     *wrong(cyclic, "period", *(value for value in NO_COUNTS if value is not None)),
-    *wrong(cyclic, "last_epoch", "0", None, True, 1.0, -2),
+    *wrong(cyclic, "last_epoch", "0", None, True, 1.0, -2, 0, 10),
     *(restart(value) for value in ("3", True, 2.5, 0, [3])),
 ]

@@ -71,6 +71,18 @@ NO_BLOCKS: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 
 
+def print_nothing() -> None:
+    """Takes no arguments."""
+
+
+def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def call(**given: Any) -> Any:
+        return function(**given)
+
+    call.__name__ = name
+    return call
+
+
 def of_paths() -> list[Line]:
     """What every pruner's ``path``, its ``at`` and its ``curve`` are given."""
     lines = []
@@ -91,11 +103,19 @@ def of_paths() -> list[Line]:
             path, "targets", None, nn.Linear(8, 4), {"a": torch.ones(4, 8)}, words=["Targets.from_model(model)"]
         )
         lines += wrong(path, "masks", "all", [True], given={"targets": targets()})
-        lines += wrong(path, "progress", "bar", 3, given={"targets": targets()})
+        lines += wrong(path, "progress", "bar", 3, int, print_nothing, given={"targets": targets()})
         lines += wrong(path, "gradients", None, 3, "rows", torch.ones(2), rows()[0], error=GradientError,
                        given={"targets": targets()})  # fmt: skip
         lines += wrong(at, "sparsity", *NO_NUMBERS, 1.0, -0.1, 50, error=PatternError, words=["[0, 1)"])
-        lines += wrong(curve, "sparsities", None, 0.5, "0.5", {0.5: 1}, words=["give a list"])
+        lines += wrong(
+            curve, "sparsities", None, 0.5, "0.5", {0.5: 1}, torch.tensor(0.5), np.array(0.5), words=["give a list"]
+        )
+        lines += wrong(
+            named(f"{name}.begin_event", pruner.begin_event), "done", "0", None, True, -0.1, 1.5, float("nan"), words=[]
+        )
+        lines += wrong(named(f"{name}.load_state_dict", pruner.load_state_dict), "state", None, 3, "state")
+        lines += wrong(named(f"{name}.plan", pruner.plan), "targets", None, "model", nn.Linear(8, 4))
+        lines += wrong(named(f"{name}.plan", pruner.plan), "masks", "all", [True], given={"targets": targets()})
         lines += [line(f"{name}.check(None)", lambda p=pruner: p.check(None), "targets=None")]
         lines += [
             line(f"{name}.check_goals of no targets", lambda p=pruner: p.check_goals(None, None, [0.5]), "targets=None")
@@ -103,6 +123,15 @@ def of_paths() -> list[Line]:
         lines += [
             line(f"{name}.check_goals({s!r})", lambda p=pruner, s=s: p.check_goals(targets(), None, s), "sparsities=")
             for s in (None, 0.5, "0.5")
+        ]
+        lines += [
+            line(
+                f"{name}.check_goals([{s!r}])",
+                lambda p=pruner, s=s: p.check_goals(targets(), None, [s]),
+                "sparsity=",
+                error=PatternError,
+            )
+            for s in (None, 1, "0.5", True)
         ]
         lines += [
             line(
@@ -184,10 +213,6 @@ def splitting(num_recomputations: Any) -> None:
     refuse_splitting(CAP(), num_recomputations)
 
 
-def done(done: Any) -> None:
-    DropAndGrow().begin_event(done)
-
-
 LINES = [
     *(entry for kind in BLOCKS for entry in wrong(kind, "block_size", *NO_COUNTS)),
     *(entry for kind in BLOCKS for entry in wrong(kind, "damp", *NO_DAMPS, 0, 0.0)),
@@ -224,7 +249,6 @@ LINES = [
         for t in (None, "model", nn.Linear(8, 4), Targets({"a": torch.ones(4, 8)}), OTHERS)
     ),
     *wrong(splitting, "num_recomputations", *NO_COUNTS),
-    *wrong(done, "done", "0", None, True, -0.1, 1.5, float("nan")),
     *wrong(solve, "weights", "w", [1.0], torch.ones(4), torch.ones(2, 4, dtype=torch.int64)),
     *wrong(solve, "alive", "all", torch.ones(2, 4), torch.ones(4, 2, dtype=torch.bool)),
     *wrong(solve, "damp", *NO_DAMPS, 0),
