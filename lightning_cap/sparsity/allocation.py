@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from fractions import Fraction
 
 from lightning_cap.errors import ConfigError
-from lightning_cap.sparsity.cost import Shapes
+from lightning_cap.sparsity.cost import Shapes, require_shapes, require_zeros
 from lightning_cap.utilities.arguments import require_instance, require_real, require_text, require_whole
 from lightning_cap.utilities.decimals import as_written, round_share
 
@@ -54,6 +54,7 @@ class Allocation(ABC):
 
     def max_zeros(self, shapes: Shapes, existing: Mapping[str, int]) -> dict[str, int]:
         """How many zeros each target may have, by its floor."""
+        require_zeros("existing", shapes, existing)
         sizes = {name: math.prod(shape) for name, shape in shapes.items()}
         floor = as_written(self.min_density)  # 0.05 of 1,000 weights is 50, not a rounding above
         kept = {name: math.ceil(floor * size) for name, size in sizes.items()}
@@ -155,6 +156,7 @@ class PerTarget(Allocation):
 
     def check(self, shapes: Shapes) -> None:
         """Refuse globs that match no target."""
+        require_shapes(shapes)
         for glob in self.sparsities:
             if not any(glob == name or fnmatch.fnmatchcase(name, glob) for name in shapes):
                 raise ConfigError(
@@ -165,6 +167,7 @@ class PerTarget(Allocation):
     def budgets(self, shapes: Shapes, existing: Mapping[str, int], zeros: int) -> Budgets:
         """One budget for each named target, and one for all others."""
         self.check(shapes)
+        require_zeros("existing", shapes, existing)
         require_whole("zeros", zeros, at_least=0)
         sizes = {name: math.prod(shape) for name, shape in shapes.items()}
         given = {name: self._given(name) for name in shapes}

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import cast
 
-from lightning_cap.utilities.arguments import require_real, require_whole
+from lightning_cap.utilities.arguments import require_instance, require_real, require_whole
 from lightning_cap.utilities.decimals import round_share
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -23,10 +24,12 @@ class Cost(ABC):
 
     def total(self, shapes: Shapes) -> int:
         """Price of all weights of all targets."""
+        require_shapes(shapes)
         return sum(price * math.prod(shapes[name]) for name, price in self.prices(shapes).items())
 
     def saved(self, shapes: Shapes, zeros: Mapping[str, int]) -> int:
         """Price of the zeros that each target has."""
+        require_zeros("zeros", shapes, zeros)
         return sum(price * zeros[name] for name, price in self.prices(shapes).items())
 
     def budget(self, goal: float, total: int) -> int:
@@ -46,7 +49,34 @@ class Parameters(Cost):
 
     def prices(self, shapes: Shapes) -> dict[str, int]:
         """1 for each target."""
+        require_shapes(shapes)
         return dict.fromkeys(shapes, 1)
+
+
+def require_shapes(shapes: object) -> None:
+    """Refuse what is no mapping from targets to their shapes.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    require_instance("shapes", shapes, Mapping, "targets.shapes")
+
+
+def require_zeros(name: str, shapes: object, zeros: object) -> None:
+    """Refuse what is no number of zeros for each target.
+
+    Args:
+        name: Of the argument.
+        shapes: Shape of each target.
+        zeros: ``{target: zeros}``.
+
+    Raises:
+        ConfigError: It is something else, or a target has none.
+    """
+    require_shapes(shapes)
+    require_instance(name, zeros, Mapping, "{target name: number of its zeros}")
+    for target in cast(Shapes, shapes):
+        require_whole(f"{name}[{target!r}]", cast("Mapping[str, object]", zeros).get(target), at_least=0)
 
 
 def steps_to(goal: float, start: float, num_steps: int) -> list[float]:

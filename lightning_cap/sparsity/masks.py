@@ -77,6 +77,7 @@ class MaskSet(Mapping[str, Tensor]):
 
     def update(self, masks: Mapping[str, Tensor]) -> None:
         """Copy ``masks`` in, all or none; weights that were masked stay masked."""
+        require_instance("masks", masks, Mapping, "result.masks")
         check_masks(self._targets, masks)
         self._masks |= {name: self._masks[name] & mask.to(self._masks[name].device) for name, mask in masks.items()}
         self._masks_changed()
@@ -87,6 +88,7 @@ class MaskSet(Mapping[str, Tensor]):
         Returns:
             ``{target name: bool (*shape)}``, True = was masked and is kept now; only targets with such weights.
         """
+        require_instance("masks", masks, Mapping, "result.masks")
         check_masks(self._targets, masks)
         new = {name: mask.to(self._masks[name].device, copy=True) for name, mask in masks.items()}
         grown = {name: mask & ~self._masks[name] for name, mask in new.items()}

@@ -30,6 +30,7 @@ from lightning_cap.sparsity.patterns import as_pattern
 from tests.support.bad_input.table import NO_COUNTS, NO_NUMBERS, Line, wrong
 
 SHAPES = {"a": (4, 8), "b": (8, 4)}
+NO_ZEROS = dict.fromkeys(SHAPES, 0)
 NO_SHARES: tuple[Any, ...] = (*NO_NUMBERS, 1.0, -0.1, 50)
 NO_FLAGS: tuple[Any, ...] = ("yes", None, 1, 0.0, [])
 
@@ -79,10 +80,27 @@ def budget(goal: Any = 0.5, total: Any = 100) -> int:
 
 def budgets(allocation: Allocation) -> list[Line]:
     def share_out(zeros: Any) -> Any:
-        return allocation.budgets(SHAPES, dict.fromkeys(SHAPES, 0), zeros)
+        return allocation.budgets(SHAPES, NO_ZEROS, zeros)
 
-    share_out.__name__ = f"{type(allocation).__name__}.budgets"
-    return wrong(share_out, "zeros", "3", None, True, 3.0, -1, [3])
+    def given(shapes: Any = SHAPES, existing: Any = NO_ZEROS) -> Any:
+        return allocation.budgets(shapes, existing, 32)
+
+    share_out.__name__ = given.__name__ = f"{type(allocation).__name__}.budgets"
+    return [
+        *wrong(share_out, "zeros", "3", None, True, 3.0, -1, [3]),
+        *wrong(given, "shapes", "a", None, 3, [(4, 8)]),
+        *wrong(given, "existing", "a", None, 3, [0]),
+        *(
+            line(
+                f"{given.__name__}(existing[{name!r}]={n!r})",
+                lambda e=e: given(existing=e),
+                f"existing[{name!r}]={n!r}",
+            )
+            for name in SHAPES
+            for n in ("0", None, True, 1.0, -1)
+            for e in [{**NO_ZEROS, name: n}]
+        ),
+    ]
 
 
 STATE = MaskSet(targets()).state_dict()
@@ -99,6 +117,8 @@ DAMAGED: dict[str, Any] = {
 
 LINES = [
     *wrong(MaskSet, "targets", None, "model", nn.Linear(2, 2), [nn.Linear(2, 2)], Targets, {"a": torch.ones(2)}),
+    *wrong(MaskSet(targets()).update, "masks", None, 3),
+    *wrong(MaskSet(targets()).replace, "masks", None, 3),
     *(line(f"MaskSet.update: {n}", lambda m=m: MaskSet(targets()).update(m), "masks", w) for n, m, w in NO_MASKS),
     *(line(f"MaskSet.replace: {n}", lambda m=m: MaskSet(targets()).replace(m), "masks", w) for n, m, w in NO_MASKS),
     *(
@@ -155,6 +175,10 @@ LINES = [
         for key in (3, None, "", True)
     ),
     *(entry for allocation in (Global(), Uniform(), ERK(), PerTarget({"a": 0.5})) for entry in budgets(allocation)),
+    *wrong(Parameters().prices, "shapes", None, "a", 3, ["a"]),
+    *wrong(Parameters().total, "shapes", None, "a", 3, ["a"]),
+    *wrong(Parameters().saved, "zeros", None, "a", 3, ["a"], given={"shapes": SHAPES}),
+    *wrong(Parameters().is_exceeded, "saved", None, "3", True, 3.0, -1, given={"goal": 0.5, "total": 64}),
     *wrong(budget, "goal", *NO_NUMBERS, -0.1, 1.5),
     *wrong(budget, "total", "3", None, True, 3.0, -1),
     *wrong(steps_to, "goal", "0.5", None, 2.0, given={"start": 0.0, "num_steps": 2}),
