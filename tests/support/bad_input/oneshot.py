@@ -26,6 +26,14 @@ def loss(net: nn.Module, batch: Any) -> Tensor:
     return nn.functional.cross_entropy(net(batch[0]), batch[1])
 
 
+def without_arguments() -> Tensor:
+    return torch.zeros(())
+
+
+def of_batches(batch: Any) -> Tensor:
+    return torch.zeros(())
+
+
 def pruned(**given: Any) -> Any:
     """Named as `prune`; raises `AssertionError` where the model is not left as it was."""
     net = given.setdefault("model", model())
@@ -50,7 +58,7 @@ def of_loss(name: str, function: Callable[..., Any], *words: str, pruner: Pruner
 LINES = [
     *wrong(pruned, "model", None, "model", 3, nn.Linear, [nn.Linear(2, 2)], {"a": torch.ones(2)}),
     *wrong(pruned, "batches", None, 3, "data", True, torch.ones(8, 6), {"x": torch.ones(8, 6)}, object, torch.ones(())),
-    *wrong(pruned, "loss_fn", None, "loss", 3, [loss], torch.ones(2), lambda: 0, lambda batch: 0, int, CAP, nn.Linear(2, 2)),
+    *wrong(pruned, "loss_fn", None, "loss", 3, [loss], torch.ones(2), without_arguments, of_batches, int, CAP, nn.Linear(2, 2)),
     *wrong(pruned, "sparsity", *NO_NUMBERS, 1.0, -0.1, 50, torch.tensor(0.5), error=PatternError),
     *wrong(pruned, "pruner", CAP, "CAP", 3, [CAP()], True, NofM()),
     *wrong(pruned, "include", "2.weight", 3, True, {"2.weight": 1}, [3], [None], error=TargetError),
