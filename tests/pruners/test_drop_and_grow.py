@@ -24,6 +24,7 @@ from lightning_cap.pruners import DropAndGrow, Pruner, PruneResult
 from lightning_cap.sparsity.allocation import Global, Uniform
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities import distributed
+from tests.support.comparing import Data
 from tests.support.problems import Rows, gradient_rows, random_masks, random_targets
 from tests.support.processes import on_ranks
 from tests.support.toy import Toy, ToyData, loss, trainer
@@ -180,7 +181,7 @@ def test_one_shot_refuses_it(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedError, match=r"pruner=DropAndGrow.*does not train"):
         prune(nn.Linear(4, 4), [], loss, 0.5, DropAndGrow(), include=["weight"])
     with pytest.raises(UnsupportedError, match="pruner=DropAndGrow"):
-        compare(trainer(tmp_path), Toy(), DropAndGrow(), [0.5])
+        compare(trainer(tmp_path), Toy(), DropAndGrow(), [0.5], datamodule=Data())
 
 
 def test_instantiates_from_yaml() -> None:
