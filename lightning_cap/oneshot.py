@@ -66,7 +66,9 @@ def prune(
     """
     require_instance("model", model, nn.Module, "a torch model")
     require_iterable("batches", batches, "[(inputs, labels)] or a DataLoader")
-    require_callable("loss_fn", loss_fn, "lambda model, batch: cross_entropy(model(batch[0]), batch[1])", 2)
+    require_callable(
+        "loss_fn", loss_fn, "lambda model, batch: cross_entropy(model(batch[0]), batch[1])", num_arguments=2
+    )
     require_instance("pruner", pruner, Pruner, "CAP()", optional=True)
     require_flag("progress", progress)
     pruner = CAP() if pruner is None else pruner

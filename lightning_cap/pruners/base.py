@@ -238,7 +238,7 @@ def check_path_arguments(targets: object, gradients: object, progress: object) -
     """
     require_targets(targets)
     require_iterable("gradients", gradients, "[{target name: (n, *weight.shape)}]", error=GradientError)
-    require_callable("progress", progress, "progress(phase, done, total)", 3, optional=True)
+    require_callable("progress", progress, "progress(phase, done, total)", optional=True, num_arguments=3)
 
 
 def in_blocks(pattern: Pattern, method: str) -> Pattern:

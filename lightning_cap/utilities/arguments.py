@@ -215,22 +215,27 @@ def require_iterable(name: str, value: object, example: str, error: type[CAPErro
         raise error(f"{name}={shown(value)}: give a list or another iterable, such as {example}.")
 
 
-def require_callable(name: str, value: object, example: str, num_arguments: int, optional: bool = False) -> None:
+def require_callable(
+    name: str, value: object, example: str, optional: bool = False, num_arguments: int | None = None
+) -> None:
     """Refuse what is no function, or not one of so many arguments.
 
     Raises:
-        ConfigError: It is something else, a class included.
+        ConfigError: It is something else; where ``num_arguments`` is given, also for a class.
     """
     if optional and value is None:
         return
-    if not callable(value) or isinstance(value, type) or not _takes(value, num_arguments):
-        raise ConfigError(
-            f"{name}={shown(value)}: give a function of {num_arguments} arguments{_such_as(example, quote=False)}."
-        )
+    if not callable(value) or not _takes(value, num_arguments):
+        of = "" if num_arguments is None else f" of {num_arguments} arguments"
+        raise ConfigError(f"{name}={shown(value)}: give a function{of}{_such_as(example, quote=False)}.")
 
 
-def _takes(function: Callable[..., Any], num_arguments: int) -> bool:
+def _takes(function: Callable[..., Any], num_arguments: int | None) -> bool:
     """Whether so many arguments can be given by position; yes where that cannot be known."""
+    if num_arguments is None:
+        return True
+    if isinstance(function, type):
+        return False
     try:
         signature = inspect.signature(getattr(function, "forward", function))  # of a module: of its own
     except (TypeError, ValueError):
