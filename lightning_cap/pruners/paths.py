@@ -45,7 +45,8 @@ class PruneResult:
         """Short: no tensors."""
         numel = sum(weight.numel() for weight in self.weights.values())
         predicted = "" if self.predicted_loss is None else f"predicted_loss={self.predicted_loss:.4g}, "
-        return f"PruneResult(sparsity={self.sparsity:.4f}, {predicted}{len(self.weights)} targets of {numel} weights)"
+        plural = "s" if len(self.weights) > 1 else ""
+        return f"PruneResult(sparsity={self.sparsity:.4f}, {predicted}{len(self.weights)} target{plural} of {numel} weights)"
 
     def apply(self, targets: Targets) -> None:
         """Write the weights into the model, in place.
