@@ -24,7 +24,7 @@ _SHARE = 0.8  # of the free memory: the rest is for training, later
 # bytes for an entry of a block besides its Fisher
 _FIRST_PASS = 5  # weight 4, alive 1
 _LATER_PASS = 24  # and rank 2, loss 4, score 4, pruned 1, new weights 4, diagonal 4
-_SOLVED = 30  # and the result, or the keys that the scores are sorted by
+_SOLVED = 48  # and the result, and what the scores are sorted by
 
 
 @dataclass(frozen=True)

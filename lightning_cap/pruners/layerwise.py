@@ -82,9 +82,12 @@ class LayerwiseOBS(Blockwise):
         backend = choose_backend(self.backend, alive.device, self.pattern)
         chunk = max(1, min(2**22 // B**2, len(shares[0])))
         inputs = [torch.Size(shape[1:]).numel() for shape in layout.shapes.values()]  # at the most: groups have fewer
-        hessians = 8 * sum(n**2 for n in inputs) + 4 * 8 * max(inputs, default=0) ** 2
-        solve = work_bytes(backend, B, chunk, packed=False) + 8 * chunk * B**2
-        peak = 30 * entries + 4 * B * sum(n + B for n in inputs) + max(source.computing(1) + hessians, solve)
+        hessians, largest = 8 * sum(n**2 for n in inputs), 8 * max(inputs, default=0) ** 2
+        blocks = 4 * B * sum(n + B for n in inputs)
+        reading = 5 * entries + hessians + max(source.computing(1), source.row + largest)
+        cutting = 5 * entries + hessians + blocks + 3 * largest
+        solve = 48 * entries + blocks + work_bytes(backend, B, chunk, packed=False) + 8 * chunk * B**2
+        peak = max(reading, cutting, solve)
         return MemoryPlan(alive.device, peak, None, "block_size", alive.device, 0, (shares,), chunk)
 
     def read_blocks(
