@@ -135,11 +135,18 @@ class CAPCLI(LightningCLI):
     def __init__(self, **kwargs: Any) -> None:
         self._to_come: list[Path] = []
         try:
-            super().__init__(**{"parser_class": CAPParser, **kwargs})
+            super().__init__(**kwargs)
         except Exception as error:
             if _mistake(error) is not None:
                 remove_unused(self._to_come)
             raise
+
+    def init_parser(self, **kwargs: Any) -> LightningArgumentParser:
+        """Lightning's parser, but for its messages; only from 2.6 on does Lightning take its class."""
+        kwargs.setdefault("dump_header", [f"lightning.pytorch=={pl.__version__}"])
+        parser = CAPParser(**kwargs)
+        parser.add_argument("-c", "--config", action="config", help="Path to a configuration file in YAML or JSON.")
+        return parser
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
