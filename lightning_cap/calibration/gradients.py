@@ -28,7 +28,7 @@ _log = logging.getLogger(__name__)
 
 _VMAP_FLOATS = 2**27  # per-sample gradients held at once, 512 MiB
 _VMAP_ROWS = 64
-_TRIED = 4  # rows that are computed to see what one takes
+_TRIED = 2  # rows that are computed to see what one takes; more would break a small limit themselves
 
 
 class GradientCollector:

@@ -156,6 +156,11 @@ class GradientBlockwise(Blockwise):
         """Gradient rows."""
         return GradientSamples(self.num_gradients, self.samples_per_gradient)
 
+    @property
+    def row_buffer(self) -> int:
+        """Rows that are held before they are added up; no more than there are."""
+        return min(self.row_chunk, self.num_gradients)
+
     def state_dict(self) -> dict[str, Any]:
         """The row chunk, on which results depend by rounding."""
         return {"row_chunk": self.row_chunk}
@@ -199,14 +204,14 @@ class FisherBlockwise(GradientBlockwise):
     def memory_model(self, layout: BlockLayout, alive: Tensor, source: SourceMemory) -> MemoryModel:
         """Blocks in the storage and the backend of this pruner."""
         backend = choose_backend(self.solver_backend, alive.device, self.pattern)
-        sizes = layout.block_size, layout.num_blocks, self.row_chunk
+        sizes = layout.block_size, layout.num_blocks, self.row_buffer
         return MemoryModel(*sizes, self.storage, backend, source, world_size())
 
     def read_blocks(self, layout: BlockLayout, plan: MemoryPlan, number: int, gradients: GradientSource) -> Any:
         """Add up the Fisher of this rank's blocks of one pass."""
         where = plan.storage_device, plan.shares[number]
         with raise_on_all_ranks("Making room for the Fisher"):
-            fisher = EmpiricalFisher(layout, plan.device, self.row_chunk, self.storage, *where, self.allow_tf32)
+            fisher = EmpiricalFisher(layout, plan.device, self.row_buffer, self.storage, *where, self.allow_tf32)
         with reading(gradients) as chunks:
             for chunk in chunks:
                 fisher.update(chunk)

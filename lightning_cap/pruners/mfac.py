@@ -69,14 +69,14 @@ class MFAC(GradientBlockwise):
 
     def memory_model(self, layout: BlockLayout, alive: Tensor, source: SourceMemory) -> MemoryModel:
         """Gradient rows in place of Fisher blocks."""
-        sizes = layout.block_size, layout.num_blocks, self.row_chunk
+        sizes = layout.block_size, layout.num_blocks, self.row_buffer
         rows, static = self.num_gradients, self.mode == "static"
         return _RowMemoryModel(*sizes, "full", "torch", source, world_size(), rows=rows, static=static)
 
     def read_blocks(self, layout: BlockLayout, plan: MemoryPlan, number: int, gradients: GradientSource) -> RowBlocks:
         """Keep the rows of this rank's blocks of one pass."""
         with raise_on_all_ranks("Making room for the gradients"):
-            rows = GradientRows(layout, plan.device, self.row_chunk, "full", plan.storage_device, plan.shares[number])
+            rows = GradientRows(layout, plan.device, self.row_buffer, "full", plan.storage_device, plan.shares[number])
         with reading(gradients) as chunks:
             for chunk in chunks:
                 rows.update(chunk)

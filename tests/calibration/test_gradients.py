@@ -231,7 +231,7 @@ def test_out_of_memory_halves_the_samples_at_once(caplog: pytest.LogCaptureFixtu
 
     collector._computer.at_once = scarce  # type: ignore[method-assign]
     found = rows(collector)
-    assert sizes[:8] == [2, 4, 8, 8, 8, 8, 4, 2]  # tries, then 64 at once, 32, 16, 8, 4, 2 of a batch of 8
+    assert sizes[:8] == [1, 2, 8, 8, 8, 8, 4, 2]  # tries, then 64 at once, 32, 16, 8, 4, 2 of a batch of 8
     assert max(sizes[7:]) == 2
     for name in targets:
         torch.testing.assert_close(found[name], expected[name])
