@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import shutil
 import tempfile
 import time
 import uuid
@@ -33,17 +34,21 @@ def atomic(path: Path) -> Iterator[Path]:
     Raises:
         OSError: The system refuses, as on a full disk; it names ``path``.
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    holder = path.with_name(
+        f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
+    )  # a folder: some libraries write beside and rename too
+    temporary = holder / "part"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _writing_in(path.parent):
             try:
+                holder.mkdir()
                 yield temporary
                 with temporary.open("rb+") as written:
                     os.fsync(written.fileno())
                 os.replace(temporary, path)
             finally:
-                temporary.unlink(missing_ok=True)
+                shutil.rmtree(holder, ignore_errors=True)
     except OSError as error:
         if error.filename is None:
             error.filename = str(path)
@@ -79,7 +84,7 @@ def _remove_temporary(folder: Path, older_than: float | None = None) -> None:
         if _TEMPORARY.fullmatch(temporary.name):
             with suppress(FileNotFoundError):  # another process has just renamed or removed it
                 if older_than is None or temporary.stat().st_mtime < time.time() - older_than:
-                    temporary.unlink()
+                    shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
 
 
 def require_writable(argument: str, value: object, folder: Path) -> None:

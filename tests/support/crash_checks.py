@@ -90,9 +90,9 @@ def check_files(folder: Path, schedule: dict[int, float] = SCHEDULE) -> None:
                 epochs = [record.epoch for record in read_records(path, EventRecord)]
                 assert epochs == sorted(schedule)[: len(epochs)]
         else:
-            assert path.name.startswith("."), f"{path.name} is visible"
-            # ours, or the one that the safetensors library writes to before it renames
-            assert path.suffix == ".tmp" or path.name.startswith(".tmp")
+            hidden = path.parent.name
+            assert hidden.startswith("."), f"{path.name} is visible"
+            assert hidden.endswith(".tmp")
 
 
 def same(a: Any, b: Any, where: str = "") -> None:

@@ -96,9 +96,13 @@ def _install_border(moments: Moments) -> None:
     """As if every folder were a file system of its own: files cannot be renamed from one into another, only copied."""
     rename, replace, copy = os.rename, os.replace, shutil.copyfile
 
+    def place(path: Any) -> Path:
+        folder = Path(path).parent
+        return folder.parent if folder.suffix == ".tmp" else folder  # made in it for a moment, so on the same one
+
     def within(move: Callable[..., None]) -> Callable[..., None]:
         def call(source: Any, target: Any) -> None:
-            if Path(source).parent != Path(target).parent:
+            if place(source) != place(target):
                 raise OSError(errno.EXDEV, "Invalid cross-device link")
             move(source, target)
 

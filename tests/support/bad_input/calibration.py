@@ -29,6 +29,7 @@ NO_FUNCTIONS: tuple[Any, ...] = ("loss", None, 3, [], {})
 NO_OBJECTS: tuple[Any, ...] = ("x", None, 3, [], nn.Identity)
 CPU = torch.device("cpu")
 LINEAR = nn.Linear(6, 4)
+nn.init.ones_(LINEAR.weight)  # shown in names, which are the same in every process
 LAYOUT = Targets.from_model(LINEAR, include=["weight"]).blocks(8)
 
 
