@@ -86,7 +86,7 @@ class LayerwiseOBS(Blockwise):
         blocks = 4 * B * sum(n + B for n in inputs)
         reading = 5 * entries + hessians + max(source.computing(1), source.row + largest)
         cutting = 5 * entries + hessians + blocks + 3 * largest
-        solve = 48 * entries + blocks + work_bytes(backend, B, chunk, packed=False) + 8 * chunk * B**2
+        solve = 32 * entries + blocks + work_bytes(backend, B, chunk, packed=False) + 8 * chunk * B**2
         peak = max(reading, cutting, solve)
         return MemoryPlan(alive.device, peak, None, "block_size", alive.device, 0, (shares,), chunk)
 
