@@ -33,9 +33,9 @@ def oneshot(benchmarks: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch) -
 
 @pytest.fixture
 def data(tmp_path: Path, oneshot: Any) -> Path:
-    """Three images of each class in each split, and weights that were never trained."""
+    """Seven images of each class in each split, and weights that were never trained."""
     for seed, split in enumerate(("train", "val")):
-        write_tar(tmp_path / f"data/cifar10/{split}.tar", small_images(DIGITS, each=3, side=32, seed=100 * seed))
+        write_tar(tmp_path / f"data/cifar10/{split}.tar", small_images(DIGITS, each=7, side=32, seed=100 * seed))
     (tmp_path / "data/weights").mkdir()
     torch.manual_seed(0)
     for name in ("resnet20", "small"):

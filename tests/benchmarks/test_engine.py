@@ -117,6 +117,7 @@ def test_gpu_rows_run_on_a_cpu(benchmarks: Any, monkeypatch: pytest.MonkeyPatch)
     assert event["passes"] == 1
 
 
+@pytest.mark.slow
 def test_engine_prints_a_table_and_writes_json(
     benchmarks: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,6 +18,7 @@ def one(**more: Any) -> dict[str, Any]:
 
 
 @LINUX
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["CAP", "LayerwiseOBS", "Magnitude"])
 def test_an_event_is_planned_and_measured(benchmarks: Any, name: str) -> None:
     memory = benchmarks("memory")

@@ -239,6 +239,7 @@ def test_n_of_m_written_wrongly_in_yaml_is_explained(
     assert message in str(caught.value) + capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_print_config_and_help() -> None:
     command = [sys.executable, "-m", "lightning_cap.cli"]
     shown = subprocess.run([*command, "fit", "--config", GRADUAL, "--print_config"], capture_output=True, text=True)
@@ -282,6 +283,7 @@ def test_hyperparameters_in_a_checkpoint_do_not_change_the_configured_model(tmp_
     assert cli.config["validate"]["ckpt_path"] == str(tmp_path / "last.ckpt")
 
 
+@pytest.mark.slow
 def test_class_paths_may_name_files_in_the_working_folder(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(
         "from lightning_cap.pruners import Magnitude\n\n\nclass MyPruner(Magnitude):\n    pass\n"

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support import ROOT
 
 TINY = [
@@ -47,5 +49,6 @@ def test_neither_a_home_nor_a_place_for_compiled_code(tmp_path: Path) -> None:
     assert sorted(path for path in tmp_path.rglob("*") if tmp_path / "work" not in (path, *path.parents)) == before
 
 
+@pytest.mark.slow
 def test_threads_that_are_none(tmp_path: Path) -> None:
     assert pruned(tmp_path, ROOT, OMP_NUM_THREADS="0", MKL_NUM_THREADS="0") == {"runs"}

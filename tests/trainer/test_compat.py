@@ -30,7 +30,8 @@ from tests.support import ROOT
 from tests.support.toy import Toy, ToyData, callback, loaders, trainer
 
 PACKAGE = Path(lightning_cap.__file__).parent
-TORCHS = {  # private names of torch's, which this is not about
+TORCHS = {  # private names of torch's and argparse's, which this is not about
+    "_actions",
     "_ConvNd",
     "_NormBase",
     "_foreach_mul_",
@@ -160,8 +161,9 @@ def test_a_comparison_needs_the_launcher_only_of_a_strategy_that_has_one(
     spawning = trainer(tmp_path, devices=2, strategy="ddp_spawn")
     assert compat.spawns_processes(spawning)
     monkeypatch.delattr("lightning.pytorch.strategies.launchers._MultiProcessingLauncher")
+    data = pl.LightningDataModule.from_datasets(ToyData(), ToyData(), batch_size=8)
     with pytest.raises(UnsupportedError, match=r"launchers has no '_MultiProcessingLauncher'"):
-        compare(spawning, Toy(), Magnitude(), [0.5], folder=tmp_path)
+        compare(spawning, Toy(), Magnitude(), [0.5], folder=tmp_path, datamodule=data)
 
 
 def test_the_error_says_all_that_a_report_needs() -> None:
