@@ -37,6 +37,7 @@ def pruned(folder: Path, package: Path, **environment: str) -> set[str]:
     return {path.name for path in folder.iterdir()}
 
 
+@pytest.mark.slow
 def test_neither_a_home_nor_a_place_for_compiled_code(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "lightning_cap", tmp_path / "lightning_cap", ignore=shutil.ignore_patterns("__pycache__"))
     for folder in [path.parent for path in tmp_path.rglob("__init__.py")]:

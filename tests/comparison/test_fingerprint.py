@@ -206,6 +206,7 @@ found = checksum(canonicalize(values))
 """
 
 
+@pytest.mark.slow
 def test_descriptions_do_not_change_from_process_to_process() -> None:
     """Not even where strings have other hashes, and sets another order."""
     here: dict[str, Any] = {}

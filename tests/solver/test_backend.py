@@ -159,6 +159,7 @@ def _solve_large_blocks() -> list[bool]:
     return found
 
 
+@pytest.mark.slow
 def test_large_blocks_finish_under_two_threads(tmp_path: Path) -> None:
     """Batched inv, lu and solve hang in MKL there (n >= 160)."""
     assert in_fresh_process(tmp_path, _solve_large_blocks) == [False, False, True, True]

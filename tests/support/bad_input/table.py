@@ -53,8 +53,8 @@ class Line:
         for word in self.words:
             assert word in message, f"{word!r} is not in: {message}"
         assert "\n" not in message, message
-        assert files(folder) == before
-        assert _state() == state
+        assert files(folder) == before, f"left behind: {files(folder).keys() ^ before.keys()}"
+        assert _state() == state, "the process is not as it was"
 
 
 def wrong(
