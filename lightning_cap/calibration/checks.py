@@ -40,7 +40,8 @@ def check_samples(**counts: int) -> None:
     if math.prod(counts.values()) > MOST_SAMPLES:
         given = ", ".join(f"{name}={value}" for name, value in counts.items())
         raise ConfigError(
-            f"{given}: a collection may draw {MOST_SAMPLES:,} samples, and these are {math.prod(counts.values()):,}. Give fewer."
+            f"{given}: a collection may draw {MOST_SAMPLES:,} samples, num_gradients times samples_per_gradient; these are "
+            f"{math.prod(counts.values()):,}. Give fewer."
         )
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.pytorch.utilities.model_helpers import is_overridden
 
-from lightning_cap.trainer.checkpoints import check_checkpoint
+from lightning_cap.trainer.checkpoints import check_checkpoint, check_weights
 from lightning_cap.utilities import distributed
 from lightning_cap.utilities.files import atomic
 
@@ -21,7 +22,14 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     Lightning writes to the system's folder for temporary files and moves the result. Where that is on another file system
     than the checkpoints, to move is to copy over the old checkpoint: a kill or a full disk then leaves half a file, and the
     old one is lost.
+
+    Args:
+        module: The LightningModule that checkpoints are to be loaded into; those of another model are refused before.
     """
+
+    def __init__(self, module: pl.LightningModule | None = None) -> None:
+        super().__init__()
+        self._module = module
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write beside ``path`` and rename. Remote paths are left to Lightning.
@@ -43,7 +51,11 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         if kwargs.get("weights_only") is not False:
             check_checkpoint(path)
-        return super().load_checkpoint(path, *args, **kwargs)
+        held: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
+        module = self._module
+        if module is not None and module.strict_loading and not is_overridden("on_load_checkpoint", module):
+            check_weights(path, held.get("state_dict", {}), module)
+        return held
 
 
 def _save(checkpoint: dict[str, Any], path: Path) -> None:
@@ -55,7 +67,7 @@ def _save(checkpoint: dict[str, Any], path: Path) -> None:
 def make_checkpoints_atomic(trainer: pl.Trainer) -> None:
     """Let a Trainer that saves checkpoints in Lightning's own way do so by `AtomicCheckpointIO`."""
     if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-        trainer.strategy.checkpoint_io = AtomicCheckpointIO()
+        trainer.strategy.checkpoint_io = AtomicCheckpointIO(trainer.lightning_module)
 
 
 class _Deferred(CheckpointIO):

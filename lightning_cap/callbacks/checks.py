@@ -113,8 +113,10 @@ def refuse_unlogged(trainer: pl.Trainer, monitor: str | None) -> None:
     Raises:
         ConfigError: It did not; those that it did are listed.
     """
-    logged = trainer.callback_metrics
-    if monitor is not None and monitor not in logged:
+    if monitor is None:
+        return
+    logged = {name for names in distributed.gather_objects(list(trainer.callback_metrics)) for name in names}
+    if logged and monitor not in logged:  # where nothing is logged yet, it may come
         near = difflib.get_close_matches(monitor, list(logged), n=1)
         hint = f"Did you mean {near[0]!r}? " if near else ""
         raise ConfigError(

@@ -11,20 +11,21 @@ from pathlib import Path
 import lightning.pytorch as pl
 from lightning.pytorch.loggers import Logger
 
-_ABOUT_THE_RUN = ("hparams.yaml", "config.yaml")
+_ABOUT_THE_RUN = ("hparams.yaml",)
 
 
 def remove_empty_logs(trainer: pl.Trainer, since: float) -> None:
     """Have the log folder of a run that has logged nothing removed, and the folders above it that are then empty.
 
     That is done when the loggers have come to their end, which Lightning lets them do after ``on_exception``. A folder stays if it
-    holds any file that is older than the run, or another one than loggers and the command line write before the first step.
+    holds any file that is older than the run, or another one than loggers write before the first step.
 
     Args:
         trainer: Whose loggers have made the folder.
         since: Seconds since the epoch, before the run began.
     """
-    kept = (Path.cwd(), Path.home(), Path(trainer.default_root_dir).resolve())
+    home = Path(os.path.expanduser("~"))  # where there is none, it stays so
+    kept = (Path.cwd(), home, Path(trainer.default_root_dir).resolve())
     for logger in trainer.loggers if trainer.is_global_zero else ():
         folder, root = getattr(logger, "log_dir", None), logger.save_dir
         if isinstance(folder, str) and root is not None and "://" not in folder and _is_new(Path(folder), since):

@@ -40,6 +40,7 @@ from lightning_cap.trainer.evaluation import evaluate
 from lightning_cap.trainer.event import EventReport, PruningEvent
 from lightning_cap.trainer.progress_bar import end_bar, event_progress
 from lightning_cap.utilities import distributed
+from lightning_cap.utilities.arguments import shown
 
 
 class CAPPruningCallback(CheckpointedRun):
@@ -94,24 +95,26 @@ class CAPPruningCallback(CheckpointedRun):
         self.evaluate = evaluate
         self.seed = seed
         checks.check_settings(self)
-        self._validated = -1
+        self._validated, self._stepped = -1, False
         self._warned: set[str] = set()
         self._made = time.time() - 1  # what is older is another run's; file systems round
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.schedule!r}, {self.pruner!r})"
+        return f"{type(self).__name__}({shown(self.schedule)}, {type(self.pruner).__name__})"
 
     # ------------------------------------------------------------------ start
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave no folder of logs behind of what was refused before the first step."""
-        if isinstance(exception, CAPError) and trainer.global_step == 0:
+        if isinstance(exception, CAPError) and not self._stepped:
             remove_empty_logs(trainer, self._made)
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Refuse what cannot work before anything runs."""
+        make_checkpoints_atomic(trainer)
         if stage != "fit":
             return
+        self._stepped = False
         self._restored, self._packed = None, None  # of a fit that did not come to its end
         self._previous, self._run = self._run or self._previous, None
         checks.refuse_sharding(trainer)
@@ -120,7 +123,6 @@ class CAPPruningCallback(CheckpointedRun):
         if not is_dry(trainer) and self.save != "none":
             checks.refuse_unwritable(trainer, self.dirpath)
         checks.refuse_manual(pl_module, pruners_of(self.pruner, self.schedule, self._events(trainer)))
-        make_checkpoints_atomic(trainer)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the targets if they are known, restore or begin the masks, and put them in force."""
@@ -168,8 +170,8 @@ class CAPPruningCallback(CheckpointedRun):
         due = run.missed(self._state.done)
         if self._state.cycle is not None and trainer.current_epoch not in due:
             self._state.cycle.saved = False  # where it ended before, it goes on now
-        if self._restored is not None:
-            warn_of_differences(self._restored.settings, self._settings(run), run.events, self._state.done, due)
+        saved = {} if self._restored is None else self._restored.settings
+        warn_of_differences(saved, self._settings(run), run.events, self._state.done, due)
         refuse_beyond_max_steps(trainer, list(due))
         goals = list(due.values())
         validate_steps(self.pruner, self.schedule, run.targets, run.masks, goals, self.num_recomputations)
@@ -178,6 +180,9 @@ class CAPPruningCallback(CheckpointedRun):
                 self._event(trainer, pl_module, pruner).dry_run(self._state.collection_index)
         if self._restored is not None and compat.restarted_mid_epoch(trainer):
             restore_random_state(self._restored.rng)
+        files = self._log_files(trainer)
+        if files is not None and trainer.is_global_zero:
+            files.reserve()
 
     # ----------------------------------------------------------------- events
 
@@ -248,6 +253,7 @@ class CAPPruningCallback(CheckpointedRun):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Pruned weights are zero, in averaged copies too."""
+        self._stepped = True
         self._active.masks.apply_to_weights()
         mask_averages(trainer, self._active.masks)
 

@@ -41,6 +41,11 @@ class RunFiles:
         names = [path for goal in goals for best in (False, True) for path in self.of_cycle(goal, best)]
         return any(path.exists() for path in (self.events, *names))
 
+    def reserve(self) -> None:
+        """Make the file of the events, so that no other run takes these names. Call it on rank 0 alone."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.events.touch()
+
 
 def checkpoint_dir(trainer: pl.Trainer, dirpath: str | None) -> Path:
     """``dirpath``, or ``checkpoints`` in the logger's folder, or in ``default_root_dir``. Call it on every rank."""

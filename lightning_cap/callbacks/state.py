@@ -14,7 +14,7 @@ from lightning_cap.errors import CAPError, ConfigError, DataError
 from lightning_cap.pruners import Pruner
 from lightning_cap.sparsity.ends import Ends
 from lightning_cap.sparsity.masks import MaskSet
-from lightning_cap.utilities.arguments import shown
+from lightning_cap.utilities.arguments import is_real, is_whole, shown
 
 _VERSION = 2  # of the fields; a state of another version is refused
 
@@ -94,6 +94,14 @@ def decode_state(held: Any) -> tuple[RunState, Restored]:
         if not isinstance(held[name], kind):
             raise _damaged(f"its {name!r} is a {type(held[name]).__name__}")
     values = {name: held[name] for name in kinds}
+    for name, sound in (
+        ("collection_index", held["collection_index"] >= 0),
+        ("done", all(is_whole(epoch) for epoch in held["done"])),
+        ("rng", all(isinstance(state, dict) for state in held["rng"])),
+        ("cycle", held["cycle"] is None or is_real(held["cycle"].get("goal"))),
+    ):
+        if not sound:
+            raise _damaged(f"its {name!r} is {shown(held[name])}")
     try:
         values["cycle"] = None if held["cycle"] is None else Cycle(**held["cycle"])
         values["history"] = [CycleRecord.from_json(line) for line in held["history"]]

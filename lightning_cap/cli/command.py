@@ -22,7 +22,7 @@ from lightning_cap.comparison.records import RESULTS
 from lightning_cap.errors import CAPError, ConfigError
 from lightning_cap.pruners import Pruner
 from lightning_cap.report import print_comparison, report
-from lightning_cap.trainer.checkpoints import check_checkpoint
+from lightning_cap.trainer.checkpoints import check_checkpoint, naming_mismatch
 from lightning_cap.utilities.arguments import require_instance, require_path, require_whole
 from lightning_cap.utilities.files import require_writable
 
@@ -135,7 +135,11 @@ class CAPCLI(LightningCLI):
     def __init__(self, **kwargs: Any) -> None:
         self._to_come: list[Path] = []
         try:
-            super().__init__(**kwargs)
+            try:
+                super().__init__(**kwargs)
+            except RuntimeError:
+                with naming_mismatch(getattr(self, "_ckpt_path", None)):
+                    raise
         except Exception as error:
             if _mistake(error) is not None:
                 remove_unused(self._to_come)

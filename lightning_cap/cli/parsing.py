@@ -94,7 +94,8 @@ def _place_of(setting: str, callbacks: list[Any], option: str) -> int:
     if name in ("class_path", "dict_kwargs"):
         return len(callbacks) - 1
     taken = [_settings(callback) for callback in callbacks]
-    having = [place for place, names in enumerate(taken) if names is None or name in names]
+    having = [place for place, names in enumerate(taken) if names is not None and name in names]
+    having = having or [place for place, names in enumerate(taken) if names is None]  # they take any
     if not having:
         listed = {known for names in taken for known in names or ()}
         raise ConfigError(f"{option}: no callback has a setting {name!r}{near(name, listed)}")

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 
 from lightning_cap.errors import DataError
 from lightning_cap.utilities.arguments import require_path, shown
@@ -81,6 +82,37 @@ def naming_mismatch(path: str | os.PathLike[str] | None, argument: str = "ckpt_p
 
 def _is_version(value: object) -> bool:
     return isinstance(value, str) and re.fullmatch(r"\d+(\.\d+)+([.+-]?[a-z]+\d*)*(\+[\w.]+)?", value) is not None
+
+
+def check_weights(path: str | os.PathLike[str], saved: Mapping[str, Any], model: nn.Module) -> None:
+    """Refuse weights of another model, before any of them is loaded.
+
+    Args:
+        path: The checkpoint, to be named.
+        saved: Its state dict.
+        model: What is to take it.
+
+    Raises:
+        DataError: Names are missing or unknown, or a shape differs.
+    """
+    own = model.state_dict()
+    told = [
+        f"{what} {shown(names[0])}{f' and {len(names) - 1} more' if len(names) > 1 else ''}"
+        for what, names in (
+            ("it lacks", [name for name in own if name not in saved]),
+            ("it has, and the model has not,", [name for name in saved if name not in own]),
+            ("of another shape is", [n for n, v in own.items() if _shape(saved.get(n, v)) != _shape(v)]),
+        )
+        if names
+    ]
+    if told:
+        raise DataError(
+            f"ckpt_path={shown(os.fspath(path))}: it is of another model: {'; '.join(told)}. Give a checkpoint of this one."
+        )
+
+
+def _shape(value: Any) -> Any:
+    return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
 def _read(path: Path, named: str) -> Any:

@@ -52,6 +52,8 @@ def refuse_broken_loss(
         if not isinstance(value, Tensor) or bool(torch.isfinite(value).all()):  # what is no tensor is refused elsewhere
             return
     reason = _why(trainer, "before training. Check calibration_step or training_step, the data, and the precision")
+    if trainer.global_step and hasattr(module, "calibration_step"):
+        reason += ". Or it is calibration_step that gives it: check it"
     raise GradientError(f"loss: it is {float(value.flatten()[0])} on a whole calibration batch {reason}.")  # type: ignore[union-attr]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from textwrap import shorten
 from typing import Any
@@ -23,6 +24,8 @@ from lightning_cap.trainer.calibration import (
 )
 from lightning_cap.utilities import distributed, rng
 
+_log = logging.getLogger(__name__)
+
 _SAMPLES = 8  # of the forward pass, at the most
 
 
@@ -43,7 +46,16 @@ def find_module_ends(trainer: pl.Trainer, module: pl.LightningModule, seed: int)
         with calibrating(trainer, module), precision_context(trainer)(), torch.inference_mode(False):
             batch = next(_batches(trainer, module, seed), None)
             loss = calibration_loss(module)
-            return None if batch is None else trace(module, lambda: loss(module, batch))
+            if batch is None:
+                return None
+            try:
+                return trace(module, lambda: loss(module, batch))
+            except Exception:
+                _log.debug(
+                    "No forward pass in eval mode; trying in training mode, as detectors need it.", exc_info=True
+                )
+                module.train()  # until the state is put back
+                return trace(module, lambda: loss(module, batch))
 
     return agree_on_ends(module, follow)
 

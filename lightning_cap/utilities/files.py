@@ -98,18 +98,20 @@ def require_writable(argument: str, value: object, folder: Path) -> None:
     Raises:
         ConfigError: The system refuses.
     """
-    missing = [place for place in (folder, *folder.parents) if not os.path.exists(place)]
+    missing: list[Path] = []
     try:
+        missing += [place for place in (folder, *folder.parents) if not os.path.exists(place)]
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise ConfigError(
-            f"{argument}={shown(value)}: {str(folder)!r} cannot be written to ({error.strerror}). Give a folder that can."
+            f"{argument}={shown(value)}: {str(folder)!r} cannot be written to ({reason}). Give a folder that can."
         ) from None
     finally:
         for place in missing:
-            with suppress(OSError):
+            with suppress(OSError, ValueError):
                 place.rmdir()
 
 

@@ -9,14 +9,15 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch.callbacks import ModelPruning
+from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
+from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from lightning_cap import CAPPruningCallback
 from lightning_cap.errors import CAPError, ConfigError, DataError, ScheduleError, UnsupportedError
 from lightning_cap.pruners import Magnitude
 from lightning_cap.schedules import OneShot, SparsitySteps
-from tests.support.toy import Toy, callback, loaders, trainer
+from tests.support.toy import Toy, callback, cap, loaders, trainer
 
 
 def refused(folder: Path, error: type[CAPError], message: str, *others: pl.Callback, **settings: Any) -> None:
@@ -45,6 +46,7 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
     for i, (given, message) in enumerate(
         [
             (str(tmp_path / "file/deeper"), "dirpath='.*/file/deeper': .* cannot be written to"),
+            ("a\0b", "dirpath=.*null byte"),
             (str(tmp_path / ("long" * 100)), "dirpath=.*File name too long"),
             ("s3://bucket/folder", "dirpath='s3://bucket/folder': give a local folder"),
         ]
@@ -123,3 +125,56 @@ def test_an_empty_loader_trains_nothing(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match="Nothing was trained"):
         trainer(tmp_path, callback({0: 0.5}, save="none")).fit(Toy(), **data)
     assert isinstance(Toy().net, nn.Sequential)
+
+
+def test_a_checkpoint_of_another_model(tmp_path: Path) -> None:
+    class Wider(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            self.more, self.net[0] = nn.Linear(3, 3), nn.Linear(12, 20)
+
+    trainer(tmp_path, callback({0: 0.5}, dirpath=str(tmp_path / "out")), max_epochs=1).fit(Toy(), **loaders())
+    module = Wider()
+    message = r"it is of another model: it lacks 'more.weight' and 1 more; of another shape is 'net.0.weight'.*Give"
+    with pytest.raises(DataError, match=message) as caught:
+        trainer(tmp_path, callback({0: 0.5}), max_epochs=2, logger=CSVLogger(tmp_path / "runs")).fit(
+            module, **loaders(), ckpt_path=str(tmp_path / "out/sparsity=0.50.ckpt")
+        )
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_wrong_checkpoint_to_validate(tmp_path: Path) -> None:
+    (tmp_path / "a.ckpt").write_text("no checkpoint")
+    with pytest.raises(DataError, match=r"a\.ckpt.*no file that torch has saved"):
+        trainer(tmp_path, callback({0: 0.5})).validate(Toy(), loaders()["val_dataloaders"], str(tmp_path / "a.ckpt"))
+
+
+def test_what_is_refused_on_resuming_leaves_no_logs(tmp_path: Path) -> None:
+    trainer(tmp_path, callback({0: 0.5}, dirpath=str(tmp_path / "out")), max_epochs=1).fit(Toy(), **loaders())
+    cb = callback({0: 0.5, 1: 0.75}, dirpath=str(tmp_path / "out"), pruner=cap(max_memory=1))
+    with pytest.raises(ConfigError, match="max_memory"), pytest.warns(UserWarning, match="Other settings"):
+        trainer(tmp_path, cb, max_epochs=2, logger=CSVLogger(tmp_path / "runs")).fit(
+            Toy(), **loaders(), ckpt_path=str(tmp_path / "out/sparsity=0.50.ckpt")
+        )
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_checkpoint_without_our_state_tells_what_is_past(tmp_path: Path) -> None:
+    saver = ModelCheckpoint(dirpath=tmp_path, filename="dense")
+    trainer(tmp_path, saver, enable_checkpointing=True, max_epochs=2).fit(Toy(), **loaders())
+    cb = callback({1: 0.5, 3: 0.7}, dirpath=str(tmp_path / "out"))
+    with pytest.warns(UserWarning, match=r"Events of epochs \[3\] are to come.*Those of epochs \[1\] are not run"):
+        trainer(tmp_path, cb).fit(Toy(), **loaders(), ckpt_path=str(tmp_path / "dense.ckpt"))
+    assert cb.masks.global_sparsity == pytest.approx(0.7, abs=0.01)
+
+
+def test_a_metric_may_come_after_the_sanity_check(tmp_path: Path) -> None:
+    class Late(Toy):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            if not self.trainer.sanity_checking:
+                super().validation_step(batch, batch_idx)
+
+    cb = callback({0: 0.5}, monitor="val_acc", save="none")
+    trainer(tmp_path, cb, num_sanity_val_steps=2, max_epochs=1).fit(Late(), **loaders())
+    assert cb.history[-1].value is not None

@@ -44,3 +44,16 @@ def test_other_runs_and_other_files_stay(tmp_path: Path, kind: str) -> None:
     with pytest.raises(TargetError):
         trainer(tmp_path, wrong, logger=logger).fit(Toy(), **loaders())
     assert (logs / "toy/version_1/hparams.yaml").exists()
+
+
+def test_files_of_the_users_own_and_a_machine_without_homes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as for a user whom the system does not know
+    logger = CSVLogger(tmp_path / "runs", name="toy")
+    cb = callback(include=["nothing"])
+    Path(logger.log_dir).mkdir(parents=True)
+    own = Path(logger.log_dir, "config.yaml")
+    own.write_text("mine")
+    with pytest.raises(TargetError):
+        trainer(tmp_path, cb, logger=logger).fit(Toy(), **loaders())
+    assert own.read_text() == "mine"

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from lightning_cap.callbacks.run_files import RunFiles
 from lightning_cap.trainer.records import EventRecord
 from lightning_cap.utilities.records import read_records
+from tests.support.stopping import CrashError, StopAfter
 from tests.support.toy import Toy, callback, loaders, trainer
 
 
@@ -38,6 +40,17 @@ def test_a_resumed_run_goes_on_with_its_own_files(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*-v2*"))
     assert torch.load(again, weights_only=True)["epoch"] == 1
     assert len(read_records(tmp_path / "out/events-v1.jsonl", EventRecord)) == 1
+
+
+def test_a_run_that_has_begun_keeps_its_names(tmp_path: Path) -> None:
+    """It is stopped before its first event, and another one comes: when the first goes on, its names are free."""
+    cut = callback({1: 0.5}, dirpath=str(tmp_path / "out"))
+    with pytest.raises(CrashError):
+        trainer(tmp_path, cut, StopAfter(0), max_epochs=2).fit(Toy(), **loaders())
+    fit(tmp_path)
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"events.jsonl", "events-v1.jsonl", "sparsity=0.50-v1.ckpt"} <= names
+    assert "sparsity=0.50.ckpt" not in names
 
 
 def test_names(tmp_path: Path) -> None:

@@ -36,6 +36,10 @@ DAMAGES: dict[str, Any] = {
     "ends are a list": lambda s: s.update(ends=[]),
     "ends lack the last": lambda s: s["ends"].pop("last"),
     "the first are none": lambda s: s["ends"].update(first=3),
+    "a random state is a number": lambda s: s.update(rng=[3]),
+    "collections are fewer than none": lambda s: s.update(collection_index=-5),
+    "an epoch is text": lambda s: s.update(done=["x"]),
+    "the cycle's goal is text": lambda s: s["cycle"].update(goal="x"),
     "settings are none": lambda s: s.update(settings=[]),
 }
 

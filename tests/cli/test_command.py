@@ -12,11 +12,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 from lightning_cap.cli import CAPCLI, CAPTrainer, main
 from lightning_cap.comparison import ComparisonRecord
 from lightning_cap.utilities.records import read_records
 from tests.support import ROOT
+from tests.support.toy import Toy, loaders, trainer
 
 GRADUAL = str(ROOT / "configs/digits_gradual.yaml")
 SMALL = [  # a tiny model
@@ -186,7 +188,10 @@ def test_settings_find_their_callback(tmp_path: Path) -> None:
     """jsonargparse gives them to the last of the list."""
     stopping = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val/loss"}}
     config = yaml.safe_load(Path(GRADUAL).read_text())
-    config["trainer"]["callbacks"] = [stopping, *config["trainer"]["callbacks"], "RichProgressBar"]
+    listed = [stopping, *config["trainer"]["callbacks"], "RichProgressBar"]
+    if hasattr(pl.callbacks, "EMAWeightAveraging"):  # it takes any setting, but others name theirs
+        listed.append("EMAWeightAveraging")
+    config["trainer"]["callbacks"] = listed
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     given = [
         "pruner.num_gradients=512",
@@ -197,12 +202,24 @@ def test_settings_find_their_callback(tmp_path: Path) -> None:
     ]
     options = [f"--trainer.callbacks.{setting}" for setting in given]
     cli = CAPCLI(trainer_class=CAPTrainer, run=False, args=["--config", str(tmp_path / "config.yaml"), *options])
-    early, pruning, bar = cli.config["trainer"]["callbacks"]
+    early, pruning, bar = cli.config["trainer"]["callbacks"][:3]
     assert (early["init_args"]["patience"], early["init_args"]["min_delta"]) == (7, 0.5)
     assert bar["class_path"].endswith("RichProgressBar")
     assert pruning["init_args"]["schedule"]["init_args"]["steps"] == {2: 0.5}
     assert pruning["init_args"]["pruner"]["class_path"].endswith("FastCAP")
     assert pruning["init_args"]["pruner"]["init_args"]["num_gradients"] == 512
+
+
+@pytest.mark.parametrize("command", ["fit", "validate"])
+def test_a_checkpoint_of_another_model_is_told_in_one_line(tmp_path: Path, command: str) -> None:
+    saver = ModelCheckpoint(dirpath=tmp_path, filename="toy")
+    trainer(tmp_path, saver, enable_checkpointing=True, max_epochs=1).fit(Toy(), **loaders())
+    with pytest.raises(
+        SystemExit, match=r"lightning-cap: error: ckpt_path='.*toy\.ckpt': it is of another model"
+    ) as end:
+        main([command, *shortened(tmp_path), f"--ckpt_path={tmp_path / 'toy.ckpt'}"])
+    assert "\n" not in str(end.value)
+    assert not (tmp_path / "runs").exists()
 
 
 def test_what_lightning_refuses_in_a_run_is_told_in_one_line(tmp_path: Path) -> None:

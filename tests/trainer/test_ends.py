@@ -67,6 +67,28 @@ def test_only_a_few_samples_are_read(tmp_path: Path) -> None:
     assert sizes == [8]
 
 
+def test_a_loss_that_is_there_in_training_mode_alone(tmp_path: Path) -> None:
+    """As that of a detector; here with two heads that are registered first."""
+
+    class Detector(Toy):
+        def __init__(self) -> None:
+            super().__init__()
+            net = self._modules.pop("net")
+            self.box, self.kind = nn.Linear(16, 4), nn.Linear(16, 4)
+            self.net = net[:-1]
+
+        def forward(self, x: Any) -> Any:
+            return self.kind(self.net(x))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            hidden = self.net(batch[0])
+            losses = {"box": self.box(hidden).square().mean(), "kind": self.kind(hidden).square().mean()}
+            return sum((losses if self.net.training else {}).values()) or losses["none"]
+
+    ends = ends_of(tmp_path, Detector())
+    assert (ends.first, ends.last, ends.by_order) == (("net.0.weight",), ("box.weight", "kind.weight"), "")
+
+
 def test_order_decides_where_there_is_no_loss(tmp_path: Path) -> None:
     class Broken(Student):
         def calibration_step(self, batch: Any, batch_idx: int) -> Any:
