@@ -332,5 +332,7 @@ def _finite(chunk: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def rows_at_once(targets: Targets) -> int:
-    """Per-sample gradients in one vmap: a fixed function of the targets, so that results do not depend on free memory."""
+    """Per-sample gradients in one vmap, at the most: a fixed function of the targets. Where memory is short, the plan takes fewer,
+    and results differ by rounding.
+    """
     return max(1, min(_VMAP_ROWS, _VMAP_FLOATS // targets.numel))
