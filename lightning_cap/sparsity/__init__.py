@@ -1,11 +1,12 @@
 """Which weights may be pruned, which masks are allowed, and how the zeros are shared out."""
 
 from lightning_cap.sparsity.allocation import ERK, Allocation, Global, PerTarget, Uniform
-from lightning_cap.sparsity.cost import Cost, Parameters
+from lightning_cap.sparsity.cost import Cost, Flops, Parameters
 from lightning_cap.sparsity.ends import Ends, find_ends
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.patterns import BlockOf, NofM, OutputRows, Pattern, Unstructured, check_pattern
 from lightning_cap.sparsity.targets import Targets
+from lightning_cap.sparsity.units import UnitGroup, Units
 
 __all__ = [
     "ERK",
@@ -13,6 +14,7 @@ __all__ = [
     "BlockOf",
     "Cost",
     "Ends",
+    "Flops",
     "Global",
     "MaskSet",
     "NofM",
@@ -22,6 +24,8 @@ __all__ = [
     "PerTarget",
     "Targets",
     "Uniform",
+    "UnitGroup",
+    "Units",
     "Unstructured",
     "check_pattern",
     "find_ends",

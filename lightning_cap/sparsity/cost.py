@@ -5,8 +5,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import cast
+from typing import Any, ClassVar, cast
 
+from torch import nn
+
+from lightning_cap.errors import UnsupportedError
+from lightning_cap.sparsity.unit_prices import UnitPrices, flop_prices, parameter_prices
+from lightning_cap.sparsity.units import Units
 from lightning_cap.utilities.arguments import require_instance, require_real, require_whole
 from lightning_cap.utilities.decimals import round_share
 
@@ -16,11 +21,42 @@ MOST_STEPS = 10_000  # of a way to a goal, each with gradients of its own
 
 
 class Cost(ABC):
-    """Gives every target the price of one of its weights. A goal is the share of the total price that is to be saved."""
+    """What a goal counts: the share of the total price that is to be saved.
+
+    For pruners of weights it gives every target the price of one of its weights; for pruners of units, a price to every width.
+
+    Attributes:
+        name: Of a share saved, in logs and names of files.
+    """
+
+    name: ClassVar[str] = "saved"
 
     @abstractmethod
     def prices(self, shapes: Shapes) -> dict[str, int]:
-        """Price of one weight of each target."""
+        """Price of one weight of each target.
+
+        Raises:
+            UnsupportedError: Zeros inside a tensor save nothing of what the goal counts.
+        """
+
+    def unit_prices(self, units: Units, shapes: Shapes) -> UnitPrices:
+        """Price of the model by how many units of each group are kept. Call `prepare` before.
+
+        Raises:
+            UnsupportedError: It is a cost of single weights alone.
+        """
+        raise UnsupportedError(
+            f"cost={type(self).__name__}: it prices weights, not units. Give Parameters(), Flops() or Latency()."
+        )
+
+    def prepare(self, model: nn.Module, units: Units, example_input: Any) -> None:  # noqa: B027 - optional
+        """Measure what the prices need of the model, such as times of its layers.
+
+        Args:
+            model: The model that gets ``example_input``.
+            units: Of the model, by the model's own names.
+            example_input: As for `Units.from_model`.
+        """
 
     def total(self, shapes: Shapes) -> int:
         """Price of all weights of all targets."""
@@ -47,10 +83,39 @@ class Cost(ABC):
 class Parameters(Cost):
     """Every weight counts alike: a goal is a share of zeros. The default."""
 
+    name: ClassVar[str] = "sparsity"
+
     def prices(self, shapes: Shapes) -> dict[str, int]:
         """1 for each target."""
         require_shapes(shapes)
         return dict.fromkeys(shapes, 1)
+
+    def unit_prices(self, units: Units, shapes: Shapes) -> UnitPrices:
+        """Weights of all targets."""
+        require_shapes(shapes)
+        return parameter_prices(units, shapes)
+
+
+class UnitCost(Cost):
+    """What zeros inside a tensor do not save."""
+
+    def prices(self, shapes: Shapes) -> dict[str, int]:
+        """Refused."""
+        raise UnsupportedError(
+            f"cost={type(self).__name__}: single zeros inside a weight save none of it. Prune units, e.g. with "
+            "pruner=CAPUnits(), or count zeros with cost=Parameters()."
+        )
+
+
+class Flops(UnitCost):
+    """FLOPs of the whole model on one example, 2 for each multiply-add, as `torch.utils.flop_counter` counts them."""
+
+    name: ClassVar[str] = "flops"
+
+    def unit_prices(self, units: Units, shapes: Shapes) -> UnitPrices:
+        """What each layer takes at its widths; all else is constant."""
+        require_shapes(shapes)
+        return flop_prices(units)
 
 
 def require_shapes(shapes: object) -> None:

@@ -101,8 +101,15 @@ class MaskSet(Mapping[str, Tensor]):
         return self.replace({name: torch.ones_like(mask) for name, mask in self._masks.items()})
 
     def mask_zeros(self) -> None:
-        """Take the zeros that the weights have now as pruned; targets that are all zero stay free, with a warning."""
+        """Take the zeros that the weights have now as pruned; targets that are all zero stay free, with a warning.
+
+        Where units are pruned, those units are that have no other weight.
+        """
         weights = self._targets.weights()
+        units = self._targets.units
+        if units is not None:
+            self.update(units.masks(self._targets.shapes, units.nonzero(weights)))
+            return
         blank = [name for name, weight in weights.items() if not bool(weight.any())]
         if blank:
             warnings.warn(

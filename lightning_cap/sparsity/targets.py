@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,9 @@ from lightning_cap.sparsity.ends import PENDING, Ends
 from lightning_cap.sparsity.layers import computed_weights, is_depthwise, prunable_layers
 from lightning_cap.utilities.arguments import require_instance, require_names, shown
 from lightning_cap.utilities.compiled import plain_name
+
+if TYPE_CHECKING:
+    from lightning_cap.sparsity.units import Units
 
 _NAMED = 4  # layers that a summary names of those that are dense for one reason
 
@@ -31,6 +35,7 @@ class Targets(Mapping[str, Tensor]):
 
     Attributes:
         ends: The first and last layers that were left out; None where they were not asked for.
+        units: What is pruned together, where units are pruned (see `Units.targets`); else None.
         summary: What is pruned and what is left dense, and why, in one line; empty if not made by `from_model`.
 
     Raises:
@@ -58,6 +63,7 @@ class Targets(Mapping[str, Tensor]):
         self._weights = dict(weights)
         self._paths = {name: paths[name] if paths else name for name in weights}
         self.ends: Ends | None = None
+        self.units: Units | None = None
         self.summary = ""
 
     @classmethod

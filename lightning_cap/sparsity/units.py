@@ -1,0 +1,281 @@
+"""Units: what goes together when a model is to get smaller: attention heads, MLP neurons, convolution channels."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, cast, get_args
+
+import torch
+from torch import Tensor, nn
+
+from lightning_cap.errors import ConfigError, DataError, TargetError
+from lightning_cap.sparsity.targets import Targets
+from lightning_cap.utilities.arguments import require_instance, shown
+from lightning_cap.utilities.compiled import plain_name
+
+Kind = Literal["head", "neuron", "channel"]
+
+
+@dataclass(frozen=True, eq=False)
+class Slice:
+    """Entries along one dim of a parameter or buffer that belong to the units of a group.
+
+    Attributes:
+        name: Of the parameter or buffer, as in the model.
+        dim: The dim that the units divide.
+        index: int64 ``(units, width)``: row ``u`` has the entries of unit ``u`` along the dim.
+    """
+
+    name: str
+    dim: int
+    index: Tensor
+
+    def entries(self, units: Tensor) -> Tensor:
+        """Sorted entries ``(n,)`` along the dim of the units where ``units``, bool ``(size,)``, is True."""
+        return self.index[units.to(self.index.device)].flatten().sort().values
+
+
+@dataclass(frozen=True, eq=False)
+class UnitGroup:
+    """Units of which any may be pruned alone; they are the width of one layer, or of one residual stream.
+
+    Attributes:
+        name: Of the module that makes them, e.g. ``"blocks.0.mlp.fc1"``.
+        kind: What a unit is.
+        size: Number of units.
+        producers: Rows, biases, tables and other parameters that make a unit.
+        norms: Scales and shifts that a unit passes.
+        consumers: Columns of the weights that read a unit.
+        buffers: Running statistics; never masked, but cut when the model is shrunk.
+    """
+
+    name: str
+    kind: Kind
+    size: int
+    producers: tuple[Slice, ...]
+    norms: tuple[Slice, ...]
+    consumers: tuple[Slice, ...]
+    buffers: tuple[Slice, ...] = ()
+
+    @property
+    def slices(self) -> tuple[Slice, ...]:
+        """Of parameters: all that is masked when a unit is pruned."""
+        return self.producers + self.norms + self.consumers
+
+    @property
+    def gates(self) -> tuple[Slice, ...]:
+        """Where a gate on the unit's output can be read off the gradients of weights (``g_u = Σ w_i g_i``).
+
+        The columns of its only consumer; else the scales and shifts that it passes, or where there are none, what makes it.
+        """
+        if len(self.consumers) == 1:
+            return self.consumers
+        return self.norms or self.producers
+
+
+@dataclass(frozen=True)
+class Width:
+    """How a layer's width depends on units: ``full`` entries, less ``per_unit[group]`` for each unit of a group that is pruned."""
+
+    full: int
+    per_unit: Mapping[str, int]
+
+    def length(self, pruned: Mapping[str, int]) -> int:
+        """Entries that are left when so many units of each group are pruned."""
+        return self.full - sum(width * pruned.get(group, 0) for group, width in self.per_unit.items())
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A part of the model whose cost is proportional to widths.
+
+    Attributes:
+        name: Of the module.
+        flops: On one example, in the dense model: 2 for each multiply-add.
+        widths: Of its inputs, outputs or heads, those that units change.
+    """
+
+    name: str
+    flops: int
+    widths: tuple[Width, ...]
+
+
+class Units(Mapping[str, UnitGroup]):
+    """All groups of units of a model: ``{group name: UnitGroup}``.
+
+    Args:
+        groups: In the order of the forward pass.
+        layers: Those whose cost depends on the groups.
+        flops: Of the whole model on one example.
+        skipped: ``{layer name: why its width is not pruned}``.
+
+    Attributes:
+        summary: How many units of which kind there are, and what is left as it is, in one line.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[UnitGroup],
+        layers: Iterable[Layer] = (),
+        flops: int = 0,
+        skipped: Mapping[str, str] | None = None,
+    ) -> None:
+        self._groups = {group.name: group for group in groups}
+        self.layers, self.flops, self.skipped = tuple(layers), flops, dict(skipped or {})
+        if not self._groups:
+            raise TargetError("units: the model has none that could be pruned. Name groups with include=[...].")
+
+    def __getitem__(self, name: str) -> UnitGroup:
+        return self._groups[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._groups)
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    def __repr__(self) -> str:
+        """Short: ``Units(36 heads in 12 groups, 9216 neurons in 12 groups)``."""
+        return f"Units({self.summary})"
+
+    @property
+    def summary(self) -> str:
+        """Units by kind."""
+        parts = []
+        for kind in get_args(Kind):
+            sizes = [group.size for group in self.values() if group.kind == kind]
+            if sizes:
+                parts.append(f"{sum(sizes)} {kind}s in {len(sizes)} group{'s' if len(sizes) > 1 else ''}")
+        return ", ".join(parts)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Group -> number of its units."""
+        return {name: group.size for name, group in self.items()}
+
+    def targets(self, model: nn.Module) -> Targets:
+        """All parameters that units have entries in, as targets whose ``units`` these are.
+
+        Raises:
+            TargetError: The model is another one: a parameter is not there, or too short.
+        """
+        require_instance("model", model, nn.Module, "the torch model that the units are of", error=TargetError)
+        found = {plain_name(path): (path, parameter) for path, parameter in model.named_parameters()}
+        for group in self.values():
+            for part in group.slices:
+                shape = tuple(found[part.name][1].shape) if part.name in found else None
+                if shape is None or part.dim >= len(shape) or int(part.index.max()) >= shape[part.dim]:
+                    raise TargetError(
+                        f"model={shown(model)}: units of {group.name!r} have entries of {part.name!r}, which "
+                        f"{'it does not have' if shape is None else f'has shape {shape} here'}. Give the model that they are of."
+                    )
+        names = dict.fromkeys(part.name for group in self.values() for part in group.slices)
+        ordered = [name for name in found if name in names]
+        targets = Targets({n: found[n][1] for n in ordered}, {n: found[n][0] for n in ordered})
+        targets.units = self
+        targets.summary = f"{self.summary}; {targets.numel} weights belong to them"
+        return targets
+
+    def masks(self, shapes: Mapping[str, tuple[int, ...]], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Masks of weights in which all entries of pruned units are False.
+
+        Args:
+            shapes: ``{target: shape}``, such as ``targets.shapes``.
+            kept: ``{group: bool (size)}``, True = kept.
+
+        Returns:
+            ``{target: bool (*shape)}`` on the CPU.
+        """
+        masks = {name: torch.ones(shape, dtype=torch.bool) for name, shape in shapes.items()}
+        for name, group in self.items():
+            pruned = ~kept[name].cpu()
+            for part in group.slices if bool(pruned.any()) else ():
+                masks[part.name].index_fill_(part.dim, part.entries(pruned), False)
+        return masks
+
+    def kept(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Which units masks keep: ``{group: bool (size)}`` on the CPU.
+
+        Args:
+            masks: ``{target: bool (*shape)}``; targets that are not there are whole.
+
+        Raises:
+            ConfigError: A unit is pruned in part: some of its rows, columns and entries are masked, others are not.
+        """
+        kept = {}
+        for name, group in self.items():
+            gone = [_gone(part, masks[part.name].cpu()) for part in group.slices if part.name in masks]
+            lines = torch.cat(gone, dim=1) if gone else torch.zeros(group.size, 1, dtype=torch.bool)
+            broken = (lines.any(1) & ~lines.all(1)).nonzero().flatten()
+            if len(broken) or len(gone) not in (0, len(group.slices)):
+                raise ConfigError(
+                    f"masks: {len(broken)} units of {name!r}, first {int(broken[0]) if len(broken) else 0}, are masked in part. "
+                    "Give masks that a pruner of units has made, or mask all rows, columns and entries of a unit."
+                )
+            kept[name] = ~lines.all(1)
+        return kept
+
+    def nonzero(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Which units have any weight that is not zero: ``{group: bool (size)}`` on the CPU."""
+        gone = {
+            name: torch.cat([_gone(part, weights[part.name].detach().cpu() != 0) for part in group.slices], dim=1)
+            for name, group in self.items()
+        }
+        return {name: ~lines.all(1) for name, lines in gone.items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain values and tensors, as checkpoints may hold them."""
+        roles = ("producers", "norms", "consumers", "buffers")
+        return {
+            "groups": [
+                {
+                    "name": group.name,
+                    "kind": group.kind,
+                    "size": group.size,
+                    **{role: [[s.name, s.dim, s.index] for s in getattr(group, role)] for role in roles},
+                }
+                for group in self.values()
+            ],
+            "layers": [
+                {"name": layer.name, "flops": layer.flops, "widths": [[w.full, dict(w.per_unit)] for w in layer.widths]}
+                for layer in self.layers
+            ],
+            "flops": self.flops,
+            "skipped": dict(self.skipped),
+        }
+
+    @classmethod
+    def from_state(cls, state: Any) -> Units:
+        """What `state_dict` was taken of.
+
+        Raises:
+            DataError: It is something else.
+        """
+        try:
+            groups = [
+                UnitGroup(
+                    entry["name"],
+                    entry["kind"],
+                    int(entry["size"]),
+                    *(
+                        tuple(Slice(str(n), int(d), torch.as_tensor(i)) for n, d, i in entry[role])
+                        for role in ("producers", "norms", "consumers", "buffers")
+                    ),
+                )
+                for entry in state["groups"]
+            ]
+            layers = [
+                Layer(entry["name"], int(entry["flops"]), tuple(Width(int(f), dict(per)) for f, per in entry["widths"]))
+                for entry in state["layers"]
+            ]
+            return cls(groups, layers, int(state["flops"]), cast("Mapping[str, str]", state["skipped"]))
+        except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+            raise DataError(f"units: what was saved of them is damaged ({type(error).__name__}: {error}).") from error
+
+
+def _gone(part: Slice, mask: Tensor) -> Tensor:
+    """``(size, width)``: which lines along the slice's dim have no entry that is kept."""
+    other = [dim for dim in range(mask.dim()) if dim != part.dim]
+    lines = ~(mask.any(dim=other) if other else mask)
+    return lines[part.index]
