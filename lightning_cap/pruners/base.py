@@ -37,6 +37,7 @@ class Pruner(ABC):
         allocation: How zeros are shared out over the targets.
         pattern: Which masks it gives.
         cost: What a goal counts.
+        takes_units: Whether it prunes units: its targets are those of `Units.targets`.
         predicts_loss: Whether the sum of its saliencies is an estimate of the increase of the training loss, in its unit. Of
             others nothing is called a predicted loss.
         regrows: Whether masked weights may come back: the masks of its results stand in place of those before, a weight that
@@ -45,7 +46,8 @@ class Pruner(ABC):
 
     allocation: Allocation = Global()
     pattern: Pattern = Unstructured()
-    cost: ClassVar[Cost] = Parameters()
+    cost: Cost = Parameters()
+    takes_units: ClassVar[bool] = False
     predicts_loss: ClassVar[bool] = False
     regrows: ClassVar[bool] = False
 
@@ -90,6 +92,30 @@ class Pruner(ABC):
         saved, total = self.cost.saved(targets.shapes, existing), self.cost.total(targets.shapes)
         goals = [s for s in sparsities if not self.cost.is_exceeded(s, saved, total)]
         check_room(self, targets, existing, goals)
+
+    def reached(self, targets: Targets, masks: Mapping[str, Tensor] | None) -> float:
+        """The share of its cost that masks save already: what a goal is to be above.
+
+        Args:
+            targets: The weights.
+            masks: As for `path`; targets without one are whole.
+        """
+        require_targets(targets)
+        check_masks(targets, masks)
+        zeros = dict.fromkeys(targets, 0) | {name: int((~mask).sum()) for name, mask in (masks or {}).items()}
+        total = self.cost.total(targets.shapes)
+        return 1 - (total - self.cost.saved(targets.shapes, zeros)) / total
+
+    def exceeds(self, goal: float, targets: Targets, masks: Mapping[str, Tensor] | None) -> bool:
+        """Whether masks save more than ``goal`` asks for, so that there is nothing left to prune.
+
+        Args:
+            goal: Share of the cost.
+            targets: The weights.
+            masks: As for `path`.
+        """
+        total = self.cost.total(targets.shapes)
+        return self.cost.is_exceeded(goal, round(self.reached(targets, masks) * total), total)
 
     def begin_event(self, done: float) -> None:
         """Take note of how far the run is, before each event of a callback.

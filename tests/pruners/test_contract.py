@@ -148,6 +148,15 @@ def test_model_changes_only_when_applied(case: Case, targets: Targets, rows: Row
     assert all(torch.equal(w, result.weights[n]) and w.requires_grad for n, w in targets.items())
 
 
+def test_tells_what_is_reached(case: Case, targets: Targets) -> None:
+    pruner, masks = case.pruner(), random_masks(targets, 0.4)
+    low = sum(int((~m).sum()) for m in masks.values()) / targets.numel
+    assert pruner.reached(targets, None) == 0
+    assert pruner.reached(targets, masks) == pytest.approx(low)
+    assert pruner.exceeds(0.3, targets, masks)
+    assert not pruner.exceeds(low, targets, masks)
+
+
 def test_is_deterministic(case: Case, targets: Targets, rows: Rows) -> None:
     state = torch.get_rng_state()
     one, two = (case.path(targets, rows, random_masks(targets, 0.2)).at(0.6) for _ in range(2))
