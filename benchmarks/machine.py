@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import os
 import platform
-from pathlib import Path
 from typing import Any
 
 import lightning
@@ -13,16 +12,14 @@ import timm
 import torch
 
 import lightning_cap
+from lightning_cap.utilities.machine import processor_name
 
 
 def machine() -> dict[str, Any]:
     """Date, processor, threads and versions, for the head of a result file."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.is_file() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
     return {
         "date": datetime.date.today().isoformat(),
-        "cpu": models[0] if models else platform.processor() or platform.machine(),
+        "cpu": processor_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
