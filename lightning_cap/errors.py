@@ -33,3 +33,7 @@ class GradientError(CAPError, RuntimeError):
 
 class UnsupportedError(CAPError):
     """A combination of features that is refused by name because it could not be made right."""
+
+
+class ExportError(CAPError, RuntimeError):
+    """A model cannot be written in a format, or the file does not give the model's outputs. No file is left."""

@@ -28,6 +28,8 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
 def atomic(path: Path) -> Iterator[Path]:
     """A temporary path in the same folder, renamed to ``path`` when the body has succeeded and removed if it has not.
 
+    The body may make a folder of files there; it takes the place of the whole folder that was at ``path``.
+
     What was written is on the disk before the renaming, so that it is whole after a power cut too. A process that is killed
     inside leaves its temporary file, hidden and under a name that nothing loads; the next writing in the folder removes it.
 
@@ -44,8 +46,12 @@ def atomic(path: Path) -> Iterator[Path]:
             try:
                 holder.mkdir()
                 yield temporary
-                with temporary.open("rb+") as written:
-                    os.fsync(written.fileno())
+                for file in temporary.rglob("*") if temporary.is_dir() else (temporary,):
+                    if not file.is_dir():
+                        with file.open("rb+") as written:
+                            os.fsync(written.fileno())
+                if temporary.is_dir() and path.exists():  # the system renames no folder over another
+                    os.replace(path, holder / "before")
                 os.replace(temporary, path)
             finally:
                 shutil.rmtree(holder, ignore_errors=True)

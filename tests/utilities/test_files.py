@@ -98,3 +98,16 @@ def test_a_folder_that_cannot_be_written_to(tmp_path: Path) -> None:
             require_writable("dirpath", "given", folder)
     require_writable("dirpath", "given", tmp_path / "a/b")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_takes_the_place_of_a_folder(tmp_path: Path) -> None:
+    for content in ("first", "second"):
+        with atomic(tmp_path / "model") as temporary:
+            (temporary / "inside").mkdir(parents=True)
+            (temporary / "inside" / content).write_text(content)
+    with suppress(RuntimeError), atomic(tmp_path / "model") as temporary:
+        temporary.mkdir()
+        raise RuntimeError
+    assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == [
+        "model", "model/inside", "model/inside/second",
+    ]  # fmt: skip

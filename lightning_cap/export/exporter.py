@@ -1,0 +1,299 @@
+"""What every exporter does: write a file in one piece, read it back, and compare it with torch before it gets its name."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import os
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, cast
+
+import torch
+from torch import Tensor, nn
+
+from lightning_cap.errors import CAPError, ConfigError, ExportError
+from lightning_cap.export.records import EXPORTS, ExportRecord
+from lightning_cap.export.verification import check_outputs, check_zeros, share_of_zeros
+from lightning_cap.utilities.arguments import (
+    require_flag,
+    require_instance,
+    require_path,
+    require_real,
+    require_whole,
+    shown,
+)
+from lightning_cap.utilities.compiled import plain_module
+from lightning_cap.utilities.files import atomic, require_writable
+from lightning_cap.utilities.precision import full_float32
+from lightning_cap.utilities.records import append_record, known_records
+
+#: Takes inputs ``(n, ...)`` and gives outputs ``(n, ...)``, as the file computes them.
+Runner = Callable[[Tensor], Tensor]
+
+_LONGEST = 300  # characters of what another package tells
+
+
+class Exporter(ABC):
+    """Writes a model into a file of one format and verifies it. A subclass says how to write, to run and to read the weights.
+
+    Args:
+        tolerance: Largest difference between an output of the file and of torch, as a share of torch's largest output.
+
+    Raises:
+        ConfigError: The tolerance is no number in (0, 1).
+    """
+
+    #: What ``lightning-cap export --to`` calls it.
+    format: ClassVar[str]
+    #: Of the file.
+    suffix: ClassVar[str]
+    #: Modules that it imports, beside torch and safetensors.
+    packages: ClassVar[tuple[str, ...]] = ()
+    #: The extra of lightning-cap that installs them.
+    extra: ClassVar[str] = ""
+    #: Whether it writes a folder of files.
+    is_folder: ClassVar[bool] = False
+
+    def __init__(self, tolerance: float = 1e-4) -> None:
+        require_real("tolerance", tolerance, "(0, 1)", example=1e-4)
+        self.tolerance = tolerance
+
+    @abstractmethod
+    def write(self, model: nn.Module, path: Path, inputs: Tensor, metadata: Mapping[str, str]) -> None:
+        """Write the file.
+
+        Args:
+            model: In evaluation mode, a copy, as `prepare` gives it.
+            path: A new file, or folder, with the suffix.
+            inputs: ``(n, ...)``, n at least 2; the file must take any number of rows.
+            metadata: Strings that the file may hold besides.
+        """
+
+    @abstractmethod
+    def runner(self, path: Path | str, model: nn.Module | None = None, threads: int | None = None) -> Runner:
+        """A function that runs the file.
+
+        Args:
+            path: What `export` has written.
+            model: The model that was exported. Formats that hold weights alone put them into a copy of it; others need none.
+            threads: Of a runtime that has threads of its own, None for its default. What torch runs has
+                ``torch.get_num_threads()``.
+
+        Returns:
+            Takes inputs ``(n, ...)``, float32 on the CPU, and gives outputs ``(n, ...)`` like them.
+        """
+
+    @abstractmethod
+    def stored(self, path: Path | str) -> dict[str, Tensor]:
+        """The arrays in the file, read back, by their names there."""
+
+    def prepare(self, model: nn.Module, inputs: Tensor) -> tuple[nn.Module, Tensor]:
+        """The model and its inputs in the type and on the device that the format is made from and compared with."""
+        return model, inputs
+
+    def runs_here(self) -> bool:
+        """Whether this machine can run the file."""
+        return True
+
+    def export(
+        self,
+        model: nn.Module,
+        path: Path | str,
+        example_input: Tensor,
+        *,
+        goal: float | None = None,
+        dense_bytes: int | None = None,
+        shrunk: bool = False,
+        metadata: Mapping[str, str] | None = None,
+    ) -> ExportRecord:
+        """Write a model, verify the file, and add a record to ``exports.jsonl`` beside it. Call it on rank 0 alone.
+
+        The file gets its name when it was read back and run on all inputs, at once and one alone: each output within
+        `tolerance`, and each zero of a weight zero in the file. What was at ``path`` before stays there until then.
+
+        Args:
+            model: From one tensor to one tensor. It is not changed.
+            path: The file; its folder is made.
+            example_input: Real inputs ``(n, ...)``.
+            goal: For the record: the sparsity that was asked for.
+            dense_bytes: For the record: the size before the model was shrunk. Default: that of its weights now.
+            shrunk: For the record.
+            metadata: Strings for the header, in formats that have one.
+
+        Returns:
+            The record; it takes the place of an earlier one of the same file.
+
+        Raises:
+            ConfigError: An argument cannot be used, a package is missing, or the file cannot be written there.
+            ExportError: The format cannot hold the model, or the file does not do what the model does. No file is left.
+        """
+        self._check(model, example_input, goal, dense_bytes, shrunk, metadata)
+        self.require_packages()
+        path = self._file(path)
+        known_records(path.with_name(EXPORTS), ExportRecord)
+        own = copy.deepcopy(plain_module(model)).cpu().eval().requires_grad_(False)
+        size = dense_bytes if dense_bytes is not None else num_bytes(own)
+        given = {"architecture": architecture(own), **(metadata or {})}
+        try:
+            with atomic(path) as temporary, full_float32(), torch.no_grad():
+                written = temporary.with_name(f"part{self.suffix}")
+                verified = self._write_verified(own, written, example_input.detach().cpu(), given)
+                os.replace(written, temporary)
+        except OSError as error:
+            raise ConfigError(f"path={shown(str(path))}: it cannot be written ({error.strerror or error}).") from error
+        sparsity = share_of_zeros(own)
+        record = ExportRecord(
+            format=self.format,
+            path=path.name,
+            goal=goal,
+            sparsity=sparsity,
+            architecture=given["architecture"],
+            bytes=size_on_disk(path),
+            dense_bytes=size,
+            shrunk=shrunk,
+            **verified,
+        )
+        append_record(path.with_name(EXPORTS), record, lambda old: old.path == record.path)
+        return record
+
+    def require_packages(self) -> None:
+        """Refuse to go on without the packages of the format.
+
+        Raises:
+            ConfigError: Names the package and the extra that installs it.
+        """
+        for package in self.packages:
+            if importlib.util.find_spec(package) is None:
+                raise ConfigError(
+                    f"to={self.format!r} needs the package {package}, not installed here: "
+                    f"pip install 'lightning-cap[{self.extra}]'."
+                )
+
+    def _write_verified(
+        self, model: nn.Module, path: Path, example: Tensor, metadata: Mapping[str, str]
+    ) -> dict[str, Any]:
+        """Write, run and read back; what the record says of it."""
+        model, inputs = self.prepare(model, example)
+        expected = _run_torch(model, inputs)
+        with _telling(f"to={self.format!r}: the model cannot be written in this format"):
+            self.write(model, path, inputs if len(inputs) > 1 else torch.cat([inputs, inputs]), metadata)
+        weights, equal = check_zeros(self.format, model, self.stored(path))
+        verified: dict[str, Any] = {"weights": weights, "zeros_equal": equal}
+        if self.runs_here():
+            with _telling(f"to={self.format!r}: the file that was written cannot be run"):
+                run = self.runner(path, model)
+                outputs, alone = run(inputs), run(inputs[:1])
+            difference = max(
+                check_outputs(self.format, outputs, expected, self.tolerance),
+                check_outputs(self.format, alone, expected[:1], self.tolerance),
+            )
+            verified |= {"inputs": len(inputs), "difference": difference, "tolerance": self.tolerance}
+        return verified
+
+    def _check(
+        self, model: object, example: object, goal: object, dense_bytes: object, shrunk: object, metadata: object
+    ) -> None:
+        require_instance("model", model, nn.Module, "the pruned model")
+        require_instance("example_input", example, Tensor, "torch.randn(8, 3, 224, 224)")
+        example = cast(Tensor, example)
+        if example.ndim < 2 or not len(example) or not example.is_floating_point() or not example.isfinite().all():
+            raise ConfigError(
+                f"example_input: a tensor of shape {tuple(example.shape)} and type {example.dtype}, or with values that are not "
+                "finite. Give real inputs (n, ...), such as float images (8, 3, 224, 224)."
+            )
+        if goal is not None:
+            require_real("goal", goal, "[0, 1]", example=0.5)
+        if dense_bytes is not None:
+            require_whole("dense_bytes", dense_bytes)
+        require_flag("shrunk", shrunk)
+        require_instance("metadata", metadata, Mapping, '{"sparsity": "0.5"}', optional=True)
+
+    def _file(self, path: object) -> Path:
+        require_path("path", path, f"model{self.suffix}")
+        file = Path(cast("str | os.PathLike[str]", path))
+        if not file.name.endswith(self.suffix) or file.name == self.suffix:
+            raise ConfigError(f"path={shown(str(path))}: give a name that ends with {self.suffix}.")
+        if file.is_dir() and not self.is_folder:
+            raise ConfigError(f"path={shown(str(path))}: this is a folder. Give the name of a file in it.")
+        require_writable("path", str(path), file.parent)
+        return file
+
+
+class WeightsExporter(Exporter):
+    """Of a format that holds weights alone; it is run by the model that they were taken from."""
+
+    def runner(self, path: Path | str, model: nn.Module | None = None, threads: int | None = None) -> Runner:
+        """A copy of the model with the weights of the file, run by torch."""
+        require_instance("model", model, nn.Module, "the model that was exported")
+        own = copy.deepcopy(cast(nn.Module, model)).eval()
+        own.load_state_dict(self.stored(path))
+        return torch_runner(own)
+
+
+def torch_runner(module: Callable[[Tensor], Any]) -> Runner:
+    """A module as a function from tensor to tensor, without gradients."""
+
+    def run(inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            outputs: Tensor = module(inputs)
+        return outputs
+
+    return run
+
+
+def dynamic_batch(model: nn.Module, inputs: Tensor) -> torch.export.ExportedProgram:
+    """The program of a model that takes any number of rows.
+
+    Args:
+        model: In evaluation mode.
+        inputs: ``(n, ...)``, n at least 2.
+    """
+    return torch.export.export(model, (inputs,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False)
+
+
+def architecture(model: nn.Module) -> str:
+    """timm's name of a model, empty for others."""
+    return str((getattr(model, "pretrained_cfg", None) or {}).get("architecture", ""))
+
+
+def size_on_disk(path: Path) -> int:
+    """Bytes of a file, or of all files of a folder."""
+    return sum(file.stat().st_size for file in (path.rglob("*") if path.is_dir() else (path,)) if file.is_file())
+
+
+def num_bytes(model: nn.Module) -> int:
+    """Bytes of the parameters and buffers of a model, each value stored, tied ones once."""
+    tensors = {id(value): value for value in model.state_dict(keep_vars=True).values() if isinstance(value, Tensor)}
+    return sum(value.nbytes for value in tensors.values())
+
+
+def _run_torch(model: nn.Module, inputs: Tensor) -> Tensor:
+    """Outputs of the model itself, to compare with."""
+    with _telling("example_input: the model cannot be run on it"):
+        outputs = model(inputs)
+    if not isinstance(outputs, Tensor) or outputs.ndim < 1 or len(outputs) != len(inputs):
+        raise ExportError(
+            f"model: it gives {shown(type(outputs))}. Only one tensor with a row for each input is exported."
+        )
+    if not outputs.isfinite().all():
+        raise ExportError("model: its outputs are not finite on these inputs. Give a model that works, and its inputs.")
+    return outputs
+
+
+@contextmanager
+def _telling(what: str) -> Iterator[None]:
+    """Whatever another package raises, as one line of ours."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the exporters of torch, to their developers
+            yield
+    except (CAPError, OSError, MemoryError):
+        raise
+    except Exception as error:
+        told = " ".join(str(error).split())
+        told = told if len(told) <= _LONGEST else f"{told[:_LONGEST]} ..."
+        raise ExportError(f"{what} ({type(error).__name__}: {told}).") from error
