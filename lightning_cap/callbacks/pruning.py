@@ -207,7 +207,7 @@ class CAPPruningCallback(CheckpointedRun):
             self._end_cycle(trainer, module, epoch - 1, known)
         if not self._state.history:
             self._state.history.append(CycleRecord(0.0, epoch, self._value(known), measured_sparsity(run.targets)))
-        steps = plan_steps(self.pruner, self.schedule, run.masks, goal, epoch, self.num_recomputations)
+        steps = plan_steps(self.pruner, self.schedule, run.targets, run.masks, goal, epoch, self.num_recomputations)
         if steps is None:
             self._state.done.append(epoch)
             return before

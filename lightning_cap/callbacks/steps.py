@@ -31,23 +31,30 @@ class PruningSteps:
 
 
 def plan_steps(
-    pruner: Pruner, schedule: SparsitySchedule, masks: MaskSet, goal: float, epoch: int, num_recomputations: int
+    pruner: Pruner,
+    schedule: SparsitySchedule,
+    targets: Targets,
+    masks: MaskSet,
+    goal: float,
+    epoch: int,
+    num_recomputations: int,
 ) -> PruningSteps | None:
     """The steps to ``goal``; None, with a warning, if it is below what is reached, and neither schedule nor pruner regrows.
 
     Args:
         pruner: The pruner of the run.
         schedule: The schedule of the run.
+        targets: The weights.
         masks: The masks in force.
-        goal: Sparsity to reach at the event.
+        goal: Sparsity to reach at the event, or share to save of what else the pruner's cost counts.
         epoch: Epoch of the event.
         num_recomputations: Steps that a pruner takes to a higher sparsity.
     """
-    start = masks.global_sparsity
-    steps = _steps(pruner, schedule, start, _total(pruner, masks), goal, num_recomputations)
+    start = pruner.reached(targets, masks)
+    steps = _steps(pruner, schedule, targets, start, goal, num_recomputations)
     if steps is None:
         rank_zero_warn(
-            f"schedule: sparsity {goal:g} at epoch {epoch}, but the model is already at {start:.4g}. Nothing is changed; "
+            f"schedule: {pruner.cost.name} {goal:g} at epoch {epoch}, but the model is already at {start:.4g}. Nothing is changed; "
             "pruned weights grow back only where the schedule declares it, as SparsitySteps(..., allow_decrease=True) does."
         )
     return steps
@@ -75,9 +82,9 @@ def validate_steps(
         ConfigError: The zeros of an event, or of a step to it, cannot be placed.
         PatternError: The sparsity falls, and weights that come back one by one would break the pruner's pattern.
     """
-    start, present, total = masks.global_sparsity, dict(masks), _total(pruner, masks)
+    start, present = pruner.reached(targets, masks), dict(masks)
     for goal in goals:
-        steps = _steps(pruner, schedule, start, total, goal, num_recomputations)
+        steps = _steps(pruner, schedule, targets, start, goal, num_recomputations)
         if steps is None:
             continue
         if not steps.sparsities:
@@ -87,14 +94,14 @@ def validate_steps(
 
 
 def _steps(
-    pruner: Pruner, schedule: SparsitySchedule, start: float, total: int, goal: float, num_recomputations: int
+    pruner: Pruner, schedule: SparsitySchedule, targets: Targets, start: float, goal: float, num_recomputations: int
 ) -> PruningSteps | None:
-    """From the share ``start`` of the price ``total`` of all weights to ``goal``; None if there are none."""
+    """From the share ``start`` that is saved to ``goal``; None if there are none."""
     if schedule.regrows and goal == 0:
         return PruningSteps(pruner, ())
     if pruner.regrows:
         return PruningSteps(pruner, (goal,))
-    if pruner.pattern.sparsity is None and pruner.cost.is_exceeded(goal, round(start * total), total):
+    if pruner.pattern.sparsity is None and _is_exceeded(pruner, targets, start, goal):
         if schedule.regrows:
             _refuse_patterned_fall(pruner, start, goal)
             return PruningSteps(grower(pruner), (goal,))
@@ -102,8 +109,11 @@ def _steps(
     return PruningSteps(pruner, tuple(steps_to(goal, start, num_recomputations)))
 
 
-def _total(pruner: Pruner, masks: MaskSet) -> int:
-    return pruner.cost.total({name: tuple(mask.shape) for name, mask in masks.items()})
+def _is_exceeded(pruner: Pruner, targets: Targets, start: float, goal: float) -> bool:
+    if pruner.takes_units:
+        return start > goal
+    total = pruner.cost.total(targets.shapes)
+    return pruner.cost.is_exceeded(goal, round(start * total), total)
 
 
 def grower(pruner: Pruner) -> DropAndGrow:
