@@ -2,103 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Literal, cast, get_args
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast, get_args
 
 import torch
 from torch import Tensor, nn
 
 from lightning_cap.errors import ConfigError, DataError, TargetError
 from lightning_cap.sparsity.targets import Targets
+from lightning_cap.sparsity.unit_group import Kind, Layer, Slice, UnitGroup, Width
+from lightning_cap.sparsity.unit_tracing import trace_units
 from lightning_cap.utilities.arguments import require_instance, shown
 from lightning_cap.utilities.compiled import plain_name
 
-Kind = Literal["head", "neuron", "channel"]
+__all__ = ["Kind", "Layer", "Slice", "UnitGroup", "Units", "Width"]
 
-
-@dataclass(frozen=True, eq=False)
-class Slice:
-    """Entries along one dim of a parameter or buffer that belong to the units of a group.
-
-    Attributes:
-        name: Of the parameter or buffer, as in the model.
-        dim: The dim that the units divide.
-        index: int64 ``(units, width)``: row ``u`` has the entries of unit ``u`` along the dim.
-    """
-
-    name: str
-    dim: int
-    index: Tensor
-
-    def entries(self, units: Tensor) -> Tensor:
-        """Sorted entries ``(n,)`` along the dim of the units where ``units``, bool ``(size,)``, is True."""
-        return self.index[units.to(self.index.device)].flatten().sort().values
-
-
-@dataclass(frozen=True, eq=False)
-class UnitGroup:
-    """Units of which any may be pruned alone; they are the width of one layer, or of one residual stream.
-
-    Attributes:
-        name: Of the module that makes them, e.g. ``"blocks.0.mlp.fc1"``.
-        kind: What a unit is.
-        size: Number of units.
-        producers: Rows, biases, tables and other parameters that make a unit.
-        norms: Scales and shifts that a unit passes.
-        consumers: Columns of the weights that read a unit.
-        buffers: Running statistics; never masked, but cut when the model is shrunk.
-    """
-
-    name: str
-    kind: Kind
-    size: int
-    producers: tuple[Slice, ...]
-    norms: tuple[Slice, ...]
-    consumers: tuple[Slice, ...]
-    buffers: tuple[Slice, ...] = ()
-
-    @property
-    def slices(self) -> tuple[Slice, ...]:
-        """Of parameters: all that is masked when a unit is pruned."""
-        return self.producers + self.norms + self.consumers
-
-    @property
-    def gates(self) -> tuple[Slice, ...]:
-        """Where a gate on the unit's output can be read off the gradients of weights (``g_u = Σ w_i g_i``).
-
-        The columns of its only consumer; else the scales and shifts that it passes, or where there are none, what makes it.
-        """
-        if len(self.consumers) == 1:
-            return self.consumers
-        return self.norms or self.producers
-
-
-@dataclass(frozen=True)
-class Width:
-    """How a layer's width depends on units: ``full`` entries, less ``per_unit[group]`` for each unit of a group that is pruned."""
-
-    full: int
-    per_unit: Mapping[str, int]
-
-    def length(self, pruned: Mapping[str, int]) -> int:
-        """Entries that are left when so many units of each group are pruned."""
-        return self.full - sum(width * pruned.get(group, 0) for group, width in self.per_unit.items())
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A part of the model whose cost is proportional to widths.
-
-    Attributes:
-        name: Of the module.
-        flops: On one example, in the dense model: 2 for each multiply-add.
-        widths: Of its inputs, outputs or heads, those that units change.
-    """
-
-    name: str
-    flops: int
-    widths: tuple[Width, ...]
+_NAMED = 4  # layers that an error names
 
 
 class Units(Mapping[str, UnitGroup]):
@@ -125,6 +44,38 @@ class Units(Mapping[str, UnitGroup]):
         self.layers, self.flops, self.skipped = tuple(layers), flops, dict(skipped or {})
         if not self._groups:
             raise TargetError("units: the model has none that could be pruned. Name groups with include=[...].")
+
+    @classmethod
+    def from_model(
+        cls,
+        model: nn.Module,
+        example_input: Any,
+        include: Sequence[str] | None = None,
+        exclude: Sequence[str] | None = None,
+    ) -> Units:
+        """Find the units of a model by tracing a copy of it with torch-pruning (``pip install "lightning-cap[structured]"``).
+
+        What is found is tested by forward passes on the copy; groups that fail are left out. The model is left as it is.
+
+        Args:
+            model: Any module whose forward pass autograd can follow.
+            example_input: What the model takes, with a batch dim: a tensor, a tuple of arguments, or a dict of named ones.
+            include: Globs (``*``, ``?``, ``[...]``, case-sensitive) over names of groups. Default: all groups but those whose
+                channels pass a LayerNorm together, as the embeddings of a transformer do.
+            exclude: Globs over names of groups to leave out again.
+
+        Raises:
+            TargetError: A glob matches no group (near names are given), or there is none that can be pruned.
+            ConfigError: An argument is of the wrong kind.
+            UnsupportedError: The forward pass fails or cannot be traced (the layer is named), or torch-pruning is missing.
+        """
+        found = trace_units(model, example_input, include, exclude)
+        if not found.groups:
+            reasons = "; ".join(f"{name}: {why}" for name, why in list(found.skipped.items())[:_NAMED])
+            raise TargetError(
+                f"model={type(model).__name__}: it has no units that could be pruned ({reasons or 'no layers'})."
+            )
+        return cls(found.groups, found.layers, found.flops, found.skipped)
 
     def __getitem__(self, name: str) -> UnitGroup:
         return self._groups[name]
