@@ -237,6 +237,29 @@ def slice_batch(batch: Any, size: int, start: int, stop: int) -> Any:
     return rebuild([leaf[start:stop] if is_batched(leaf, size) else leaf for leaf in leaves])
 
 
+def first_samples(batches: Iterable[Any], most: int) -> Iterator[tuple[Any, int, int]]:
+    """This process's share of the first ``most`` samples.
+
+    Args:
+        batches: This process's batches; batch ``j`` of rank ``r`` is batch ``j·R + r`` of all.
+        most: Samples over all processes.
+
+    Yields:
+        A batch with its first samples alone where it goes beyond; samples that are in it; samples of all processes up to its end,
+        ``most`` when there are enough.
+    """
+    ranks, rank, own = distributed.world_size(), distributed.rank(), 0
+    for batch in batches:
+        size = batch_size(batch)
+        before = own * ranks + rank * size
+        if before >= most:
+            return
+        wanted = min(size, most - before)
+        own += size
+        after = most if own * ranks + rank * size >= most else before + size
+        yield batch if wanted == size else slice_batch(batch, size, 0, wanted), wanted, after
+
+
 def flatten_batch(batch: Any) -> tuple[list[Any], Callable[[Iterable[Any]], Any]]:
     """The leaves of a batch, and what makes such a batch of other leaves. A ``UserDict``, such as a tokenizer gives, is a node.
 

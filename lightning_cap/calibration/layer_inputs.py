@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
@@ -11,15 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_cap.calibration.batches import batch_size, slice_batch
+from lightning_cap.calibration.batches import batch_size, first_samples
 from lightning_cap.calibration.checks import check_collector
 from lightning_cap.calibration.normalization import PlainNormalization
 from lightning_cap.calibration.rows import Loss
-from lightning_cap.calibration.sources import NO_MEMORY, SourceMemory, Trial, peek, repeatable
-from lightning_cap.errors import TargetError
+from lightning_cap.calibration.sources import NO_MEMORY, SourceMemory, Trial, peek, reading, repeatable
+from lightning_cap.errors import GradientError, TargetError
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities import distributed, rng
-from lightning_cap.utilities.arguments import require_counts, require_instance
+from lightning_cap.utilities.arguments import require_counts, require_flag, require_instance
 from lightning_cap.utilities.memory import release_memory
 from lightning_cap.utilities.peak_memory import measure_peak
 from lightning_cap.utilities.precision import full_float32
@@ -41,6 +41,55 @@ class LayerGrams(dict[str, Tensor]):
     count: int = 0
 
 
+def sum_up(source: Iterable[Any], device: torch.device, names: Collection[str] | None = None) -> LayerGrams:
+    """All chunks together, over all processes: float64 sums. Every process must call it.
+
+    Args:
+        source: Chunks; read once.
+        device: Where to add them up.
+        names: Targets that every chunk must have. Default: those that the first one has.
+
+    Raises:
+        GradientError: A chunk is none, or has nothing of a target; they are not finite, or there are none.
+    """
+    sums: dict[str, Tensor] = {}
+    count = 0
+    with distributed.raise_on_all_ranks("Collecting layer inputs"), reading(source) as chunks:
+        for chunk in chunks:
+            grams = _checked(chunk, names)
+            del chunk
+            for name in grams if names is None else names:
+                gram = grams[name].to(device)
+                sums[name] = sums[name].add_(gram) if name in sums else gram.double()
+            count += grams.count
+            del grams
+        if sums and not all(bool(torch.isfinite(total).all()) for total in sums.values()):
+            raise GradientError("inputs: layer inputs are not finite. Check the model and the calibration data.")
+    counts = distributed.gather_counts(count, device)
+    if sum(counts) == 0:
+        raise GradientError("inputs: the calibration batches are empty. Check the data set and its batch size.")
+    if min(counts) == 0:  # a process without a batch of its own
+        shapes = next(s for s in distributed.gather_objects({n: list(t.shape) for n, t in sums.items()}) if s)
+        sums = sums or {n: torch.zeros(shape, dtype=torch.float64, device=device) for n, shape in shapes.items()}
+    out = LayerGrams({name: distributed.sum_over_ranks(sums.pop(name)) for name in list(sums)})
+    out.count = sum(counts)
+    return out
+
+
+def _checked(chunk: object, names: Collection[str] | None) -> LayerGrams:
+    if not isinstance(chunk, LayerGrams):
+        raise GradientError(
+            f"gradients: layer-wise pruning needs layer statistics (LayerGrams), got {type(chunk).__name__}. Give an "
+            "InputCollector as the source."
+        )
+    missing = [name for name in names or () if name not in chunk]
+    if missing:
+        raise GradientError(
+            f"gradients: a chunk has no layer statistics of {missing[0]!r}. Give those of every target."
+        )
+    return chunk
+
+
 class InputCollector:
     """A re-iterable source of layer statistics.
 
@@ -53,6 +102,7 @@ class InputCollector:
         context: Entered around every forward pass, e.g. autocast.
         progress: ``progress("collect", samples done, num_inputs)``.
         trial: See `GradientCollector`.
+        optional: Leave out targets whose inputs are not known, instead of refusing them.
 
     Raises:
         ConfigError: An argument is out of range.
@@ -70,13 +120,20 @@ class InputCollector:
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
         progress: Progress | None = None,
         trial: Trial | None = None,
+        optional: bool = False,
     ) -> None:
         check_collector(model, targets, loss, batches, context, progress)
         require_counts(num_inputs=num_inputs)
+        require_flag("optional", optional)
         require_instance("trial", trial, Trial, "earlier.trial", optional=True)
         self._model, self._loss, self._batches = model, loss, batches
         self._num_inputs, self._context, self._progress = num_inputs, context, progress
-        self._layers = {name: _layer(model, name, path) for name, path in targets.paths.items()}
+        layers = {name: model.get_submodule(path.rpartition(".")[0]) for name, path in targets.paths.items()}
+        if not optional:
+            for name, layer in layers.items():
+                _check_layer(layer, name, targets.paths[name])
+        self._layers: dict[str, Any] = {n: x for n, x in layers.items() if _is_known(x, targets.paths[n])}
+        self._optional = optional
         self._device = targets.device
         self.trial = trial
         self.skipped = 0
@@ -99,22 +156,16 @@ class InputCollector:
 
     def __iter__(self) -> Iterator[LayerGrams]:
         """One chunk per batch."""
-        self.collected = before = 0
-        for batch in self._batches:
-            size = batch_size(batch)
-            before = self.collected * distributed.world_size() + distributed.rank() * size  # those of all processes
-            if before >= self._num_inputs:
-                return
-            wanted = min(size, self._num_inputs - before)
-            grams = self._of(batch if wanted == size else slice_batch(batch, size, 0, wanted))
+        self.collected = done = 0
+        for batch, _, done in first_samples(self._batches, self._num_inputs):
+            grams = self._of(batch)
             self.collected += grams.count
             yield grams
             del grams  # before the next ones are computed
             if self._progress is not None:
-                self._progress("collect", min(before + size, self._num_inputs), self._num_inputs)
-            before = self.collected * distributed.world_size() + distributed.rank() * size
+                self._progress("collect", done, self._num_inputs)
         release_memory(self._device)
-        if before < self._num_inputs:
+        if done < self._num_inputs:
             warnings.warn(
                 f"num_inputs={self._num_inputs}: the batches of this process gave only {self.collected} samples; the "
                 "statistics are those of what there is.",
@@ -147,7 +198,7 @@ class InputCollector:
             with torch.inference_mode(False), torch.no_grad(), self._context(), PlainNormalization():
                 self._loss(self._model, batch)
         missing = [name for name in self._layers if name not in grams]
-        if missing:
+        if missing and not self._optional:
             raise TargetError(
                 f"targets: the layers of {len(missing)}, first {missing[0]!r}, were not called in the forward pass, so their "
                 "inputs are not known. Leave them out with exclude=[...]."
@@ -156,15 +207,16 @@ class InputCollector:
         return grams
 
 
-def _layer(model: nn.Module, name: str, path: str) -> Any:
-    owner, _, attribute = path.rpartition(".")
-    layer = model.get_submodule(owner)
-    if attribute != "weight" or type(layer).forward not in _KNOWN:
+def _is_known(layer: nn.Module, path: str) -> bool:
+    return path.rpartition(".")[2] == "weight" and type(layer).forward in _KNOWN
+
+
+def _check_layer(layer: nn.Module, name: str, path: str) -> None:
+    if not _is_known(layer, path):
         raise TargetError(
             f"target {name!r} belongs to a {type(layer).__name__}, whose inputs to a row are not known: layer-wise pruning needs "
             f"plain Linear, Conv1d or Conv2d layers. Leave it out with exclude=[{name!r}]."
         )
-    return layer
 
 
 def _groups(layer: Any) -> int:

@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import Tensor
 
@@ -188,6 +188,29 @@ class TimedSource:
     def repeatable(self) -> bool:
         """As the source says."""
         return repeatable(self._source)
+
+    @property
+    def measures(self) -> bool:
+        """As the source says."""
+        return bool(getattr(self._source, "measures", False))
+
+    def layer_inputs(self) -> Any:
+        """Those of the source, a `MeasuringSource`."""
+        with self._measuring() as source:
+            return source.layer_inputs()
+
+    def losses(self, candidates: Sequence[Mapping[str, Tensor]]) -> list[float]:
+        """Those of the source, a `MeasuringSource`."""
+        with self._measuring() as source:
+            found: list[float] = source.losses(candidates)
+            return found
+
+    @contextmanager
+    def _measuring(self) -> Iterator[Any]:
+        started = time.perf_counter()
+        with self._context():
+            yield self._source
+        self.seconds += time.perf_counter() - started
 
     def memory(self) -> SourceMemory:
         """As the source says."""

@@ -23,17 +23,19 @@ _MOST_INPUTS = 2**16  # samples in a batch of layer inputs
 
 
 class Collector(Protocol):
-    """A re-iterable source of chunks, one pass of it a collection.
+    """A re-iterable source of chunks, one pass of it a collection."""
 
-    Attributes:
-        collected: What the last pass gave.
-        skipped: What it left out.
-        trial: What the first batch has told; None before.
-    """
+    @property
+    def collected(self) -> int:
+        """What the last pass gave."""
 
-    collected: int
-    skipped: int
-    trial: Trial | None
+    @property
+    def skipped(self) -> int:
+        """What it left out."""
+
+    @property
+    def trial(self) -> Trial | None:
+        """What the first batch has told; None before."""
 
     def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
         """Chunks for every target."""

@@ -13,7 +13,7 @@ from lightning_cap.calibration.sources import GradientSource, SourceMemory, chec
 from lightning_cap.errors import GradientError
 from lightning_cap.fisher.memory_plan import MemoryPlan
 from lightning_cap.pruners.base import Pruner
-from lightning_cap.pruners.paths import PruneResult, PruningPath, pack_weights
+from lightning_cap.pruners.paths import PruneResult, WeightPath, pack_weights
 from lightning_cap.pruners.zero_gradients import check_zeros
 from lightning_cap.solver import Elimination
 from lightning_cap.solver.ranking import at_group_ends, select
@@ -62,7 +62,7 @@ class BlockMethod(Pruner):
         """The weights ``(k, B)`` without the ``pruned`` ones."""
 
 
-class BlockwisePath(PruningPath):
+class BlockwisePath(WeightPath):
     """The order in which the weights of every block are pruned and what that costs; owns the Fisher until `close`.
 
     With several processes each has some of the blocks: their Fisher, their order and their losses.

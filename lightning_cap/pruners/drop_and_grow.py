@@ -15,7 +15,7 @@ from lightning_cap.calibration.statistics import GradientSamples
 from lightning_cap.errors import GradientError
 from lightning_cap.fisher.memory_plan import MemoryPlan, plan_reading
 from lightning_cap.pruners.base import Pruner, check_path_arguments, check_room, require_allocation, require_goals
-from lightning_cap.pruners.paths import PruneResult, PruningPath, pack_weights
+from lightning_cap.pruners.paths import PruneResult, WeightPath, pack_weights
 from lightning_cap.pruners.row_mean import RowMean, temporary_bytes
 from lightning_cap.solver.ranking import select, smallest
 from lightning_cap.sparsity.allocation import Allocation, Global
@@ -120,7 +120,7 @@ class DropAndGrow(Pruner):
         return DropAndGrowPath(self, targets, gradients, masks)
 
 
-class DropAndGrowPath(PruningPath):
+class DropAndGrowPath(WeightPath):
     """Weights and mean gradients, from which the masks at any sparsity, higher or lower than now, can be read."""
 
     def __init__(

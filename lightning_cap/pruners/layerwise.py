@@ -8,10 +8,9 @@ from typing import ClassVar, get_args
 import torch
 from torch import Tensor
 
-from lightning_cap.calibration.layer_inputs import LayerGrams
-from lightning_cap.calibration.sources import GradientSource, SourceMemory, reading
+from lightning_cap.calibration.layer_inputs import sum_up
+from lightning_cap.calibration.sources import GradientSource, SourceMemory
 from lightning_cap.calibration.statistics import LayerInputs
-from lightning_cap.errors import GradientError
 from lightning_cap.fisher.memory_plan import MemoryPlan
 from lightning_cap.pruners.blockwise import Blockwise
 from lightning_cap.solver import Elimination, eliminate
@@ -20,7 +19,6 @@ from lightning_cap.solver.ranking import pool_adjacent_violators
 from lightning_cap.sparsity.allocation import Allocation, Uniform
 from lightning_cap.sparsity.block_layout import BlockLayout
 from lightning_cap.sparsity.targets import Targets, require_targets
-from lightning_cap.utilities import distributed
 from lightning_cap.utilities.arguments import require_choice, require_counts
 from lightning_cap.utilities.distributed import world_size
 from lightning_cap.utilities.progress import Progress
@@ -94,8 +92,9 @@ class LayerwiseOBS(Blockwise):
         self, layout: BlockLayout, plan: MemoryPlan, number: int, gradients: GradientSource
     ) -> SharedBlocks:
         """Add up the Hessians."""
-        grams = _sum_up(layout, plan.device, gradients)
-        return SharedBlocks(layout, *grams, plan.groups[number], plan.device)
+        grams = sum_up(gradients, plan.device, layout.shapes)
+        hessians = {name: grams.pop(name).mul_(2 / grams.count) for name in layout.shapes}
+        return SharedBlocks(layout, hessians, grams.count, plan.groups[number], plan.device)
 
     def order_blocks(
         self, fisher: SharedBlocks, weights: Tensor, alive: Tensor, chunk: int, progress: Progress | None
@@ -169,35 +168,3 @@ def _ordered(hessian: Tensor, shape: tuple[int, ...], group_size: int) -> Tensor
     inputs = shape[1]
     split: Tensor = hessian.unflatten(2, (inputs, -1)).unflatten(1, (inputs, -1))  # (G, I, k, I, k)
     return split.permute(0, 2, 1, 4, 3).reshape(hessian.shape)
-
-
-def _sum_up(layout: BlockLayout, device: torch.device, source: GradientSource) -> tuple[dict[str, Tensor], int]:
-    """``2 X Xᵀ / n`` of every target, ``(G, I, I)`` float64, and ``n``, over all processes."""
-    sums: dict[str, Tensor] = {}
-    count = 0
-    with distributed.raise_on_all_ranks("Collecting layer inputs"), reading(source) as chunks:
-        for chunk in chunks:
-            if not isinstance(chunk, LayerGrams):
-                raise GradientError(
-                    f"gradients: LayerwiseOBS needs layer statistics (LayerGrams), got {type(chunk).__name__}. Give "
-                    "an InputCollector as the source."
-                )
-            for name in layout.shapes:
-                if name not in chunk:
-                    raise GradientError(
-                        f"gradients: a chunk has no layer statistics of {name!r}. Give those of every target."
-                    )
-                gram = chunk[name].to(device)
-                sums[name] = sums[name].add_(gram) if name in sums else gram.double()
-            count += chunk.count
-            del chunk
-        if sums and not all(bool(torch.isfinite(total).all()) for total in sums.values()):
-            raise GradientError("inputs: layer inputs are not finite. Check the model and the calibration data.")
-    counts = distributed.gather_counts(count, device)
-    if sum(counts) == 0:
-        raise GradientError("inputs: the calibration batches are empty. Check the data set and its batch size.")
-    if min(counts) == 0:  # a process without a batch of its own
-        shapes = next(s for s in distributed.gather_objects({n: list(t.shape) for n, t in sums.items()}) if s)
-        sums = sums or {n: torch.zeros(shape, dtype=torch.float64, device=device) for n, shape in shapes.items()}
-    n = sum(counts)
-    return {name: distributed.sum_over_ranks(sums.pop(name)).mul_(2 / n) for name in layout.shapes}, n

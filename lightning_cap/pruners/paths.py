@@ -72,22 +72,16 @@ class PruningPath(ABC):
 
     nested: bool = True
 
-    def __init__(
-        self,
-        targets: Targets,
-        layout: BlockLayout,
-        masks: Mapping[str, Tensor] | None,
-        cost: Cost | None = None,
-        predicts_loss: bool = False,
-    ) -> None:
-        self._layout, self._cost, self._predicts_loss = layout, cost or Parameters(), predicts_loss
-        self._dtypes = {name: weight.dtype for name, weight in targets.items()}
-        self._numel = targets.numel
-        self._alive = pack_alive(targets, layout, masks)
+    @property
+    @abstractmethod
+    def sparsity(self) -> float:
+        """Sparsity before pruning: masked weights over all."""
 
     @abstractmethod
     def at(self, sparsity: float) -> PruneResult:
         """Weights and masks with exactly ``floor(sparsity·n + 0.5)`` zeros, those already masked included.
+
+        Of a pruner of units: with the fewest units pruned, in its order, that save this share of its cost.
 
         Raises:
             PatternError: The sparsity is not in [0, 1) or not one that the pattern gives.
@@ -104,9 +98,6 @@ class PruningPath(ABC):
     def close(self) -> None:  # noqa: B027 - optional
         """Free what the path holds (the Fisher). Using it afterwards is an error."""
 
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({len(self._dtypes)} targets of {self._numel} weights, from sparsity {self.sparsity:.4f})"
-
     def __enter__(self) -> Self:
         return self
 
@@ -114,6 +105,34 @@ class PruningPath(ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+class WeightPath(PruningPath):
+    """A path of single weights, in the blocks of a layout.
+
+    Args:
+        targets: The weights.
+        layout: Their block view.
+        masks: Weights that are pruned already.
+        cost: What a goal counts.
+        predicts_loss: See `Pruner`.
+    """
+
+    def __init__(
+        self,
+        targets: Targets,
+        layout: BlockLayout,
+        masks: Mapping[str, Tensor] | None,
+        cost: Cost | None = None,
+        predicts_loss: bool = False,
+    ) -> None:
+        self._layout, self._cost, self._predicts_loss = layout, cost or Parameters(), predicts_loss
+        self._dtypes = {name: weight.dtype for name, weight in targets.items()}
+        self._numel = targets.numel
+        self._alive = pack_alive(targets, layout, masks)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({len(self._dtypes)} targets of {self._numel} weights, from sparsity {self.sparsity:.4f})"
 
     @property
     def sparsity(self) -> float:
@@ -155,7 +174,7 @@ class PruningPath(ABC):
     def _result(self, weights: Tensor, kept: Tensor, saliency: float, stats: Mapping[str, float]) -> PruneResult:
         unpacked = self._layout.unpack(weights)
         return PruneResult(
-            weights={name: _cast(name, weight, self._dtypes[name]) for name, weight in unpacked.items()},
+            weights={name: cast_weight(name, weight, self._dtypes[name]) for name, weight in unpacked.items()},
             masks=self._layout.unpack(kept),
             saliency=saliency,
             predicted_loss=saliency if self._predicts_loss else None,
@@ -164,7 +183,7 @@ class PruningPath(ABC):
         )
 
 
-def _cast(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
+def cast_weight(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
     """A target's new weights in its own type. They are the same on every process, so all refuse alike."""
     cast = weight.to(dtype)
     if not bool(torch.isfinite(cast).all()):
@@ -186,6 +205,17 @@ def pack_alive(targets: Targets, layout: BlockLayout, masks: Mapping[str, Tensor
     return layout.pack({**full, **(masks or {})}, torch.bool, targets.device)
 
 
+def check_finite(weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights that are NaN or infinite.
+
+    Raises:
+        ConfigError: One is; its target is named.
+    """
+    for name, weight in weights.items():
+        if not bool(torch.isfinite(weight).all()):
+            raise ConfigError(f"model: the weight {name!r} is not finite (NaN or inf). Load a sound checkpoint.")
+
+
 def pack_weights(targets: Targets, layout: BlockLayout, alive: Tensor) -> Tensor:
     """The weights as ``(K, B)``, zero where not ``alive``; float64 if a target is, else float32.
 
@@ -193,9 +223,7 @@ def pack_weights(targets: Targets, layout: BlockLayout, alive: Tensor) -> Tensor
         ConfigError: A weight is not finite.
     """
     weights = targets.weights()
-    for name, weight in weights.items():
-        if not bool(torch.isfinite(weight).all()):
-            raise ConfigError(f"model: the weight {name!r} is not finite (NaN or inf). Load a sound checkpoint.")
+    check_finite(weights)
     double = any(weight.dtype == torch.float64 for weight in weights.values())
     packed = layout.pack(weights, torch.float64 if double else torch.float32, alive.device)
     return packed.masked_fill_(~alive, 0.0)

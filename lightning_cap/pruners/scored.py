@@ -13,7 +13,7 @@ from lightning_cap.calibration.sources import NO_MEMORY, GradientSource, SourceM
 from lightning_cap.errors import GradientError, PatternError
 from lightning_cap.fisher.memory_plan import MemoryPlan, plan_reading
 from lightning_cap.pruners.base import Pruner, check_path_arguments, require_allocation
-from lightning_cap.pruners.paths import PruneResult, PruningPath, pack_weights
+from lightning_cap.pruners.paths import PruneResult, WeightPath, pack_weights
 from lightning_cap.pruners.row_mean import temporary_bytes
 from lightning_cap.solver.ranking import select, smallest
 from lightning_cap.sparsity.allocation import Allocation, Global
@@ -94,14 +94,14 @@ class Scored(Pruner):
         return targets.blocks(self.pattern.group_size, self.pattern.group_size)
 
 
-class ScoredPath(PruningPath):
+class ScoredPath(WeightPath):
     """All weights and their saliencies.
 
     Args:
         pruner: Says which masks are allowed, how zeros are shared out and what a goal counts.
-        targets: See `PruningPath`.
+        targets: See `WeightPath`.
         layout: Blocks without padding, or of a pattern that is enforced in blocks.
-        masks: See `PruningPath`.
+        masks: See `WeightPath`.
 
     Attributes:
         weights: ``(K, B)``, zero where masked.

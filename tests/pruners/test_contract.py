@@ -16,10 +16,10 @@ from torch import nn
 
 from lightning_cap import pruners
 from lightning_cap.errors import CAPError, ConfigError, GradientError, PatternError, UnsupportedError
-from lightning_cap.pruners import Pruner, PruneResult, PruningPath
+from lightning_cap.pruners import Pruner, PruneResult, PruningPath, UnitPruner
 from lightning_cap.sparsity.targets import Targets
 from tests.support.problems import MIXED, Rows, gradient_rows, random_masks, random_targets, same_result
-from tests.support.pruners import CASES, Case, select
+from tests.support.pruners import CASES, UNIT_CASES, Case, select
 
 HALF = Fraction(1, 2)
 SPARSITIES = [0.0, 0.1, 0.33, 0.5, 0.75, 0.9, 0.99]
@@ -48,7 +48,8 @@ def rows(targets: Targets) -> Rows:
 
 def test_every_pruner_is_in_the_table() -> None:
     classes = [value for value in vars(pruners).values() if isinstance(value, type) and issubclass(value, Pruner)]
-    assert {case.kind for case in CASES.values()} == set(classes) - {Pruner}
+    kinds = [case.kind for case in (*CASES.values(), *UNIT_CASES.values())]
+    assert set(kinds) == set(classes) - {Pruner, UnitPruner}
 
 
 def _zeros(result: PruneResult) -> int:

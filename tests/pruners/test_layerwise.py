@@ -139,7 +139,7 @@ def test_masks_zero_inputs_and_several_targets() -> None:
 
 def test_sources_and_settings_that_do_not_work() -> None:
     targets = Targets({"weight": nn.Parameter(torch.randn(4, 8))})
-    with pytest.raises(GradientError, match=r"LayerwiseOBS needs layer statistics \(LayerGrams\), got dict"):
+    with pytest.raises(GradientError, match=r"layer-wise pruning needs layer statistics \(LayerGrams\), got dict"):
         LayerwiseOBS().path(targets, [{"weight": torch.randn(3, 4, 8)}])
     with pytest.raises(GradientError, match="calibration batches are empty"):
         LayerwiseOBS().path(targets, [])

@@ -13,15 +13,20 @@ from lightning_cap.calibration.layer_inputs import LayerGrams
 from lightning_cap.pruners import (
     CAP,
     MFAC,
+    CAPUnits,
     DiagonalFisher,
     DropAndGrow,
     FastCAP,
     GradientTimesWeight,
     LayerwiseOBS,
     Magnitude,
+    MagnitudeUnits,
     Pruner,
     Random,
+    RandomUnits,
     Taylor,
+    TaylorUnits,
+    UnitPruner,
     WoodFisher,
 )
 from lightning_cap.sparsity.allocation import ERK, Global, Uniform
@@ -143,3 +148,42 @@ USUAL = select(edge=False, regrows=False)
 METHODS: dict[str, Case] = {}
 for _case in USUAL.values():
     METHODS.setdefault(_case.kind.__name__, _case)
+
+
+@dataclass(frozen=True)
+class UnitCase:
+    """A pruner of units with settings, and what it promises.
+
+    Attributes:
+        kind: Its class.
+        own: Settings of the case.
+        reads: What it wants to see of the data.
+        updates: Whether kept weights move.
+        predicts_loss: Whether its saliencies are increases of the loss.
+        uniform: Whether every group loses about the same share.
+    """
+
+    kind: type[UnitPruner]
+    own: Mapping[str, Any] = field(default_factory=dict)
+    reads: Literal["gradients", "inputs", "nothing"] = "gradients"
+    updates: bool = False
+    predicts_loss: bool = False
+    uniform: bool = False
+
+    def pruner(self, **settings: Any) -> UnitPruner:
+        """A new pruner. What the class does not take is left out of ``settings``."""
+        names = inspect.signature(self.kind).parameters
+        return self.kind(**{**{name: v for name, v in settings.items() if name in names}, **self.own})
+
+
+CAP_UNITS: dict[str, Any] = {"updates": True, "predicts_loss": True}
+
+UNIT_CASES: dict[str, UnitCase] = {
+    "cap-units": UnitCase(CAPUnits, {"num_gradients": 40}, **CAP_UNITS),
+    "cap-units-uniform": UnitCase(CAPUnits, {"allocation": Uniform()}, uniform=True, **CAP_UNITS),
+    "taylor-units": UnitCase(TaylorUnits, {"num_gradients": 40}),
+    "taylor-units-mean": UnitCase(TaylorUnits, {"normalize": "mean"}),
+    "magnitude-units": UnitCase(MagnitudeUnits, reads="nothing"),
+    "magnitude-units-mean": UnitCase(MagnitudeUnits, {"normalize": "mean"}, reads="nothing"),
+    "random-units": UnitCase(RandomUnits, {"seed": 3}, reads="nothing"),
+}
