@@ -3,10 +3,26 @@
 from __future__ import annotations
 
 from lightning_cap.export.compressed import Compressed, load_compressed
+from lightning_cap.export.coreml import CoreML
 from lightning_cap.export.exporter import Exporter, Runner
 from lightning_cap.export.onnx import ONNX
+from lightning_cap.export.openvino import OpenVINO
 from lightning_cap.export.pt2 import PT2
 from lightning_cap.export.records import ExportRecord
 from lightning_cap.export.safetensors import Safetensors
+from lightning_cap.export.semi_structured import SemiStructured, load_semi_structured
 
-__all__ = ["ONNX", "PT2", "Compressed", "ExportRecord", "Exporter", "Runner", "Safetensors", "load_compressed"]
+__all__ = [
+    "ONNX",
+    "PT2",
+    "Compressed",
+    "CoreML",
+    "ExportRecord",
+    "Exporter",
+    "OpenVINO",
+    "Runner",
+    "Safetensors",
+    "SemiStructured",
+    "load_compressed",
+    "load_semi_structured",
+]

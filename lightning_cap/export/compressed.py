@@ -63,11 +63,9 @@ def load_compressed(path: Path | str) -> dict[str, Tensor]:
         ConfigError: ``path`` is no path.
         DataError: The file cannot be read, or is none of these.
     """
-    require_path("path", path, "model.compressed.safetensors")
-    named = f"path={shown(str(path))}"
+    shapes = json.loads(read_header(path, _HEADER))
     try:
         with safe_open(path, "pt") as file:
-            shapes = json.loads((file.metadata() or {})[_HEADER])
             held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         return {
             **{
@@ -77,10 +75,32 @@ def load_compressed(path: Path | str) -> dict[str, Tensor]:
             },
             **{name: _dense(held[name + _BITS], held[name + _VALUES], shape) for name, shape in shapes.items()},
         }
-    except KeyError as error:
-        raise DataError(f"{named}: it is no file of lightning-cap export --to compressed (no {error}).") from error
-    except (OSError, SafetensorError, ValueError, TypeError, AttributeError, RuntimeError) as error:
-        raise DataError(f"{named}: it cannot be read ({' '.join(str(error).split())}).") from error
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError) as error:
+        raise _unreadable(path, error) from error
+
+
+def read_header(path: Path | str, key: str) -> str:
+    """An entry of the header of a file of safetensors.
+
+    Raises:
+        ConfigError: ``path`` is no path.
+        DataError: The file cannot be read, or has no such entry.
+    """
+    require_path("path", path, "model.compressed.safetensors")
+    try:
+        with safe_open(path, "pt") as file:
+            header: dict[str, str] = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise _unreadable(path, error) from error
+    if key not in header:
+        raise DataError(
+            f"path={shown(str(path))}: its header has no {key!r}. Give a file that lightning-cap has exported."
+        )
+    return header[key]
+
+
+def _unreadable(path: Path | str, error: Exception) -> DataError:
+    return DataError(f"path={shown(str(path))}: it cannot be read ({' '.join(str(error).split())}).")
 
 
 def _dense(bits: Tensor, values: Tensor, shape: list[int]) -> Tensor:

@@ -181,7 +181,8 @@ class Exporter(ABC):
         expected = _run_torch(model, inputs)
         with _telling(f"to={self.format!r}: the model cannot be written in this format"):
             self.write(model, path, inputs if len(inputs) > 1 else torch.cat([inputs, inputs]), metadata)
-        weights, equal = check_zeros(self.format, model, self.stored(path))
+        with _telling(f"to={self.format!r}: the file that was written cannot be read"):
+            weights, equal = check_zeros(self.format, model, self.stored(path))
         verified: dict[str, Any] = {"weights": weights, "zeros_equal": equal}
         if self.runs_here():
             with _telling(f"to={self.format!r}: the file that was written cannot be run"):
@@ -245,14 +246,16 @@ def torch_runner(module: Callable[[Tensor], Any]) -> Runner:
     return run
 
 
-def dynamic_batch(model: nn.Module, inputs: Tensor) -> torch.export.ExportedProgram:
+def dynamic_batch(model: nn.Module, inputs: Tensor, largest: int | None = None) -> torch.export.ExportedProgram:
     """The program of a model that takes any number of rows.
 
     Args:
         model: In evaluation mode.
         inputs: ``(n, ...)``, n at least 2.
+        largest: Number of rows, None for no limit.
     """
-    return torch.export.export(model, (inputs,), dynamic_shapes=({0: torch.export.Dim("batch")},), strict=False)
+    batch = torch.export.Dim("batch", min=1, max=largest)
+    return torch.export.export(model, (inputs,), dynamic_shapes=({0: batch},), strict=False)
 
 
 def architecture(model: nn.Module) -> str:

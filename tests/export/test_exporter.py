@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cap.errors import ConfigError, ExportError
-from lightning_cap.export import ONNX, PT2, Compressed, Exporter, ExportRecord, Safetensors
+from lightning_cap.export import ONNX, PT2, Compressed, Exporter, ExportRecord, OpenVINO, Safetensors
+from lightning_cap.export.exporter import size_on_disk
 from lightning_cap.utilities.records import read_records
 from tests.support.exporting import images, small_convnet
 
-EXPORTERS = [Safetensors, Compressed, PT2, ONNX]
+EXPORTERS = [Safetensors, Compressed, PT2, ONNX, OpenVINO]
 
 
 def made(kind: type[Exporter]) -> Exporter:
@@ -30,7 +31,7 @@ def test_the_file_does_what_the_model_does(kind: type[Exporter], tmp_path: Path)
     record = exporter.export(model, path, images(), goal=0.6)
     assert sorted(file.name for file in path.parent.iterdir()) == sorted([path.name, "exports.jsonl"])
     assert read_records(path.with_name("exports.jsonl"), ExportRecord) == [record]
-    assert (record.format, record.path, record.goal, record.bytes) == (kind.format, path.name, 0.6, path.stat().st_size)
+    assert (record.format, record.path, record.goal, record.bytes) == (kind.format, path.name, 0.6, size_on_disk(path))
     assert (record.weights, record.zeros_equal, record.inputs) == (4, 4, 4)
     assert record.difference is not None
     assert record.difference <= exporter.tolerance == record.tolerance
