@@ -12,6 +12,7 @@ from lightning_cap.callbacks.settings import describe_settings
 from lightning_cap.callbacks.state import Restored, RunState, decode_state, encode_state, load_masks, load_pruner
 from lightning_cap.errors import ConfigError
 from lightning_cap.pruners import Pruner
+from lightning_cap.schedules import SparsitySchedule
 from lightning_cap.sparsity.ends import PENDING
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.utilities import distributed, rng
@@ -20,6 +21,7 @@ from lightning_cap.utilities import distributed, rng
 class CheckpointedRun(pl.Callback):
     """A run and what it must remember. A subclass has the settings, and tells the run what to do."""
 
+    schedule: SparsitySchedule
     pruner: Pruner
     num_recomputations: int
     seed: int
@@ -33,6 +35,11 @@ class CheckpointedRun(pl.Callback):
         self._previous: Run | None = None
 
     @property
+    def state_key(self) -> str:
+        """The class, and whether units are pruned: a callback of units and one of weights are told apart in checkpoints."""
+        return f"{super().state_key}[units]" if self.pruner.takes_units else super().state_key
+
+    @property
     def history(self) -> list[CycleRecord]:
         """Lines of the table: the model before the first event, and each cycle's end or best epoch."""
         return self._state.history
@@ -41,6 +48,15 @@ class CheckpointedRun(pl.Callback):
     def masks(self) -> MaskSet:
         """The masks in force (during and after ``fit``)."""
         return self._active.masks
+
+    @property
+    def starts(self) -> list[int]:
+        """Epochs of the events that begin a cycle (during and after ``fit``)."""
+        return self._active.starts
+
+    def is_due(self, epoch: int) -> bool:
+        """Whether an event is to be run at an epoch of the running ``fit``."""
+        return epoch in self._active.events and epoch not in self._state.done
 
     @property
     def _active(self) -> Run:
@@ -57,13 +73,14 @@ class CheckpointedRun(pl.Callback):
         return {**kept, "_run": None, "_previous": None, "_packed": self._packed_masks()}
 
     def state_dict(self) -> dict[str, Any]:
-        """Masks (bit-packed), the pruner's state, schedule cursor, cycle, collection index and every rank's random state.
+        """Masks (bit-packed), units, the pruner's state, schedule cursor, cycle, collection index, every rank's random state.
 
         Call it on every rank, as Lightning does.
         """
         rngs = distributed.gather_objects(rng.capture())
         settings = {} if self._run is None else self._settings(self._run)
-        held = Restored(self._packed_masks(), self.pruner.state_dict(), settings, rngs, self._known_ends())
+        known = self._known_ends(), self._known_units()
+        held = Restored(self._packed_masks(), self.pruner.state_dict(), settings, rngs, *known)
         return encode_state(self._state, held)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -93,3 +110,9 @@ class CheckpointedRun(pl.Callback):
             return None if self._restored is None else self._restored.ends
         ends = self._run.targets.ends
         return None if ends is None or ends is PENDING else ends.to_state()
+
+    def _known_units(self) -> dict[str, Any] | None:
+        if self._run is None:
+            return None if self._restored is None else self._restored.units
+        units = self._run.targets.units
+        return None if units is None else units.state_dict()

@@ -29,6 +29,7 @@ from lightning_cap.utilities.arguments import (
     require_real,
     require_text,
     require_whole,
+    shown,
 )
 from lightning_cap.utilities.files import require_writable
 from lightning_cap.utilities.records import known_records
@@ -44,6 +45,7 @@ def check_settings(callback: CAPPruningCallback) -> None:
 
     Raises:
         ConfigError: One is out of range.
+        UnsupportedError: Units were to grow back.
     """
     c = callback
     require_instance("schedule", c.schedule, SparsitySchedule, "{0: 0.4, 20: 0.5} or SparsitySteps({0: 0.4})")
@@ -64,6 +66,11 @@ def check_settings(callback: CAPPruningCallback) -> None:
     require_whole("seed", c.seed, at_least=0, at_most=2**63 - 1, example=0)
     if c.save in ("best", "both") and c.monitor is None:
         raise ConfigError(f"save={c.save!r} needs monitor=..., the name of a logged metric such as 'val/acc'.")
+    if c.pruner.takes_units and c.schedule.regrows:
+        raise UnsupportedError(
+            f"schedule={shown(c.schedule)}: units that {type(c.pruner).__name__} has pruned cannot grow back, since a unit whose "
+            "weights are all zero has no gradient. Let the schedule rise, or prune weights."
+        )
 
 
 def refuse_other_pruning(trainer: pl.Trainer) -> None:
@@ -143,7 +150,7 @@ def refuse_manual(module: pl.LightningModule, pruners: Sequence[Pruner]) -> None
     Raises:
         UnsupportedError: The module has no ``calibration_step``.
     """
-    wanted = any(pruner.statistic is not None for pruner in pruners)
+    wanted = any(pruner.statistic is not None or pruner.takes_units for pruner in pruners)
     if wanted and not module.automatic_optimization and not hasattr(module, "calibration_step"):
         raise UnsupportedError(
             "automatic_optimization=False: training_step cannot be called for its loss alone. Define "

@@ -15,6 +15,7 @@ from lightning_cap.callbacks.run_files import RunFiles
 from lightning_cap.export.safetensors import save_weights
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.trainer.compat import averaged_models
+from lightning_cap.trainer.records import Saving
 from lightning_cap.utilities import distributed
 from lightning_cap.utilities.records import Record
 
@@ -27,11 +28,13 @@ class Cycle:
         goal: Sparsity of its event.
         best: Best value of the monitored metric so far, None if there is none.
         saved: Whether its end has been saved.
+        begun: The first epoch that is trained in it.
     """
 
     goal: float
     best: float | None = None
     saved: bool = False
+    begun: int = 0
 
     def improves(self, value: float | None, mode: Literal["min", "max"]) -> bool:
         """Whether ``value`` is better than the best so far; it is then the best."""
@@ -48,17 +51,18 @@ class CycleRecord(Record):
     """A line of the final table: the model before the first event, or the end or the best epoch of a cycle.
 
     Attributes:
-        goal: Sparsity that was asked for, 0 for the model before the first event.
+        goal: Sparsity, or share of what else goals count, that was asked for; 0 for the model before the first event.
         epochs: Trained when the weights were so; an event at the start of epoch 3 finds 3 of them.
         value: Of the monitored metric, None if it is not known.
         sparsity: Measured: zeros over all weights of the targets.
         best: Whether this is the best epoch of the cycle instead of its end.
         checkpoint: Path of the Lightning checkpoint, empty if none was written.
         weights: Path of the ``.safetensors`` file, empty if none was written.
+        saving: What is saved of what goals count; None where that is zeros.
     """
 
     kind: ClassVar[str] = "cycle"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     goal: float
     epochs: int
@@ -67,6 +71,7 @@ class CycleRecord(Record):
     best: bool = False
     checkpoint: str = ""
     weights: str = ""
+    saving: Saving | None = None
 
     def with_files(self, files: RunFiles) -> CycleRecord:
         """The same, with the names of its files."""

@@ -10,7 +10,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_cap.callbacks.run_files import RunFiles
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.trainer.event import EventReport
-from lightning_cap.trainer.records import EVENTS, EventRecord
+from lightning_cap.trainer.records import EVENTS, EventRecord, Saving
 from lightning_cap.utilities import distributed
 from lightning_cap.utilities.records import append_record
 
@@ -20,6 +20,7 @@ def event_record(
     goal: float,
     report: EventReport,
     masks: MaskSet,
+    saving: Saving | None,
     before: Mapping[str, float],
     after: Mapping[str, float],
 ) -> EventRecord:
@@ -27,9 +28,10 @@ def event_record(
 
     Args:
         epoch: Of the event.
-        goal: Sparsity to reach.
+        goal: Sparsity to reach, or share to save of what else goals count.
         report: What the event did.
         masks: In force now.
+        saving: What they save; None where goals count zeros.
         before: Validation metrics right before the event.
         after: Validation metrics right after it.
     """
@@ -37,6 +39,7 @@ def event_record(
         epoch=epoch,
         goal=goal,
         sparsity=report.sparsity,
+        saving=saving,
         predicted_loss=report.predicted_loss,
         unit=report.unit,
         samples=report.samples,
@@ -55,7 +58,8 @@ def log_event(trainer: pl.Trainer, record: EventRecord, shown: str | None, files
     """Log an event to every logger as ``cap/...``, to ``events.jsonl`` and, in one line, to the console.
 
     Records in the file whose epoch is as high or higher are those of a run that was stopped after it and has gone back to a
-    checkpoint before it. The new record takes their place, so that the file has one per event.
+    checkpoint before it. The new record takes their place, so that the file has one per event. Those of another callback, whose
+    goals count something else, stay.
 
     Args:
         trainer: Whose loggers are told.
@@ -67,7 +71,7 @@ def log_event(trainer: pl.Trainer, record: EventRecord, shown: str | None, files
         logger.log_metrics(record.logged(), step=trainer.global_step)
     with distributed.raise_on_all_ranks(f"Writing {EVENTS}"):
         if trainer.is_global_zero and files is not None:
-            append_record(files.events, record, lambda old: old.epoch >= record.epoch)
+            append_record(files.events, record, lambda old: old.epoch >= record.epoch and _cost(old) == _cost(record))
     rank_zero_info(_line(record, shown))
 
 
@@ -80,7 +84,16 @@ def _line(record: EventRecord, shown: str | None) -> str:
     grown = f", {record.grown_back} weights grew back" if record.grown_back else ""
     predicted = "" if record.predicted_loss is None else f", predicted loss increase {record.predicted_loss:.4g}"
     outcome = f"pruned to {record.sparsity:.2%}" if record.sparsity or not record.grown_back else "masks lifted"
+    if record.saving is not None:
+        saving = record.saving
+        outcome = (
+            f"{saving.cost} {saving.share:.2f}, predicted {saving.left}, {record.sparsity:.2%} of their weights pruned"
+        )
     return (
         f"Epoch {record.epoch:g}: {outcome} ({record.samples} {record.unit}{skipped}{grown}, "
         f"{sum(record.seconds.values()):.1f} s){predicted}{change}"
     )
+
+
+def _cost(record: EventRecord) -> str:
+    return "" if record.saving is None else record.saving.cost

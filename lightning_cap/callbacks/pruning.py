@@ -13,59 +13,76 @@ from torch.optim import Optimizer
 
 from lightning_cap.callbacks import checks
 from lightning_cap.callbacks.checkpoint_io import make_checkpoints_atomic
-from lightning_cap.callbacks.checkpointed import CheckpointedRun
-from lightning_cap.callbacks.cycle import Cycle, CycleRecord, monitored, save_cycle, save_missing
+from lightning_cap.callbacks.companions import (
+    adopt_pruned_units,
+    cycle_starts,
+    end_cycles,
+    is_event_due,
+    refuse_wrong_companions,
+)
+from lightning_cap.callbacks.cost import goal_name, saving, with_cost
+from lightning_cap.callbacks.cycle import Cycle, monitored, save_missing
 from lightning_cap.callbacks.event_log import event_record, log_event
 from lightning_cap.callbacks.leftovers import remove_empty_logs
 from lightning_cap.callbacks.lr_restart import refuse_beyond_max_steps, restart_schedulers
 from lightning_cap.callbacks.optimizer_state import sync_optimizer_state
 from lightning_cap.callbacks.resume import begin_epoch_anew, restore_random_state
 from lightning_cap.callbacks.run import Run, is_dry
-from lightning_cap.callbacks.run_files import RunFiles, checkpoint_dir
+from lightning_cap.callbacks.run_files import checkpoint_dir
+from lightning_cap.callbacks.saving_run import SavingRun
 from lightning_cap.callbacks.settings import warn_of_differences
 from lightning_cap.callbacks.state import RunState, choose_files, load_masks
 from lightning_cap.callbacks.steps import PruningSteps, plan_steps, pruners_of, validate_steps
 from lightning_cap.callbacks.summary import print_table
-from lightning_cap.callbacks.targets import known_ends, run_of_same_model
+from lightning_cap.callbacks.targets import choose_targets, find_parts, known_parts, run_of_same_model
 from lightning_cap.callbacks.weight_averaging import mask_averages, restart_averages
 from lightning_cap.errors import CAPError
 from lightning_cap.pruners import CAP, Pruner
 from lightning_cap.schedules import SparsitySchedule, SparsitySteps
+from lightning_cap.sparsity.cost import Cost
 from lightning_cap.sparsity.ends import PENDING, Ends
 from lightning_cap.sparsity.masks import MaskSet
-from lightning_cap.sparsity.targets import Targets, measured_sparsity
+from lightning_cap.sparsity.units import Units
 from lightning_cap.trainer import compat
-from lightning_cap.trainer.ends import find_module_ends
 from lightning_cap.trainer.evaluation import evaluate
 from lightning_cap.trainer.event import EventReport, PruningEvent
 from lightning_cap.trainer.progress_bar import end_bar, event_progress
-from lightning_cap.utilities import distributed
+from lightning_cap.trainer.units import prepare_cost
 from lightning_cap.utilities.arguments import shown
 
 
-class CAPPruningCallback(CheckpointedRun):
+class CAPPruningCallback(SavingRun):
     """Prune while training: an event at each scheduled epoch's start, masks in force in between, one checkpoint per goal.
 
+    Where a pruner of units such as `CAPUnits` makes the model smaller, a second callback after it, with a pruner of weights, may
+    prune what is left: a cycle then ends at the next event of either.
+
     Args:
-        schedule: Epoch -> sparsity, e.g. ``{0: 0.4, 20: 0.5}``, which is ``SparsitySteps({0: 0.4, 20: 0.5})``.
+        schedule: Epoch -> sparsity, e.g. ``{0: 0.4, 20: 0.5}``, which is ``SparsitySteps({0: 0.4, 20: 0.5})``; or share to save of
+            what else ``cost`` counts.
         pruner: The method. Default: `CAP` with its defaults.
         include: Globs or names of the weights to prune; they replace the default: all Linear, Conv and attention weights but first
             layers and heads, as a forward pass tells them, depthwise convolutions, and what is frozen. See `Targets.from_model`.
+            Of units, globs over their groups; see `Units.from_model`.
         exclude: Globs or names to leave dense.
         num_recomputations: Splits every event into so many of rising sparsity, each with fresh gradients.
         existing_zeros: Take the zeros that the targets have when training starts as pruned already.
         save: ``"last"``: at the end of each cycle; ``"best"``: at its best epoch by ``monitor``; ``"both"`` or ``"none"``.
         save_sparsities: The scheduled sparsities to save checkpoints of. Default: all.
         dirpath: Folder of ``sparsity=0.50.ckpt`` and ``.safetensors``; ``sparsity=0.50-v1.ckpt`` and so on where other runs have
-            written to it. Default: ``checkpoints`` beside the logs.
+            written to it. Of units ``parameters=0.50.ckpt``, ``flops=0.50.ckpt`` or ``latency=0.50.ckpt``, by what goals count.
+            Default: ``checkpoints`` beside the logs.
         monitor: Metric, logged in validation, for the table and for ``save="best"``. Default: the validation accuracy, else the
             validation loss.
         mode: Whether more (``"max"``) or less of ``monitor`` is better.
         evaluate: Validate right before and after each event that begins a cycle (all, unless ``pruner.regrows``); log both.
         seed: Key of the calibration samples and their augmentation, with the event and the sample's index.
+        cost: What goals count: `Parameters`, or of units `Flops` or `Latency`. Default: what the pruner's own ``cost`` says.
 
     Raises:
-        ConfigError: An argument is out of range. What depends on the Trainer and the model is refused when ``fit`` begins.
+        ConfigError: An argument is out of range.
+        UnsupportedError: Zeros save nothing of ``cost``, or units were to grow back. What depends on the Trainer and the model is
+            refused when ``fit`` begins.
     """
 
     def __init__(
@@ -83,6 +100,7 @@ class CAPPruningCallback(CheckpointedRun):
         mode: Literal["min", "max"] = "max",
         evaluate: bool = True,
         seed: int = 0,
+        cost: Cost | None = None,
     ) -> None:
         super().__init__()
         self.schedule = SparsitySteps(schedule) if isinstance(schedule, Mapping) else schedule
@@ -95,7 +113,8 @@ class CAPPruningCallback(CheckpointedRun):
         self.evaluate = evaluate
         self.seed = seed
         checks.check_settings(self)
-        self._validated, self._stepped = -1, False
+        self.pruner = with_cost(self.pruner, cost)
+        self._stepped = False
         self._warned: set[str] = set()
         self._made = time.time() - 1  # what is older is another run's; file systems round
 
@@ -119,6 +138,7 @@ class CAPPruningCallback(CheckpointedRun):
         self._previous, self._run = self._run or self._previous, None
         checks.refuse_sharding(trainer)
         checks.refuse_other_pruning(trainer)
+        refuse_wrong_companions(trainer)
         checks.refuse_best_of_none(trainer, self.save)
         if not is_dry(trainer) and self.save != "none":
             checks.refuse_unwritable(trainer, self.dirpath)
@@ -134,11 +154,11 @@ class CAPPruningCallback(CheckpointedRun):
         if self._restored is None:
             done = [epoch for epoch in self._state.done if epoch < trainer.current_epoch]
             self._state = replace(self._state, done=done) if trainer.current_epoch else RunState()
-        self._begin(trainer, pl_module, known_ends(self._restored, previous))
+        self._begin(trainer, pl_module, known_parts(self.pruner, self._restored, previous))
 
-    def _begin(self, trainer: pl.Trainer, module: pl.LightningModule, ends: Ends) -> None:
-        """Make the run; while the ends are pending, with everything that may be a target, and nothing masked."""
-        targets = Targets.from_model(module, self.include, self.exclude, ends)
+    def _begin(self, trainer: pl.Trainer, module: pl.LightningModule, parts: Ends | Units) -> None:
+        """Make the run; while it is pending what is pruned, with everything that may be a target, and nothing masked."""
+        targets = choose_targets(module, self.pruner, self.include, self.exclude, parts)
         masks = MaskSet(targets)
         if targets.ends is not PENDING:
             rank_zero_info(f"Pruning {targets.summary}")
@@ -149,7 +169,8 @@ class CAPPruningCallback(CheckpointedRun):
                 masks.mask_zeros()
         masks.apply_to_weights()
         events = self._events(trainer)
-        files = choose_files(self._state, checkpoint_dir(trainer, self.dirpath), events.values())
+        folder = checkpoint_dir(trainer, self.dirpath)
+        files = choose_files(self._state, folder, events.values(), goal_name(self.pruner))
         self._run = Run(targets, masks, events, files, self.pruner, self.schedule)
         checks.refuse_foreign_records(trainer, self._log_files(trainer))
         if self._restored is not None:
@@ -161,14 +182,18 @@ class CAPPruningCallback(CheckpointedRun):
         cycle; restore the random state mid-epoch.
         """
         if self._active.targets.ends is PENDING:
-            self._begin(trainer, pl_module, find_module_ends(trainer, pl_module, self.seed))
+            parts = find_parts(trainer, pl_module, self.pruner, self.include, self.exclude, self.seed)
+            self._begin(trainer, pl_module, parts)
         run = self._active
+        if run.targets.units is not None:
+            prepare_cost(trainer, pl_module, self.pruner.cost, run.targets.units, self.seed)
+        adopt_pruned_units(trainer)
         for optimizer in trainer.optimizers:
             run.masks.apply_to_optimizer(optimizer)
-        restart_schedulers(trainer, run.starts, self._warned, only_new=self._restored is not None)
+        restart_schedulers(trainer, cycle_starts(trainer), self._warned, only_new=self._restored is not None)
         run.begins = trainer.current_epoch + (self._restored is not None and compat.restarted_mid_epoch(trainer))
         due = run.missed(self._state.done)
-        if self._state.cycle is not None and trainer.current_epoch not in due:
+        if self._state.cycle is not None and not is_event_due(trainer):
             self._state.cycle.saved = False  # where it ended before, it goes on now
         saved = {} if self._restored is None else self._restored.settings
         warn_of_differences(saved, self._settings(run), run.events, self._state.done, due)
@@ -189,10 +214,10 @@ class CAPPruningCallback(CheckpointedRun):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Run the event that is scheduled for this epoch, if it has not been run yet."""
         resumed = self._restored is not None and restore_random_state(self._restored.rng)
-        epoch = trainer.current_epoch
-        if epoch in self._active.events and epoch not in self._state.done:
-            self._prune(trainer, pl_module, epoch)
-        pl_module.log("sparsity", self._active.masks.global_sparsity, on_step=False, on_epoch=True)
+        if self.is_due(trainer.current_epoch):
+            self._prune(trainer, pl_module, trainer.current_epoch)
+        reached = self.pruner.reached(self._active.targets, self.masks)
+        pl_module.log(goal_name(self.pruner), reached, on_step=False, on_epoch=True)
         if resumed:
             begin_epoch_anew(trainer)
 
@@ -204,20 +229,22 @@ class CAPPruningCallback(CheckpointedRun):
         before = evaluate(trainer, module) if self.evaluate and begins else {}
         known = {**(trainer.callback_metrics if self._validated == epoch - 1 else {}), **before}
         if begins:  # due now only in a run that was stopped at the validation of the cycle's last epoch
-            self._end_cycle(trainer, module, epoch - 1, known)
+            end_cycles(trainer, module, epoch - 1, known)
         if not self._state.history:
-            self._state.history.append(CycleRecord(0.0, epoch, self._value(known), measured_sparsity(run.targets)))
+            self._state.history.append(self._line(0.0, epoch, known))
         steps = plan_steps(self.pruner, self.schedule, run.targets, run.masks, goal, epoch, self.num_recomputations)
         if steps is None:
             self._state.done.append(epoch)
             return before
         report = self._run_event(trainer, module, steps, epoch, begins)
         self._state.done.append(epoch)
-        self._state.cycle = Cycle(goal, None if begins or self._state.cycle is None else self._state.cycle.best)
+        best = None if begins or self._state.cycle is None else self._state.cycle.best
+        self._state.cycle = Cycle(goal, best, begun=trainer.current_epoch - (epoch == trainer.max_epochs))
         if begins:
-            restart_schedulers(trainer, run.starts, self._warned)
+            restart_schedulers(trainer, cycle_starts(trainer), self._warned)
         after = evaluate(trainer, module) if self.evaluate and begins else {}
-        record = event_record(epoch, goal, report, run.masks, before, after)
+        saved = saving(self.pruner, run.targets, run.masks)
+        record = event_record(epoch, goal, report, run.masks, saved, before, after)
         log_event(trainer, record, monitored(known, self.monitor)[0], self._log_files(trainer))
         return after
 
@@ -231,6 +258,7 @@ class CAPPruningCallback(CheckpointedRun):
             event = self._event(trainer, module, steps.pruner, progress)
             self._state.collection_index = event.run(steps.sparsities, self._state.collection_index)
         run.masks.apply_to_weights()
+        adopt_pruned_units(trainer)
         for optimizer in trainer.optimizers:
             sync_optimizer_state(optimizer, run.targets, run.masks, event.grown, reset_momentum=epoch in run.phases)
         if begins:
@@ -265,26 +293,20 @@ class CAPPruningCallback(CheckpointedRun):
         if trainer.sanity_checking:
             return
         self._validated = trainer.current_epoch
-        if self._state.cycle is None or self.save not in ("best", "both"):
-            return
-        values = distributed.gather_objects(monitored(trainer.callback_metrics, self.monitor)[1])
-        value = values[0]  # one decision for all
-        if self._state.cycle.improves(value, self.mode):
-            metrics = trainer.callback_metrics
-            self._save_cycle(trainer, pl_module, self._state.cycle.goal, trainer.current_epoch, metrics, best=True)
+        self._save_best(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the end of the cycle before the next event."""
         following = trainer.current_epoch + 1
-        if following in self._active.starts or following == trainer.max_epochs:
-            self._end_cycle(trainer, pl_module, trainer.current_epoch)
+        if following in cycle_starts(trainer) or following == trainer.max_epochs:
+            self.end_cycle(trainer, pl_module, trainer.current_epoch)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The event at the end of training, if there is one; save the last cycle if training stopped early."""
         last, run = trainer.current_epoch - 1, self._active
-        self._end_cycle(trainer, pl_module, last)
+        self.end_cycle(trainer, pl_module, last)
         if trainer.max_epochs in run.events and trainer.max_epochs not in self._state.done:
-            self._end_cycle(trainer, pl_module, last, self._prune(trainer, pl_module, trainer.max_epochs))
+            self.end_cycle(trainer, pl_module, last, self._prune(trainer, pl_module, trainer.max_epochs))
         run.warn_of_missed(self._state.done)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -299,39 +321,7 @@ class CAPPruningCallback(CheckpointedRun):
             end_bar(trainer, pl_module)
             print_table(self._state.history, self._state.metric)
 
-    def _end_cycle(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int, metrics: Any = None) -> None:
-        """Save the cycle that ends with ``epoch``, once; its accuracy is that of this epoch's weights or none."""
-        if self._state.cycle is None or self._state.cycle.saved:
-            return
-        if metrics is None:
-            fresh = self._validated == epoch
-            metrics = trainer.callback_metrics if fresh else evaluate(trainer, module) if self.evaluate else {}
-        self._state.cycle.saved = True
-        self._save_cycle(trainer, module, self._state.cycle.goal, epoch, metrics)
-
-    def _save_cycle(
-        self, trainer: pl.Trainer, module: pl.LightningModule, goal: float, epoch: int, metrics: Any, best: bool = False
-    ) -> None:
-        if self.save_sparsities is not None and goal not in self.save_sparsities:
-            return
-        run = self._active
-        writes = not is_dry(trainer) and self.save in (("best", "both") if best else ("last", "both"))
-        record = CycleRecord(goal, epoch + 1, self._value(metrics), measured_sparsity(run.targets), best)
-        record = record.with_files(run.files) if writes else record
-        self._state.history = [r for r in self._state.history if (r.goal, r.best) != (goal, best)] + [record]
-        if writes:
-            save_cycle(trainer, module, run.targets, record)
-
     # ---------------------------------------------------------------- helpers
-
-    def _value(self, metrics: Mapping[str, Any]) -> float | None:
-        """Of the monitored metric, whose name is kept for the table."""
-        name, value = monitored(metrics, self.monitor)
-        self._state.metric = name or self._state.metric
-        return value
-
-    def _log_files(self, trainer: pl.Trainer) -> RunFiles | None:
-        return None if is_dry(trainer) or self.save == "none" else self._active.files
 
     def _events(self, trainer: pl.Trainer) -> dict[int, float]:
         return checks.resolve_events(trainer, self.schedule, self.pruner, self.num_recomputations, self.save_sparsities)

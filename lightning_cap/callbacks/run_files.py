@@ -9,7 +9,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 
-from lightning_cap.export.safetensors import sparsity_stem
+from lightning_cap.export.safetensors import goal_stem
 from lightning_cap.trainer.records import EVENTS
 from lightning_cap.utilities import distributed
 
@@ -21,10 +21,12 @@ class RunFiles:
     Attributes:
         folder: For all its files.
         suffix: Of their names: empty, or ``-v1`` and so on where other runs have written to the folder.
+        goal_name: What the goals of the run count, as in ``flops=0.50.ckpt``.
     """
 
     folder: Path
     suffix: str = ""
+    goal_name: str = "sparsity"
 
     @property
     def events(self) -> Path:
@@ -33,7 +35,7 @@ class RunFiles:
 
     def of_cycle(self, goal: float, best: bool) -> tuple[Path, Path]:
         """The checkpoint and the plain weights of a cycle's end, or of its best epoch."""
-        stem = f"{sparsity_stem(goal)}{'-best' if best else ''}{self.suffix}"
+        stem = f"{goal_stem(goal, self.goal_name)}{'-best' if best else ''}{self.suffix}"
         return self.folder / f"{stem}.ckpt", self.folder / f"{stem}.safetensors"
 
     def used(self, goals: Iterable[float]) -> bool:
@@ -54,9 +56,9 @@ def checkpoint_dir(trainer: pl.Trainer, dirpath: str | None) -> Path:
     return Path(trainer.log_dir or trainer.default_root_dir) / "checkpoints"
 
 
-def unused_files(folder: Path, goals: Iterable[float]) -> RunFiles:
+def unused_files(folder: Path, goals: Iterable[float], goal_name: str) -> RunFiles:
     """Files that are not there yet: with the first free suffix, as Lightning's own checkpoints. Call it on every rank."""
     wanted = list(goals)
-    free = (RunFiles(folder, f"-v{i}" if i else "") for i in itertools.count())
+    free = (RunFiles(folder, f"-v{i}" if i else "", goal_name) for i in itertools.count())
     suffix = next(files.suffix for files in free if not files.used(wanted))
-    return RunFiles(folder, distributed.gather_objects(suffix)[0])
+    return RunFiles(folder, distributed.gather_objects(suffix)[0], goal_name)

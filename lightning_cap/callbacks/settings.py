@@ -9,6 +9,7 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_cap.pruners import Pruner
+from lightning_cap.sparsity.cost import Parameters
 from lightning_cap.utilities.arguments import shown
 
 
@@ -24,6 +25,8 @@ def describe_settings(events: Mapping[int, float], pruner: Pruner, **others: int
     if is_dataclass(pruner):
         own = {field.name: getattr(pruner, field.name) for field in fields(pruner) if field.init}
         settings.update({f"pruner.{name}": _text(value) for name, value in own.items()})
+    if type(pruner.cost) is not Parameters:
+        settings["pruner.cost"] = _text(pruner.cost)
     return {**settings, **{name: repr(value) for name, value in others.items()}}
 
 

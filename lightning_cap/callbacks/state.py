@@ -6,17 +6,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
+
+from torch import Tensor
 
 from lightning_cap.callbacks.cycle import Cycle, CycleRecord
 from lightning_cap.callbacks.run_files import RunFiles, unused_files
 from lightning_cap.errors import CAPError, ConfigError, DataError
 from lightning_cap.pruners import Pruner
 from lightning_cap.sparsity.ends import Ends
-from lightning_cap.sparsity.masks import MaskSet
+from lightning_cap.sparsity.masks import MaskSet, unpack_masks
+from lightning_cap.sparsity.units import Units
 from lightning_cap.utilities.arguments import is_real, is_whole, shown
 
-_VERSION = 2  # of the fields; a state of another version is refused
+_VERSION = 3  # of the fields; a state of another version is refused, but for the one before
 
 
 @dataclass
@@ -52,6 +55,7 @@ class Restored:
         settings: See `describe_settings`.
         rng: Random states of all ranks; emptied when they are in force.
         ends: First and last layers; None if ``include`` named the targets, or they were not known yet.
+        units: What is pruned together; None for a pruner of weights, or if they were not known yet.
     """
 
     masks: dict[str, Any] | None
@@ -59,6 +63,7 @@ class Restored:
     settings: dict[str, str]
     rng: list[Any]
     ends: dict[str, Any] | None
+    units: dict[str, Any] | None
 
 
 def encode_state(state: RunState, restored: Restored) -> dict[str, Any]:
@@ -81,12 +86,13 @@ def decode_state(held: Any) -> tuple[RunState, Restored]:
     """
     if not isinstance(held, Mapping):
         raise _damaged(f"it is a {type(held).__name__}")
+    held = _upgraded(held) if held.get("version") == 2 else held
     if held.get("version") != _VERSION:
         raise _damaged(f"it has version {held.get('version', 1)!r}, and this lightning-cap reads version {_VERSION}")
     kinds: dict[str, Any] = {
         "done": list, "collection_index": int, "cycle": (dict, type(None)), "history": list, "folder": str, "suffix": str,
         "metric": (str, type(None)), "masks": (dict, type(None)), "pruner": dict, "settings": dict, "rng": list,
-        "ends": (dict, type(None)),
+        "ends": (dict, type(None)), "units": (dict, type(None)),
     }  # fmt: skip
     for name, kind in kinds.items():
         if name not in held:
@@ -113,14 +119,25 @@ def decode_state(held: Any) -> tuple[RunState, Restored]:
     return state, Restored(**{name: value for name, value in values.items() if name not in own})
 
 
-def choose_files(state: RunState, folder: Path, goals: Iterable[float]) -> RunFiles:
+def _upgraded(held: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A state of version 2, which knew no units."""
+    lines = held.get("history")
+    history = [{**line, "version": 3, "saving": None} for line in lines] if _are_lines(lines) else lines
+    return {**held, "version": _VERSION, "history": history, "units": None}
+
+
+def _are_lines(value: Any) -> TypeGuard[list[Mapping[str, Any]]]:
+    return isinstance(value, list) and all(isinstance(line, Mapping) and line.get("version") == 2 for line in value)
+
+
+def choose_files(state: RunState, folder: Path, goals: Iterable[float], goal_name: str) -> RunFiles:
     """The files of a run that goes on, else such as no other run has written; ``state`` remembers them.
 
     Call it on every rank.
     """
     if state.folder != str(folder):
-        state.folder, state.suffix = str(folder), unused_files(folder, goals).suffix
-    return RunFiles(folder, state.suffix)
+        state.folder, state.suffix = str(folder), unused_files(folder, goals, goal_name).suffix
+    return RunFiles(folder, state.suffix, goal_name)
 
 
 def load_masks(masks: MaskSet, packed: Mapping[str, Any]) -> None:
@@ -142,6 +159,35 @@ def load_ends(restored: Restored) -> Ends | None:
     """
     with _reading("ends"):
         return None if restored.ends is None else Ends.from_state(restored.ends)
+
+
+def load_units(restored: Restored) -> Units | None:
+    """Units of a checkpoint, None if it holds none.
+
+    Raises:
+        DataError: They are damaged.
+    """
+    with _reading("units"):
+        return None if restored.units is None else Units.from_state(restored.units)
+
+
+def pruned_units(states: Any) -> tuple[Units, dict[str, Tensor]] | None:
+    """The units of a run, and its masks, of the states of all callbacks in a checkpoint: ``checkpoint["callbacks"]``.
+
+    Returns:
+        Units, by names in the LightningModule, and ``{target: bool (*shape)}`` on the CPU; None if no units were pruned.
+
+    Raises:
+        DataError: They are damaged.
+    """
+    for held in states.values() if isinstance(states, Mapping) else ():
+        if isinstance(held, Mapping) and isinstance(held.get("units"), Mapping) and "collection_index" in held:
+            _, restored = decode_state(held)
+            units = load_units(restored)
+            with _reading("masks"):
+                masks = unpack_masks(restored.masks)
+            return None if units is None else (units, masks)
+    return None
 
 
 def load_pruner(pruner: Pruner, restored: Restored) -> None:

@@ -51,7 +51,7 @@ def plan_steps(
         num_recomputations: Steps that a pruner takes to a higher sparsity.
     """
     start = pruner.reached(targets, masks)
-    steps = _steps(pruner, schedule, targets, start, goal, num_recomputations)
+    steps = _steps(pruner, schedule, targets, masks, start, goal, num_recomputations)
     if steps is None:
         rank_zero_warn(
             f"schedule: {pruner.cost.name} {goal:g} at epoch {epoch}, but the model is already at {start:.4g}. Nothing is changed; "
@@ -84,7 +84,7 @@ def validate_steps(
     """
     start, present = pruner.reached(targets, masks), dict(masks)
     for goal in goals:
-        steps = _steps(pruner, schedule, targets, start, goal, num_recomputations)
+        steps = _steps(pruner, schedule, targets, masks, start, goal, num_recomputations)
         if steps is None:
             continue
         if not steps.sparsities:
@@ -94,14 +94,20 @@ def validate_steps(
 
 
 def _steps(
-    pruner: Pruner, schedule: SparsitySchedule, targets: Targets, start: float, goal: float, num_recomputations: int
+    pruner: Pruner,
+    schedule: SparsitySchedule,
+    targets: Targets,
+    masks: MaskSet,
+    start: float,
+    goal: float,
+    num_recomputations: int,
 ) -> PruningSteps | None:
     """From the share ``start`` that is saved to ``goal``; None if there are none."""
     if schedule.regrows and goal == 0:
         return PruningSteps(pruner, ())
     if pruner.regrows:
         return PruningSteps(pruner, (goal,))
-    if pruner.pattern.sparsity is None and _is_exceeded(pruner, targets, start, goal):
+    if pruner.pattern.sparsity is None and _is_exceeded(pruner, targets, masks, start, goal):
         if schedule.regrows:
             _refuse_patterned_fall(pruner, start, goal)
             return PruningSteps(grower(pruner), (goal,))
@@ -109,9 +115,9 @@ def _steps(
     return PruningSteps(pruner, tuple(steps_to(goal, start, num_recomputations)))
 
 
-def _is_exceeded(pruner: Pruner, targets: Targets, start: float, goal: float) -> bool:
-    if pruner.takes_units:
-        return start > goal
+def _is_exceeded(pruner: Pruner, targets: Targets, masks: MaskSet, start: float, goal: float) -> bool:
+    if pruner.takes_units:  # whose goals never fall
+        return pruner.exceeds(goal, targets, masks)
     total = pruner.cost.total(targets.shapes)
     return pruner.cost.is_exceeded(goal, round(start * total), total)
 

@@ -13,7 +13,7 @@ from lightning_cap.callbacks.cycle import CycleRecord
 
 
 def print_table(history: Sequence[CycleRecord], metric: str | None, console: Console | None = None) -> None:
-    """Print the model before the first event and every pruned one: metric, real sparsity, checkpoint.
+    """Print the model before the first event and every pruned one: metric, what is saved, real sparsity, checkpoint.
 
     Args:
         history: `CAPPruningCallback.history`.
@@ -23,7 +23,9 @@ def print_table(history: Sequence[CycleRecord], metric: str | None, console: Con
     folders = {str(Path(record.checkpoint).parent) for record in history if record.checkpoint}
     caption = Text(f"in {', '.join(sorted(folders))}") if folders else None
     table = Table(title="Pruned models", caption=caption)
-    for name in ("goal", metric or "metric", "real sparsity", "epochs trained"):
+    saved = [record.saving for record in history if record.saving is not None]
+    costs = [saved[0].cost, "predicted"] if saved else []
+    for name in ("goal", metric or "metric", *costs, "real sparsity", "epochs trained"):
         table.add_column(Text(name), justify="right")
     table.add_column("checkpoint", overflow="fold")
     for record in history:
@@ -32,8 +34,13 @@ def print_table(history: Sequence[CycleRecord], metric: str | None, console: Con
             if record.goal == 0
             else f"{100 * record.goal:.4g} %" + (" best" if record.best else ""),
             "-" if record.value is None else f"{record.value:.4f}",
+            *(_saved(record) if costs else ()),
             f"{100 * record.sparsity:.2f} %",
             str(record.epochs),
             Text(Path(record.checkpoint).name or "-"),
         )
     (console or Console()).print(table)
+
+
+def _saved(record: CycleRecord) -> tuple[str, str]:
+    return ("-", "-") if record.saving is None else (f"{record.saving.share:.2f}", record.saving.left)

@@ -16,7 +16,14 @@ from lightning_cap.errors import ConfigError
 from lightning_cap.export.exporter import WeightsExporter
 from lightning_cap.export.records import EXPORTS, ExportRecord
 from lightning_cap.sparsity.targets import Targets, require_targets
-from lightning_cap.utilities.arguments import require_instance, require_list, require_path, require_real, shown
+from lightning_cap.utilities.arguments import (
+    require_instance,
+    require_list,
+    require_path,
+    require_real,
+    require_text,
+    shown,
+)
 from lightning_cap.utilities.compiled import plain_module, plain_name
 from lightning_cap.utilities.files import atomic
 from lightning_cap.utilities.records import append_record
@@ -45,8 +52,19 @@ def sparsity_stem(sparsity: float) -> str:
         ConfigError: It is no number in [0, 1].
     """
     require_real("sparsity", sparsity, "[0, 1]", example=0.5)
-    short = f"{sparsity:.2f}"
-    return f"sparsity={short if float(short) == sparsity else f'{sparsity:.6g}'}"
+    return goal_stem(sparsity, "sparsity")
+
+
+def goal_stem(goal: float, name: str) -> str:
+    """The same of a share of anything: ``flops=0.50``.
+
+    Raises:
+        ConfigError: ``goal`` is no number in [0, 1], or ``name`` no text.
+    """
+    require_real("goal", goal, "[0, 1]", example=0.5)
+    require_text("name", name, "flops")
+    short = f"{goal:.2f}"
+    return f"{name}={short if float(short) == goal else f'{goal:.6g}'}"
 
 
 def save_weights(

@@ -182,9 +182,8 @@ class MaskSet(Mapping[str, Tensor]):
                 f"({saved.get(different[0])} saved, {shapes.get(different[0])} here). Use the include/exclude and the model "
                 "that the checkpoint was made with."
             )
-        for name, entry in state.items():
-            mask = unpack_bits(entry["bits"].cpu(), self._masks[name].numel())
-            self._masks[name] = mask.view(self._masks[name].shape).to(self._masks[name].device)
+        for name, mask in unpack_masks(state).items():
+            self._masks[name] = mask.to(self._masks[name].device)
         self._masks_changed()
 
     def _masks_changed(self) -> None:
@@ -217,6 +216,18 @@ class MaskSet(Mapping[str, Tensor]):
         if key not in self._multipliers:
             self._multipliers[key] = torch.empty_like(like, requires_grad=False).copy_(self._masks[name])
         return self._multipliers[key]
+
+
+def unpack_masks(state: object) -> dict[str, Tensor]:
+    """``{target: bool (*shape)}`` on the CPU, of what `MaskSet.state_dict` gave.
+
+    Raises:
+        DataError: It is something else.
+    """
+    return {
+        name: unpack_bits(entry["bits"].cpu(), math.prod(entry["shape"])).view(list(entry["shape"]))
+        for name, entry in _checked(state).items()
+    }
 
 
 def check_masks(targets: Targets, masks: object, all_of_them: bool = False) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from textwrap import shorten
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -26,6 +26,8 @@ from lightning_cap.utilities import distributed, rng
 
 _log = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 _SAMPLES = 8  # of the forward pass, at the most
 
 
@@ -42,22 +44,34 @@ def find_module_ends(trainer: pl.Trainer, module: pl.LightningModule, seed: int)
     if not module.automatic_optimization and not hasattr(module, "calibration_step"):
         return Ends.registered(module, "automatic_optimization=False, and there is no calibration_step")
 
-    def follow() -> Flow | None:
-        with calibrating(trainer, module), precision_context(trainer)(), torch.inference_mode(False):
-            batch = next(_batches(trainer, module, seed), None)
-            loss = calibration_loss(module)
-            if batch is None:
-                return None
-            try:
-                return trace(module, lambda: loss(module, batch))
-            except Exception:
-                _log.debug(
-                    "No forward pass in eval mode; trying in training mode, as detectors need it.", exc_info=True
-                )
-                module.train()  # until the state is put back
-                return trace(module, lambda: loss(module, batch))
+    return agree_on_ends(module, lambda: follow_a_batch(trainer, module, seed, lambda loss: trace(module, loss)))
 
-    return agree_on_ends(module, follow)
+
+def follow_a_batch(
+    trainer: pl.Trainer, module: pl.LightningModule, seed: int, follow: Callable[[Callable[[], Any]], T]
+) -> T | None:
+    """Look at the calibration loss of a few samples, in eval mode, or where that fails in training mode, as detectors need it.
+
+    Args:
+        trainer: As for `find_module_ends`.
+        module: Its LightningModule.
+        seed: As for `find_module_ends`.
+        follow: Is given what computes the loss, and says what is to be returned.
+
+    Returns:
+        None if this rank has no batch.
+    """
+    with calibrating(trainer, module), precision_context(trainer)(), torch.inference_mode(False):
+        batch = next(_batches(trainer, module, seed), None)
+        loss = calibration_loss(module)
+        if batch is None:
+            return None
+        try:
+            return follow(lambda: loss(module, batch))
+        except Exception:
+            _log.debug("No forward pass in eval mode; trying in training mode.", exc_info=True)
+            module.train()  # until the state is put back
+            return follow(lambda: loss(module, batch))
 
 
 def agree_on_ends(model: nn.Module, follow: Callable[[], Flow | None]) -> Ends:

@@ -11,14 +11,39 @@ from lightning_cap.utilities.records import Record
 EVENTS = "events.jsonl"
 
 
+@dataclass(frozen=True)
+class Saving:
+    """How much is saved of what the goals of a run count, where that is not zeros.
+
+    Attributes:
+        cost: Its name, such as ``"flops"``.
+        share: Saved, over the whole.
+        price: Of the model with the units that are kept, as the cost predicts it.
+        unit: Of ``price``, such as ``"ms"``.
+    """
+
+    cost: str
+    share: float
+    price: float
+    unit: str
+
+    @property
+    def left(self) -> str:
+        """The price, such as ``12.3 ms`` or ``1.26 G FLOPs``."""
+        sizes = [(size, letter) for size, letter in ((1e9, "G "), (1e6, "M "), (1e3, "k ")) if self.price >= size]
+        size, letter = sizes[0] if sizes else (1.0, "")
+        return f"{self.price / size:.3g} {letter}{self.unit}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class EventRecord(Record):
     """What a pruning event did.
 
     Attributes:
         epoch: At whose start it took place, from 0; the number of epochs for an event at the end of training.
-        goal: Sparsity to reach.
+        goal: Sparsity to reach, or share to save of what else goals count.
         sparsity: Of all targets, after the event.
+        saving: What is saved after the event; None where goals count zeros.
         predicted_loss: Predicted increase of the loss, summed over recomputations; None where the pruner predicts none.
         unit: What was collected: ``"gradients"`` or ``"inputs"``.
         samples: How many of them were used, in all.
@@ -33,11 +58,12 @@ class EventRecord(Record):
     """
 
     kind: ClassVar[str] = "event"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     epoch: int
     goal: float
     sparsity: float
+    saving: Saving | None = None
     predicted_loss: float | None
     unit: str
     samples: int
@@ -65,6 +91,8 @@ class EventRecord(Record):
             **_under("after", self.after),
             **_under("sparsity", self.sparsities),
         }
+        if self.saving is not None:
+            flat |= {self.saving.cost: self.saving.share, f"predicted_{self.saving.cost}": self.saving.price}
         return {f"cap/{name}": float(value) for name, value in flat.items() if value is not None}
 
 

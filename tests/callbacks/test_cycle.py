@@ -128,7 +128,7 @@ def test_the_table_and_the_cycle_survive_a_checkpoint(tmp_path: Path) -> None:
     again.load_state_dict(torch.load(tmp_path / "state.pt", weights_only=True))
     assert again.history[1:] == cb.history[1:]
     assert math.isnan(again.history[0].value or 0.0)
-    assert again._state.cycle == cb._state.cycle == Cycle(0.75, saved=True)
+    assert again._state.cycle == cb._state.cycle == Cycle(0.75, saved=True, begun=2)
 
 
 def test_a_cycle_knows_its_best_value() -> None:

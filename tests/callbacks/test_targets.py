@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_cap.callbacks import pruning
+from lightning_cap.callbacks import targets
 from lightning_cap.errors import ConfigError, TargetError
 from lightning_cap.pruners import Magnitude
 from tests.support.distilling import STUDENT_TARGETS, Student
@@ -21,8 +21,8 @@ from tests.support.toy import TARGET, Toy, callback, loaders, trainer
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Grows with every forward pass that is to tell the ends."""
     calls: list[int] = []
-    real = pruning.find_module_ends
-    monkeypatch.setattr(pruning, "find_module_ends", lambda *args: calls.append(1) or real(*args))
+    real = targets.find_module_ends
+    monkeypatch.setattr(targets, "find_module_ends", lambda *args: calls.append(1) or real(*args))
     return calls
 
 

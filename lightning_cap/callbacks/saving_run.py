@@ -1,0 +1,86 @@
+"""The part of `CAPPruningCallback` that keeps what each cycle ends with: its files and its line of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+
+from lightning_cap.callbacks.checkpointed import CheckpointedRun
+from lightning_cap.callbacks.cost import saving
+from lightning_cap.callbacks.cycle import CycleRecord, monitored, save_cycle
+from lightning_cap.callbacks.run import is_dry
+from lightning_cap.callbacks.run_files import RunFiles
+from lightning_cap.sparsity.targets import measured_sparsity
+from lightning_cap.trainer.evaluation import evaluate
+from lightning_cap.utilities import distributed
+
+
+class SavingRun(CheckpointedRun):
+    """Saves cycles. A subclass says when they end."""
+
+    save: Literal["last", "best", "both", "none"]
+    save_sparsities: list[float] | None
+    monitor: str | None
+    mode: Literal["min", "max"]
+    evaluate: bool
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._validated = -1  # the last epoch that was
+
+    def end_cycle(
+        self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int, metrics: Mapping[str, Any] | None = None
+    ) -> None:
+        """Save the cycle that ends with ``epoch``, once; its accuracy is that of this epoch's weights or none."""
+        cycle = self._state.cycle
+        if cycle is None or cycle.saved or cycle.begun > epoch:
+            return
+        if metrics is None:
+            fresh = self._validated == epoch
+            metrics = trainer.callback_metrics if fresh else evaluate(trainer, module) if self.evaluate else {}
+        cycle.saved = True
+        self._save_cycle(trainer, module, cycle.goal, epoch, metrics)
+
+    def _save_best(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Save the cycle's best so far, if this epoch is. To be called when it has been validated."""
+        cycle = self._state.cycle
+        if cycle is None or cycle.saved or self.save not in ("best", "both"):
+            return
+        values = distributed.gather_objects(monitored(trainer.callback_metrics, self.monitor)[1])
+        if cycle.improves(values[0], self.mode):  # one decision for all
+            self._save_cycle(trainer, module, cycle.goal, trainer.current_epoch, trainer.callback_metrics, best=True)
+
+    def _save_cycle(
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        goal: float,
+        epoch: int,
+        metrics: Mapping[str, Any],
+        best: bool = False,
+    ) -> None:
+        if self.save_sparsities is not None and goal not in self.save_sparsities:
+            return
+        writes = not is_dry(trainer) and self.save in (("best", "both") if best else ("last", "both"))
+        record = self._line(goal, epoch + 1, metrics, best)
+        record = record.with_files(self._active.files) if writes else record
+        self._state.history = [r for r in self._state.history if (r.goal, r.best) != (goal, best)] + [record]
+        if writes:
+            save_cycle(trainer, module, self._active.targets, record)
+
+    def _line(self, goal: float, epochs: int, metrics: Mapping[str, Any], best: bool = False) -> CycleRecord:
+        """The model as it is now, in the table."""
+        targets = self._active.targets
+        saved = saving(self.pruner, targets, self.masks)
+        return CycleRecord(goal, epochs, self._value(metrics), measured_sparsity(targets), best, saving=saved)
+
+    def _value(self, metrics: Mapping[str, Any]) -> float | None:
+        """Of the monitored metric, whose name is kept for the table."""
+        name, value = monitored(metrics, self.monitor)
+        self._state.metric = name or self._state.metric
+        return value
+
+    def _log_files(self, trainer: pl.Trainer) -> RunFiles | None:
+        return None if is_dry(trainer) or self.save == "none" else self._active.files
