@@ -11,6 +11,8 @@ from lightning_cap.export.pt2 import PT2
 from lightning_cap.export.records import ExportRecord
 from lightning_cap.export.safetensors import Safetensors
 from lightning_cap.export.semi_structured import SemiStructured, load_semi_structured
+from lightning_cap.export.shrunk import shrink
+from lightning_cap.export.shrunk_files import load, save_shrunk
 
 __all__ = [
     "ONNX",
@@ -23,6 +25,9 @@ __all__ = [
     "Runner",
     "Safetensors",
     "SemiStructured",
+    "load",
     "load_compressed",
     "load_semi_structured",
+    "save_shrunk",
+    "shrink",
 ]

@@ -65,6 +65,11 @@ class MaskSet(Mapping[str, Tensor]):
         """Short: ``MaskSet(48 targets, 50.00% of 5308416 weights masked)``."""
         return f"MaskSet({len(self)} targets, {self.global_sparsity:.2%} of {self._targets.numel} weights masked)"
 
+    @property
+    def targets(self) -> Targets:
+        """The weights that the masks belong to."""
+        return self._targets
+
     def sparsity(self) -> dict[str, float]:
         """Zeros over weights of each target."""
         return {name: 1 - int(mask.sum()) / mask.numel() for name, mask in self._masks.items()}
