@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from lightning_cap.callbacks.cycle import CycleRecord
+from lightning_cap.callbacks.cycle import Cycle, CycleRecord
 from lightning_cap.callbacks.run import Run
 from lightning_cap.callbacks.settings import describe_settings
 from lightning_cap.callbacks.state import Restored, RunState, decode_state, encode_state, load_masks, load_pruner
@@ -53,6 +53,11 @@ class CheckpointedRun(pl.Callback):
     def starts(self) -> list[int]:
         """Epochs of the events that begin a cycle (during and after ``fit``)."""
         return self._active.starts
+
+    @property
+    def cycle(self) -> Cycle | None:
+        """The one that the run is in, or was in last; None before the first event."""
+        return self._state.cycle
 
     def is_due(self, epoch: int) -> bool:
         """Whether an event is to be run at an epoch of the running ``fit``."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
+from lightning_cap.callbacks.cycle import Cycle
 from lightning_cap.callbacks.saving_run import SavingRun
 from lightning_cap.errors import UnsupportedError
 
@@ -52,9 +53,12 @@ def cycle_starts(trainer: pl.Trainer) -> list[int]:
     return sorted({epoch for callback in pruning_callbacks(trainer) for epoch in callback.starts})
 
 
-def is_event_due(trainer: pl.Trainer) -> bool:
-    """Whether an event of any callback is to be run at the current epoch."""
-    return any(callback.is_due(trainer.current_epoch) for callback in pruning_callbacks(trainer))
+def goes_on(trainer: pl.Trainer, cycle: Cycle) -> bool:
+    """Whether a cycle is trained on when a run goes on: no event of any callback has come after it, or comes now."""
+    callbacks = pruning_callbacks(trainer)
+    later = (other.cycle for other in callbacks if other.cycle is not None)
+    due = any(callback.is_due(trainer.current_epoch) for callback in callbacks)
+    return not due and all(other.begun <= cycle.begun for other in later)
 
 
 def end_cycles(trainer: pl.Trainer, module: pl.LightningModule, epoch: int, metrics: Mapping[str, Any]) -> None:

@@ -17,7 +17,7 @@ from lightning_cap.callbacks.companions import (
     adopt_pruned_units,
     cycle_starts,
     end_cycles,
-    is_event_due,
+    goes_on,
     refuse_wrong_companions,
 )
 from lightning_cap.callbacks.cost import goal_name, saving, with_cost
@@ -193,7 +193,7 @@ class CAPPruningCallback(SavingRun):
         restart_schedulers(trainer, cycle_starts(trainer), self._warned, only_new=self._restored is not None)
         run.begins = trainer.current_epoch + (self._restored is not None and compat.restarted_mid_epoch(trainer))
         due = run.missed(self._state.done)
-        if self._state.cycle is not None and not is_event_due(trainer):
+        if self._state.cycle is not None and goes_on(trainer, self._state.cycle):
             self._state.cycle.saved = False  # where it ended before, it goes on now
         saved = {} if self._restored is None else self._restored.settings
         warn_of_differences(saved, self._settings(run), run.events, self._state.done, due)
