@@ -12,13 +12,12 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from lightning_cap.errors import UnsupportedError
+from lightning_cap.sparsity.unit_alignment import align
 from lightning_cap.utilities.arguments import shown
 
 Indices = NDArray[np.int64]
 
 _INSTALL = 'pip install "lightning-cap[structured]"'
-_PAD = "ConstantPadNdBackward0"
-_CHANNELS_FIRST = (nn.modules.conv._ConvNd, nn.modules.batchnorm._NormBase, nn.GroupNorm)
 
 
 @dataclass(eq=False)
@@ -31,6 +30,7 @@ class Side:
         labels: Channel -> what it goes with, ``(channels,)``; -1 where nothing is known.
         dim: Of a parameter: the one that the channels divide.
         scales: Of a parameter: whether it multiplies the channels.
+        reshaped: Whether it is reached by more channels than it has, so that its labels are not to be trusted.
     """
 
     owner: nn.Module | nn.Parameter
@@ -38,6 +38,7 @@ class Side:
     labels: Indices
     dim: int = 0
     scales: bool = False
+    reshaped: bool = False
 
 
 @dataclass
@@ -98,8 +99,9 @@ def channel_graph(
         graph.build_dependency(model, example_inputs=[], forward_fn=run, verbose=False)
         walk = _Walk(graph)
         for node in graph.module2node.values():
-            if node.grad_fn is not None and node.grad_fn.name() == _PAD:
-                walk.align_padding(node, width_of)
+            filled = align(node, width_of)
+            if filled is not None:
+                walk.filled[node] = filled
         return walk.read(outputs, apart, width_of)
     except UnsupportedError:
         raise
@@ -121,7 +123,9 @@ class _Walk:
     graph: Any
     seen: dict[State, Indices] = field(default_factory=dict)
     links: list[tuple[State, Indices, State, Indices]] = field(default_factory=list)
-    filled: dict[Any, tuple[int, int]] = field(default_factory=dict)  # padding node -> channels before and behind
+    filled: dict[Any, tuple[int, int]] = field(
+        default_factory=dict
+    )  # padding node -> range of channels that are not filled
 
     def read(
         self, outputs: Sequence[Tensor], apart: Sequence[nn.Parameter], width_of: Callable[[Any, str], int | None]
@@ -135,39 +139,21 @@ class _Walk:
                 self._from((node, self._pruner(node).prune_out_channels), np.arange(width), skip)
         labels = self._labels()
         sides: list[Side] = []
-        blocked: dict[int, str] = {}
         for (node, function), channels in self.seen.items():
             way = self._way(node, function)
             dim = _channel_dim(node, int(channels.max()) + 1) if _is_parameter(node.module) else 0
             width = node.module.shape[dim] if _is_parameter(node.module) else width_of(node.module, way)
             if width is None:
                 continue
-            if channels.max() >= width:  # shared by heads, or a reshape that torch-pruning reads wrongly
-                if not _is_shared(node.module):
-                    blocked |= {int(label): "its channels are reshaped" for label in labels[node, function][channels]}
+            reshaped = bool(channels.max() >= width)
+            if reshaped and _is_shared(node.module):  # such as a scale and shift of all heads
                 continue
             own = np.full(width, -1)
-            own[channels] = labels[node, function][channels]
-            sides.append(Side(node.module, way, own, dim, scales=any("Mul" in str(out.module) for out in node.outputs)))
-        return ChannelGraph(sides, blocked | self._blocked(nodes, outputs, labels))
-
-    def align_padding(self, node: Any, width_of: Callable[[Any, str], int | None]) -> None:
-        """Let channels that are padded lead to those that they become; torch-pruning takes them for the same."""
-        source = _nearest_layer(node, width_of)
-        width = None if source is None else width_of(source, "out")
-        padding = list(node.grad_fn._saved_pad)
-        at = 4 if isinstance(source, _CHANNELS_FIRST) else 0  # of (N, C, H, W), or of (..., C)
-        before, behind = (*padding, *[0] * 6)[at : at + 2]
-        if width is None or before == behind == 0:
-            return
-        self.filled[node] = (before, before + width)
-        for dependency in node.dependencies:
-            if dependency.target in node.inputs:
-                dependency.index_mapping[0] = _Shift(-before, before, before + width)
-        for entering in node.inputs:
-            for dependency in entering.dependencies:
-                if dependency.target is node:
-                    dependency.index_mapping[0] = _Shift(before, 0, width)
+            inside = channels[channels < width]
+            own[inside] = labels[node, function][inside]
+            scales = any("Mul" in str(out.module) for out in node.outputs)
+            sides.append(Side(node.module, way, own, dim, scales, reshaped))
+        return ChannelGraph(sides, self._blocked(outputs, labels))
 
     def _pruner(self, node: Any) -> Any:
         return self.graph.get_pruner_of_module(node.module)
@@ -215,9 +201,7 @@ class _Walk:
                     state: labels[start : start + int(self.seen[state].max()) + 1] for state, start in starts.items()
                 }
 
-    def _blocked(
-        self, nodes: Sequence[Any], outputs: Sequence[Tensor], labels: Mapping[State, Indices]
-    ) -> dict[int, str]:
+    def _blocked(self, outputs: Sequence[Tensor], labels: Mapping[State, Indices]) -> dict[int, str]:
         blocked: dict[int, str] = {}
         last = {tensor.grad_fn for tensor in outputs}
         for (node, function), channels in self.seen.items():
@@ -242,29 +226,6 @@ def _mapped(dependency: Any, channels: Indices) -> tuple[Indices, Indices]:
         pairs = mapping(pairs)
     pairs = [pair for pair in pairs if pair.root_idx is not None and pair.idx >= 0]
     return np.array([p.root_idx for p in pairs], dtype=np.int64), np.array([p.idx for p in pairs], dtype=np.int64)
-
-
-@dataclass
-class _Shift:
-    """An index mapping of torch-pruning: channels from ``low`` to ``high`` move by so many, others lead nowhere."""
-
-    by: int
-    low: int
-    high: int
-
-    def __call__(self, pairs: Sequence[Any]) -> list[Any]:
-        return [pair._replace(idx=pair.idx + self.by) for pair in pairs if self.low <= pair.idx < self.high]
-
-
-def _nearest_layer(node: Any, width_of: Callable[[Any, str], int | None]) -> Any:
-    """The layer whose output reaches ``node`` first; None if there is none."""
-    waiting, seen = list(node.inputs), set()
-    for entering in waiting:
-        if width_of(entering.module, "out") is not None and not _is_parameter(entering.module):
-            return entering.module
-        seen.add(entering)
-        waiting += [before for before in entering.inputs if before not in seen]
-    return None
 
 
 def _channel_dim(node: Any, width: int) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,55 +11,16 @@ from torch import nn
 
 from lightning_cap.sparsity.unit_graph import ChannelGraph, Indices, Side
 from lightning_cap.sparsity.unit_group import Kind, Slice, UnitGroup
+from lightning_cap.sparsity.unit_heads import Attention, join_heads
 from lightning_cap.sparsity.unit_layers import (
     entries_of,
+    is_norm,
     is_normalized_over_channels,
     makes_channels,
     role_of,
     why_fixed,
 )
 from lightning_cap.utilities.compiled import plain_name
-
-
-@dataclass
-class Attention:
-    """A module with heads.
-
-    Attributes:
-        name: Of the module.
-        num_heads: Its heads.
-        linears: Linear layers inside, those of modules inside that have heads themselves left out.
-        tables: Parameters inside, outside all layers, of which one dim counts heads: ``{name: dim}``.
-    """
-
-    name: str
-    num_heads: int
-    linears: list[nn.Module]
-    tables: dict[str, int]
-
-
-def attentions(model: nn.Module, computing: Iterable[str]) -> list[Attention]:
-    """Modules with an integer ``num_heads``, of those named in ``computing``, which do more than call layers."""
-    names = {name for name, module in model.named_modules() if _num_heads(module) and name in set(computing)}
-    found = {n: Attention(n, _num_heads(m), [], {}) for n, m in model.named_modules() if n in names}
-    for path, module in model.named_modules():
-        inside = [name for name in names if path == name or path.startswith(f"{name}." if name else "")]
-        if not inside:
-            continue
-        owner = found[max(inside, key=len)]
-        if isinstance(module, nn.Linear):
-            owner.linears.append(module)
-        elif not entries_of(module, "out")[0] or path == owner.name:
-            own = ((f"{path}.{n}" if path else n, p) for n, p in module._parameters.items() if p is not None)
-            tables = {name: [d for d, size in enumerate(p.shape) if size == owner.num_heads] for name, p in own}
-            owner.tables |= {name: dims[0] for name, dims in tables.items() if len(dims) == 1}
-    return list(found.values())
-
-
-def _num_heads(module: nn.Module) -> int:
-    number = getattr(module, "num_heads", None)
-    whole = isinstance(number, int) and not isinstance(number, bool) and not isinstance(module, nn.MultiheadAttention)
-    return max(number, 0) if whole else 0  # type: ignore[type-var,return-value]
 
 
 @dataclass
@@ -118,7 +79,9 @@ class GroupBuilder:
     def build(self) -> Candidates:
         """All groups."""
         self._block()
-        head_of = self._join_heads()
+        head_of = join_heads(self._sides, self._heads, self._blocked)
+        for side in (side for side in self._sides if side.reshaped):
+            self._blocked |= {int(label): "its channels are reshaped" for label in side.labels if label >= 0}
         found = Candidates()
         bundles = self._bundles(head_of)
         usable = []
@@ -150,31 +113,6 @@ class GroupBuilder:
             return self._fixed.get(id(side.owner), "")
         owned = [getattr(side.owner, name) for name in entries_of(side.owner, side.way)[0]]
         return next((self._fixed[id(o)] for o in (side.owner, *owned) if id(o) in self._fixed), "")
-
-    def _join_heads(self) -> dict[int, Attention]:
-        """Give all channels of a head one label: ``{label: its attention}``."""
-        head_of: dict[int, Attention] = {}
-        for attention in self._heads:
-            inside = [s for s in self._sides if any(s.owner is linear for linear in attention.linears)]
-            outside = {
-                int(n) for s in self._sides if isinstance(s.owner, nn.Module) and s not in inside for n in s.labels
-            }
-            made = {int(label) for s in inside if s.way == "out" for label in s.labels} - outside - {-1}
-            for side in inside:
-                if side.way != "in" or not made.issuperset(map(int, side.labels)):
-                    continue
-                if len(side.labels) % attention.num_heads:
-                    self._blocked |= {int(label): "its heads have no common size" for label in side.labels}
-                    continue
-                for labels in side.labels.reshape(attention.num_heads, -1):
-                    joined = set(map(int, labels))
-                    first = min(joined)
-                    for other in self._sides:
-                        other.labels = np.where(np.isin(other.labels, labels), first, other.labels)
-                    reasons = [self._blocked[label] for label in joined if label in self._blocked]
-                    self._blocked |= {first: reasons[0]} if reasons else {}
-                    head_of[first] = attention
-        return head_of
 
     def _bundles(self, head_of: Mapping[int, Attention]) -> list[_Bundle]:
         units: dict[int, dict[int, Indices]] = {}
@@ -235,7 +173,8 @@ class GroupBuilder:
             return "head"
         owners = [self._sides[number].owner for number, _ in bundle.places]
         spatial = any(isinstance(o, nn.modules.conv._ConvNd) and max(o.kernel_size) > 1 for o in owners)
-        return "channel" if spatial or any(isinstance(o, nn.modules.batchnorm._NormBase) for o in owners) else "neuron"
+        hidden = len(self._readers(bundle)) == 1 and not any(is_norm(o) for o in owners)
+        return "neuron" if hidden and not spatial else "channel"
 
     def _group_names(self, bundles: Sequence[_Bundle]) -> list[str]:
         names = [self._wanted_name(bundle) for bundle in bundles]

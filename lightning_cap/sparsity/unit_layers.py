@@ -41,7 +41,12 @@ def role_of(owner: nn.Module, way: str) -> str:
     """What an end of a layer is to a channel: "producers", "norms" or "consumers"."""
     if way == "in":
         return "consumers"
-    return "norms" if isinstance(owner, (_BATCH_NORM, *_OVER_CHANNELS)) else "producers"
+    return "norms" if is_norm(owner) else "producers"
+
+
+def is_norm(owner: Any) -> bool:
+    """Whether it scales and shifts channels by statistics."""
+    return isinstance(owner, (_BATCH_NORM, *_OVER_CHANNELS))
 
 
 def makes_channels(owner: Any) -> bool:

@@ -20,7 +20,8 @@ from lightning_cap.sparsity.unit_check import UnitCheck
 from lightning_cap.sparsity.unit_costs import own_flops, unit_layers
 from lightning_cap.sparsity.unit_graph import channel_graph, load_dependency_graph
 from lightning_cap.sparsity.unit_group import Layer, UnitGroup
-from lightning_cap.sparsity.unit_groups import Candidates, GroupBuilder, attentions
+from lightning_cap.sparsity.unit_groups import Candidates, GroupBuilder
+from lightning_cap.sparsity.unit_heads import attentions
 from lightning_cap.sparsity.unit_layers import width_of
 from lightning_cap.utilities.arguments import require_instance, require_names, shown
 from lightning_cap.utilities.compiled import plain_module, plain_name
@@ -59,7 +60,7 @@ def trace_units(
     with preserved(), torch.inference_mode(False), torch.enable_grad(), _no_autocast(model):
         replica = _Replica(model, args, kwargs)
         calls = replica.rehearse()
-        heads = attentions(replica.model, [name for name, flops in calls.flops.items() if flops])
+        heads = attentions(replica.model, {name for name, flops in calls.flops.items() if flops})
         tables = [replica.parameter(name) for attention in heads for name in attention.tables]
         graph = channel_graph(replica.model, replica.run, tables, width_of)
         found = GroupBuilder(replica.model, graph, heads, calls.order, replica.fixed(model, calls)).build()

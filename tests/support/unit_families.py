@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import timm
+import timm.layers
+import timm.models
 import torch
+from timm.models._efficientnet_builder import decode_arch_def
 from torch import Tensor, nn
 
 from benchmarks.resnet20 import ResNet20
@@ -27,14 +30,63 @@ def _convolutions() -> nn.Module:
     )  # fmt: skip
 
 
+def _efficientnet_v2() -> nn.Module:
+    """Its kinds of blocks, one or two of each."""
+    blocks = [["cn_r1_k3_s1_e1_c8_skip"], ["er_r2_k3_s2_e4_c8"], ["ir_r2_k3_s2_e4_c12_se0.25"]]
+    return timm.models.EfficientNet(
+        decode_arch_def(blocks), num_classes=5, num_features=16, stem_size=8, act_layer=nn.SiLU
+    )
+
+
+class SwiGLU(nn.Module):
+    """A gated MLP on tokens with a residual connection, whose gate is a half of one layer's outputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 8)
+        self.mlp = timm.layers.GluMlp(8, 2 * 10, act_layer=nn.SiLU, gate_last=False)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.head((x + self.mlp(x)).mean(1))
+
+
+class Separate(nn.Module):
+    """Attention whose queries and keys are shorter than its values, each by a layer of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_heads = 4
+        self.q, self.k, self.v = nn.Linear(12, 4 * 3), nn.Linear(12, 4 * 3), nn.Linear(12, 4 * 5)
+        self.proj = nn.Linear(4 * 5, 12)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        return self.proj(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)).mean(1)
+
+
 #: Name -> (what makes a model, the shape of one example).
 FAMILIES: dict[str, Family] = {
     "mlp": (_mlp, (6,)),
     "convolutions": (_convolutions, (3, 10, 10)),
     "vit": (_timm("vit_tiny_patch16_224", depth=2, img_size=32, embed_dim=48, num_heads=3), (3, 32, 32)),
+    "swiglu": (SwiGLU, (4, 6)),
+    "separate": (Separate, (4, 12)),
     "deit": (_timm("deit_tiny_distilled_patch16_224", depth=2, img_size=32, embed_dim=48, num_heads=3), (3, 32, 32)),
-    "resnet": (_timm("resnet10t"), (3, 32, 32)),
-    "resnet_d": (_timm("resnet26d"), (3, 32, 32)),
+    "swin": (
+        _timm(
+            "swin_tiny_patch4_window7_224", img_size=32, window_size=4, depths=(1, 2), embed_dim=16, num_heads=(2, 4)
+        ),
+        (3, 32, 32),
+    ),
+    "convnext": (_timm("convnext_atto", depths=(1, 1, 1, 1), dims=(8, 12, 16, 20)), (3, 32, 32)),
+    "convnext_v2": (_timm("convnextv2_atto", depths=(1, 1, 1, 1), dims=(8, 12, 16, 20)), (3, 32, 32)),
+    "xcit": (_timm("xcit_nano_12_p16_224", depth=1, img_size=32, embed_dim=32, num_heads=4), (3, 32, 32)),
+    "efficientnet_v2": (_efficientnet_v2, (3, 32, 32)),
+    "mobilenet_v3": (_timm("mobilenetv3_small_050"), (3, 32, 32)),
+    "resnet": (_timm("resnet10t", channels=(8, 12, 16, 20)), (3, 32, 32)),
+    "resnet_d": (_timm("resnet26d", channels=(8, 12, 16, 20), layers=(2, 1, 1, 1)), (3, 32, 32)),
     "resnet20": (lambda: ResNet20(5), (3, 16, 16)),
 }
 
