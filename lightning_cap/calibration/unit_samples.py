@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -321,6 +321,6 @@ def gate_gradients(units: Units, weights: Mapping[str, Tensor], rows: Mapping[st
     return out
 
 
-def measures(source: object) -> bool:
-    """Whether ``source`` is a `MeasuringSource`, as it tells by an attribute ``measures``."""
-    return bool(getattr(source, "measures", False))
+def measuring(source: object) -> MeasuringSource | None:
+    """``source``, if it is a `MeasuringSource`, as it tells by an attribute ``measures``."""
+    return cast(MeasuringSource, source) if getattr(source, "measures", False) else None

@@ -104,7 +104,7 @@ class UnitPruner(Pruner):
         check_masks(targets, masks)
         squares = sum(size**2 for size in units_of(targets).sizes.values())
         products = 4 * max(weight.numel() for weight in targets.values())
-        held, solving = 8 * squares, 24 * squares + 24 * targets.numel
+        held, solving = 8 * squares, 24 * squares + 24 * targets.numel + 2 * self.held_bytes(targets)
         return plan_reading(targets.device, source, held, products, solving)
 
     def path(
@@ -132,6 +132,10 @@ class UnitPruner(Pruner):
         removals = Merge(orders, prices, units.sizes, floors, uniform, self.by_price).run()
         removals = distributed.gather_objects(removals)[0] if distributed.world_size() > 1 else removals
         return UnitPath(self, targets, masks or {}, kept, prices, removals, solution)
+
+    def held_bytes(self, targets: Targets) -> int:
+        """What the method keeps besides the squares of groups."""
+        return 0
 
     @property
     def by_price(self) -> bool:
