@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar, cast
 
 from torch import nn
@@ -49,13 +50,16 @@ class Cost(ABC):
             f"cost={type(self).__name__}: it prices weights, not units. Give Parameters(), Flops() or Latency()."
         )
 
-    def prepare(self, model: nn.Module, units: Units, example_input: Any) -> None:  # noqa: B027 - optional
-        """Measure what the prices need of the model, such as times of its layers.
+    def prepare(  # noqa: B027 - optional
+        self, model: nn.Module, units: Units, example_input: Any, folder: Path | None = None
+    ) -> None:
+        """Measure what the prices need of the model, such as times of its layers. Every rank must call it.
 
         Args:
             model: The model that gets ``example_input``.
             units: Of the model, by the model's own names.
             example_input: As for `Units.from_model`.
+            folder: Of the run, for what is to be kept.
         """
 
     def total(self, shapes: Shapes) -> int:

@@ -83,6 +83,15 @@ class UnitPrices:
         """Price with one unit of each group left."""
         return self.of(dict.fromkeys(self._sizes, 1))
 
+    def summary(self, goals: Sequence[float] = ()) -> str:
+        """What is predicted of goals: ``45.2 ms dense, 22.6 ms at goal 0.5``.
+
+        Args:
+            goals: Shares of the total that are to be saved.
+        """
+        known = [(self.total, "dense"), *((self.total * (1 - goal), f"at goal {goal:g}") for goal in goals)]
+        return ", ".join(f"{price:.4g} {self.unit or 'weights'} {where}" for price, where in known)
+
     def neighbours(self, group: str) -> set[str]:
         """Groups whose savings a pruned unit of ``group`` changes, itself included."""
         return {group}.union(*(term.groups for term in self._of_group[group]))
