@@ -3,6 +3,7 @@
 from lightning_cap.sparsity.allocation import ERK, Allocation, Global, PerTarget, Uniform
 from lightning_cap.sparsity.cost import Cost, Flops, Parameters
 from lightning_cap.sparsity.ends import Ends, find_ends
+from lightning_cap.sparsity.latency import Latency
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.patterns import BlockOf, NofM, OutputRows, Pattern, Unstructured, check_pattern
 from lightning_cap.sparsity.targets import Targets
@@ -16,6 +17,7 @@ __all__ = [
     "Ends",
     "Flops",
     "Global",
+    "Latency",
     "MaskSet",
     "NofM",
     "OutputRows",

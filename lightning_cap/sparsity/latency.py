@@ -28,7 +28,8 @@ from lightning_cap.sparsity.latency_table import (
     PartTimes,
     TableTerm,
     fingerprint,
-    part_times,
+    grid_times,
+    linear_times,
     read_table,
 )
 from lightning_cap.sparsity.latency_timing import Measured, measure
@@ -40,7 +41,7 @@ from lightning_cap.utilities.compiled import plain_module
 from lightning_cap.utilities.machine import require_device, this_machine
 from lightning_cap.utilities.progress import Progress
 from lightning_cap.utilities.records import write_records
-from lightning_cap.utilities.timing import quartiles, torch_threads
+from lightning_cap.utilities.timing import Clock, quartiles, torch_threads
 
 _log = logging.getLogger(__name__)
 
@@ -50,9 +51,10 @@ TABLE = "latency.json"
 class Latency(UnitCost):
     """Milliseconds that a forward pass of the whole model takes, as predicted from times of its parts on this machine.
 
-    Parts are the largest modules whose time depends on two groups of units at most. They are timed inside the model, while
-    copies of it run at about five widths of each group, in turns; the lower quartile counts. Between widths a part is interpolated
-    linearly, and it never gets slower with fewer units. What no group changes is constant.
+    Parts are the largest modules whose time depends on one group of units, or on two together. They are timed inside the model,
+    while copies of it run at about five widths of each group, in turns; the lower quartile counts. Between widths a part is
+    interpolated linearly, and it never gets slower with fewer units. What modules compute between their parts is taken to be
+    linear in their groups. What no group changes is constant.
 
     The table is kept in a file, with the machine, the device, the threads, the batch size, the dtype and the model that it is of.
     It is used again where all of these are the same, and made anew, which is said, where they are not.
@@ -87,6 +89,7 @@ class Latency(UnitCost):
             require_whole("threads", threads, example=4)
         self.device, self.batch_size, self.table, self.threads = device, batch_size, table, threads
         self._times: LatencyTable | None = None
+        self._clock: Clock = time.perf_counter
 
     def __repr__(self) -> str:
         return f"Latency(device={self.device!r}, batch_size={self.batch_size}, table={self.table!r}, threads={self.threads})"
@@ -154,7 +157,7 @@ class Latency(UnitCost):
             )
             table = None if path is None else read_table(path, conditions)
             if table is None:
-                table = _timed(replica, units, example, conditions, device)
+                table = _timed(replica, units, example, conditions, self._clock)
                 if path is not None:
                     write_records(path, [table])
         return table
@@ -207,9 +210,7 @@ class _Example:
         return lambda model: model(given) if isinstance(given, Tensor) else model(*given)
 
 
-def _timed(
-    model: nn.Module, units: Units, example: _Example, conditions: Conditions, device: torch.device
-) -> LatencyTable:
+def _timed(model: nn.Module, units: Units, example: _Example, conditions: Conditions, clock: Clock) -> LatencyTable:
     begun = time.monotonic()
     call = example.call(conditions.batch_size)
     try:
@@ -222,7 +223,9 @@ def _timed(
     parts = find_parts(model, units, example.call(1))
     passes = plan_passes(parts, list(units.sizes.values()))
     with _bar() as progress:
-        measured = measure(model, units, parts, passes, call, device=device, progress=progress)
+        measured = measure(
+            model, units, parts, passes, call, device=torch.device(conditions.device), progress=progress, clock=clock
+        )
     table = build_table(parts, units, measured, conditions)
     _log.info(
         "Timed %d parts of %s, %d of them unlike, at %d widths in %.0f s: %.4g ms at batch %d on %s, %d threads.",
@@ -248,13 +251,17 @@ def build_table(parts: Sequence[Part], units: Units, measured: Measured, conditi
     alike: dict[str, list[Part]] = {}
     for part in parts:
         alike.setdefault(part.like, []).append(part)
-    rows = []
+    rows: list[PartTimes] = []
     for like, members in alike.items():
         cells = {
             cell: scale * max(quartiles(own)[0], 0.0) for (other, cell), own in measured.parts.items() if other == like
         }
-        widths = [widths_of(sizes[place]) for place in members[0].groups]
-        rows.append(part_times([m.module for m in members], [m.groups for m in members], widths, cells))
+        modules, groups = [member.module for member in members], [member.groups for member in members]
+        own = tuple(sizes[place] for place in groups[0])
+        if members[0].on_grid:
+            rows.append(grid_times(modules, groups, [widths_of(size) for size in own], cells))
+        else:
+            rows += linear_times(modules, groups, own, cells)
     total = sum(len(row.modules) * row.milliseconds[-1] for row in rows)
     return LatencyTable(conditions=conditions, milliseconds=total, parts=tuple(rows))
 

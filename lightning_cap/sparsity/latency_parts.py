@@ -19,7 +19,8 @@ from lightning_cap.sparsity.units import Units
 #: A forward pass of a model on the example.
 Call = Callable[[nn.Module], Any]
 
-_MOST = 2  # groups that times of a part are taken over
+_GRID = 2  # groups whose widths are timed in all combinations
+_LINEAR = 4  # groups of a module whose own work is taken to grow evenly with each of them
 
 _Shapes = tuple[Any, ...]
 
@@ -30,7 +31,7 @@ class Part:
 
     Attributes:
         module: Its path, empty for the model.
-        groups: Places, among the units, of the groups that its time depends on; at most two.
+        groups: Places, among the units, of the groups that its time depends on.
         whole: Whether with all modules inside; else without those that are parts themselves.
         like: Equal for parts that take equally long, given as many units of each of their groups.
     """
@@ -40,13 +41,17 @@ class Part:
     whole: bool
     like: str
 
+    @property
+    def on_grid(self) -> bool:
+        """Whether it is timed at all combinations of its groups' widths. If not, its time is taken to be linear in them."""
+        return self.whole and len(self.groups) <= _GRID
+
 
 def find_parts(model: nn.Module, units: Units, call: Call) -> list[Part]:
-    """Divide a model into the largest modules whose time depends on two groups or fewer.
+    """Divide a model into the largest modules whose time depends on one group, or on two together; others into what is in them.
 
-    Each group is shrunk to half, alone: what it changes the shapes of depends on it. A module of more groups is divided into
-    those in it and what it computes itself, whose time is taken over the groups that change the module's inputs or outputs, or
-    over none where they are more than two.
+    Each group is shrunk to half, alone: what it changes the shapes of depends on it. Of a module that is divided, what it computes
+    itself is a part too, which depends on the groups of all in it, or where these are many, of its inputs and outputs.
 
     Args:
         model: In eval mode.
@@ -91,12 +96,12 @@ class _Division:
     def _divide(self, path: str) -> Iterator[Part]:
         inside = self._called(path)
         groups = self._groups_of(inside)
-        joined = any(len(self._groups_of([leaf])) == _MOST for leaf in inside if not self._children(leaf))
-        whole = len(groups) < _MOST or (len(groups) == _MOST and joined) or not self._children(path)
+        joined = any(len(self._groups_of([leaf])) == _GRID for leaf in inside if not self._children(leaf))
+        whole = len(groups) < _GRID or (len(groups) == _GRID and joined) or not self._children(path)
         if path in self._dense:
-            if len(groups) > _MOST:
+            if len(groups) > _LINEAR:
                 groups = self._groups_of([path], since=1)
-            effects = sorted((self._effect(place, inside, path), place) for place in groups if len(groups) <= _MOST)
+            effects = sorted((self._effect(place, inside, path), place) for place in groups)
             shapes = [(other[len(path) :], self._dense[other]) for other in inside]
             roles = [(effect, self._sizes[place]) for effect, place in effects]
             like = repr((whole, str(self._modules[path]), shapes, roles))

@@ -29,7 +29,7 @@ def widths_of(size: int) -> tuple[int, ...]:
 
 
 def plan_passes(parts: Sequence[Part], sizes: Sequence[int]) -> list[Counts]:
-    """Widths of all groups in each pass, the first one dense, such that every part, or one like it, has each of its cells.
+    """Widths of all groups in each pass, the first one dense, such that every part on a grid, or one like it, has all its cells.
 
     Groups that some part has both of get different colours. An orthogonal array of strength 2 then has every pair of
     widths of any two colours; groups of one colour are shifted against each other, so that parts alike, such as the blocks
@@ -40,23 +40,24 @@ def plan_passes(parts: Sequence[Part], sizes: Sequence[int]) -> list[Counts]:
         sizes: Units of each group.
     """
     levels = [widths_of(size) for size in sizes]
-    wanted = {(part.like, cell) for part in parts for cell in itertools.product(*(levels[g] for g in part.groups))}
+    grids = [part for part in parts if part.on_grid]
+    wanted = {(part.like, cell) for part in grids for cell in itertools.product(*(levels[g] for g in part.groups))}
     colours, shifts = _colours(parts, len(sizes)), _shifts(parts, len(sizes))
     candidates = []
     for row, column in itertools.product(range(_LEVELS), repeat=2):
         steps = [row if c == 0 else row * (c - 1) + column for c in colours]
         candidates.append(tuple(_at(own, step + shift) for own, step, shift in zip(levels, steps, shifts, strict=True)))
     passes = [tuple(sizes)]
-    missing = wanted - _cells(parts, passes[0])
+    missing = wanted - _cells(grids, passes[0])
     while missing:
-        best = max(candidates, key=lambda counts: len(missing & _cells(parts, counts)))
-        if not missing & _cells(parts, best):  # more colours than the array has
+        best = max(candidates, key=lambda counts: len(missing & _cells(grids, counts)))
+        if not missing & _cells(grids, best):  # more colours than the array has
             like, cell = min(missing)
-            part = next(part for part in parts if part.like == like)
+            part = next(part for part in grids if part.like == like)
             here = dict(zip(part.groups, cell, strict=True))
             best = tuple(here.get(place, size) for place, size in enumerate(sizes))
         passes.append(best)
-        missing -= _cells(parts, best)
+        missing -= _cells(grids, best)
     return passes
 
 

@@ -173,16 +173,16 @@ def _told(then: Machine, now: Machine) -> tuple[str, str]:
     return tuple(", ".join(str(getattr(one, name)) for name in names) for one in (then, now))  # type: ignore[return-value]
 
 
-def part_times(
+def grid_times(
     modules: Sequence[str],
     groups: Sequence[tuple[int, ...]],
     widths: Sequence[Counts],
     cells: Mapping[Counts, float],
 ) -> PartTimes:
-    """Times of a part at all combinations of widths, such that fewer units never take longer.
+    """Times of parts at all combinations of widths, such that fewer units never take longer.
 
     Args:
-        modules: That take them.
+        modules: The parts.
         groups: Of each.
         widths: Of the groups.
         cells: ``{units of each group: milliseconds}``.
@@ -190,6 +190,31 @@ def part_times(
     grid = np.array([cells[cell] for cell in itertools.product(*widths)]).reshape([len(own) for own in widths])
     rising = _tilted(_rising(np.minimum(grid, grid.flat[-1])), widths)
     return PartTimes(tuple(modules), tuple(groups), tuple(map(tuple, widths)), tuple(rising.flatten().tolist()))
+
+
+def linear_times(
+    modules: Sequence[str], groups: Sequence[tuple[int, ...]], sizes: Counts, cells: Mapping[Counts, float]
+) -> list[PartTimes]:
+    """Times of parts as a constant and what grows evenly with each of their groups, by least squares.
+
+    Args:
+        modules: The parts.
+        groups: Of each.
+        sizes: Units of the groups.
+        cells: ``{units of each group: milliseconds}``, of any combinations.
+    """
+    from sklearn.linear_model import LinearRegression  # which takes long to import
+
+    slopes, constant = np.zeros(len(sizes)), float(np.median(list(cells.values())))
+    if sizes and len(cells) > 1:
+        fit = LinearRegression(positive=True).fit(np.array(list(cells)) / sizes, list(cells.values()))
+        slopes, constant = fit.coef_, max(0.0, float(fit.intercept_))
+    rows = [PartTimes(tuple(modules), ((),) * len(modules), (), (constant,))]
+    for role, (slope, size) in enumerate(zip(slopes.tolist(), sizes, strict=True)):
+        if slope > 0 and size > 1:
+            own = tuple((places[role],) for places in groups)
+            rows.append(PartTimes(tuple(modules), own, ((1, size),), (slope / size, slope)))
+    return rows
 
 
 def _rising(grid: NDArray[np.float64]) -> NDArray[np.float64]:

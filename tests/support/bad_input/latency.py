@@ -8,13 +8,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_cap.errors import ConfigError
+from lightning_cap.errors import CAPError, ConfigError, DataError, UnsupportedError
 from lightning_cap.export.benchmark import benchmark, print_benchmark
+from lightning_cap.sparsity import Latency, Units
 from lightning_cap.utilities.machine import require_device
 from tests.support.bad_input.table import NO_COUNTS, Line, wrong
+from tests.support.clocks import SlowNet, slow_units
 
 MODEL = nn.Linear(2, 2).eval()
 MODELS = {"dense": MODEL, "other": MODEL}
+NET = SlowNet().eval()
+UNITS = slow_units(NET)
+TIMED = {"model": NET, "units": UNITS, "example_input": torch.ones(1, 3)}
 MEASURED = {"models": MODELS, "example_input": torch.ones(1, 2)}
 
 
@@ -26,7 +31,54 @@ def measure(name: str, word: str, **given: Any) -> Line:
     return Line(f"benchmark: {name}", lambda _: benchmark(**{**MEASURED, **given}), ConfigError, (word,))
 
 
+def prepare(name: str, word: str, error: type[CAPError] = ConfigError, table: str | None = None, **given: Any) -> Line:
+    """With a table in a file, which is there before."""
+
+    def run(folder: Path) -> None:
+        cost = Latency(table=None if table is None else folder / "latency.json")
+        cost.prepare(**{**TIMED, **given})
+
+    def write(folder: Path) -> None:
+        if table is not None:
+            (folder / "latency.json").write_text(table)
+
+    return Line(f"Latency.prepare: {name}", run, error, (word,), write)
+
+
+def into_a_folder(folder: Path) -> None:
+    Latency(table=folder)
+
+
 LINES = [
+    *wrong(Latency, "device", None, 3, True, "", "gpu", "cuda:77", "meta", ["cpu"]),
+    *wrong(Latency, "batch_size", *NO_COUNTS),
+    *wrong(Latency, "table", 3, True, "", " ", ["latency.json"], 1.5),
+    *wrong(Latency, "threads", "2", True, 0, -1, 2.0, [1], float("nan")),
+    Line("Latency: a folder for the table", into_a_folder, ConfigError, ("table=", "this is a folder")),
+    *[prepare(f"{value!r:.9} for a model", "model=", model=value) for value in (None, "net", nn.Linear)],
+    *[prepare(f"{value!r:.9} for units", "units=", units=value) for value in (None, ["first"], Units)],
+    *[prepare(f"{value!r:.9} for a folder", "folder=", folder=value) for value in ("runs", 3)],
+    *[
+        prepare(f"{value!r:.9} for an example", "example_input=", example_input=value)
+        for value in (None, 3, [], torch.ones(()))
+    ],
+    prepare("an empty example", "example_input=", example_input=torch.ones(0, 3)),
+    prepare("an example that does not fit", "batch_size=1", UnsupportedError, example_input=torch.ones(1, 4)),
+    prepare("a table that is cut off", "it holds 0 records", DataError, table='{"record": "lat'),
+    prepare("a table that is something else", "is not a record", DataError, table="[1, 2]\n"),
+    prepare("a table of another version", "version 99", DataError, table='{"record": "latency", "version": 99}\n'),
+    prepare("a table without times", "no field", DataError, table='{"record": "latency", "version": 1}\n'),
+    Line(
+        "Latency.unit_prices: not prepared",
+        lambda _: Latency().unit_prices(UNITS, {}),
+        ConfigError,
+        ("nothing is timed yet",),
+    ),
+    *wrong(Latency().unit_prices, "units", None, "units", ["first"], given={"shapes": {}}),
+    *wrong(Latency().unit_prices, "shapes", None, 3, [1], given={"units": UNITS}),
+    Line(
+        "Latency: weights", lambda _: Latency().prices({"w": (2, 2)}), UnsupportedError, ("cost=Latency", "CAPUnits()")
+    ),
     *wrong(device, "device", None, 3, True, "", "gpu", "cuda:77", "meta", ["cpu"], torch.device, object),
     *wrong(benchmark, "models", None, "dense", [MODEL], MODEL, {}, {"dense": MODEL}, given=MEASURED),
     measure("no function", "models['other']=3", models={"dense": MODEL, "other": 3}),
