@@ -9,6 +9,7 @@ import torch
 from timm.layers import LayerNorm, LayerNorm2d, RmsNorm
 from timm.layers.grn import GlobalResponseNorm
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from lightning_cap.errors import UnsupportedError
 
@@ -16,8 +17,7 @@ from lightning_cap.errors import UnsupportedError
 class PartialLayerNorm(nn.LayerNorm):
     """LayerNorm over ``total`` channels of which those that are not here are zero.
 
-    ``mean = Σ x / total`` and ``var = Σ (x - mean)² / total`` count the zeros too. It is made of a LayerNorm, in place, by
-    `adopt`.
+    Mean and variance are over all ``total``. It is made of a LayerNorm, in place, by `adopt`.
 
     Attributes:
         total: Number of channels with the zeros.
@@ -35,18 +35,12 @@ class PartialLayerNorm(nn.LayerNorm):
         norm.total, norm.channel_dim = total, channel_dim
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x`` of shape ``(..., C)`` or ``(N, C, H, W)``, normalised; statistics in float32 at least."""
-        wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
-        share = x.shape[self.channel_dim] / self.total
-        var, mean = torch.var_mean(wide, dim=self.channel_dim, correction=0, keepdim=True)
-        scale = torch.rsqrt(share * (var + (1 - share) * mean.square()) + self.eps)
-        out = (wide - share * mean) * scale
-        shape = (-1,) + (1,) * (x.dim() - 2 if self.channel_dim == 1 else 0)
-        if self.weight is not None:
-            out = out * self.weight.view(shape)
-        if self.bias is not None:
-            out = out + self.bias.view(shape)
-        return out.to(x.dtype)
+        """``x`` of shape ``(..., C)`` or ``(N, C, H, W)``, normalised. The zeros are put back for torch's own kernel."""
+        x = x.movedim(self.channel_dim, -1)
+        gone = (0, self.total - x.shape[-1])
+        weight, bias = (None if p is None else F.pad(p, gone) for p in (self.weight, self.bias))
+        out = F.layer_norm(F.pad(x, gone), (self.total,), weight, bias, self.eps)
+        return out[..., : x.shape[-1]].contiguous().movedim(-1, self.channel_dim)
 
     def extra_repr(self) -> str:
         """With the number of channels that are counted."""
