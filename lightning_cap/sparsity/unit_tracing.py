@@ -185,7 +185,10 @@ class _Replica:
         hooks = [m.register_forward_pre_hook(enter(path)) for path, m in self.model.named_modules()]
         hooks += [m.register_forward_hook(leave) for m in self.model.modules()]
         try:
-            output, flops, total = own_flops(self.model, self.run)
+            output = self.run()
+            while hooks:
+                hooks.pop().remove()
+            calls.flops, calls.total = self._count()
         except Exception as error:
             where = repr(inside[-1]) if inside and inside[-1] else "its own forward"
             raise UnsupportedError(
@@ -200,9 +203,17 @@ class _Replica:
                 f"model={type(self.model).__name__}: what it returns has no gradient, so its layers cannot be traced; the last "
                 f"with a gradient is {last[0]!r}. Return tensors that depend on the parameters, not detached."
             )
-        calls.flops = {path: count // self._examples for path, count in flops.items()}
-        calls.total = total // self._examples
         return calls
+
+    def _count(self) -> tuple[dict[str, int], int]:
+        """FLOPs on the first example alone: what does not depend on the batch counts once, as when one image is classified."""
+        args, kwargs = pytree.tree_map(
+            lambda t: t[:1] if isinstance(t, Tensor) and t.dim() and len(t) == self._examples else t,
+            (self._args, self._kwargs),
+        )
+        with torch.no_grad():
+            _, own, total = own_flops(self.model, lambda: self.model(*args, **kwargs))
+        return own, total
 
     def fixed(self, model: nn.Module, calls: Calls) -> dict[int, str]:
         """``{id of a parameter or module of the copy: why it cannot be cut}``."""

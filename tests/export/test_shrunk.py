@@ -15,9 +15,12 @@ from torch.nn import functional as F
 
 from lightning_cap.errors import ConfigError, UnsupportedError
 from lightning_cap.export import shrink
-from lightning_cap.sparsity import MaskSet
+from lightning_cap.sparsity import Flops, MaskSet
+from lightning_cap.sparsity.narrow_attention import NarrowClassAttention, NarrowXCA
 from lightning_cap.sparsity.units import Units
-from tests.support.shrinking import MODELS, group, make_unsettled, mask, shapes_of, some_kept, unsettle
+from lightning_cap.utilities.flops import count_flops
+from tests.support.shrinking import group, mask, shapes_of, some_kept, unsettle
+from tests.support.unit_families import FAMILIES, example, make
 
 Case = tuple[nn.Module, Units, Tensor]
 _traced: dict[str, Case] = {}
@@ -30,7 +33,7 @@ def traced() -> Callable[[str], Case]:
 
     def trace(name: str) -> Case:
         if name not in _traced:
-            model, inputs = make_unsettled(name)
+            model, inputs = unsettle(make(name)), example(name)
             _traced[name] = model, Units.from_model(model, inputs, include=["*"]), inputs
         return _traced[name]
 
@@ -45,7 +48,7 @@ def masks_of(units: Units, model: nn.Module, seed: int = 0, share: float = 0.5) 
     return units.masks(units.targets(model).shapes, some_kept(units, seed, share))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FAMILIES)
 def test_outputs_are_those_of_the_masked_model(name: str, traced: Callable[[str], Case]) -> None:
     model, units, inputs = traced(name)
     before = copy.deepcopy(model.state_dict())
@@ -61,7 +64,38 @@ def test_outputs_are_those_of_the_masked_model(name: str, traced: Callable[[str]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("fused", [True, False])
+def test_attention_across_channels_and_of_the_class_takes_fewer_heads(
+    traced: Callable[[str], Case], fused: bool
+) -> None:
+    model, units, inputs = traced("xcit")
+    model = copy.deepcopy(model)
+    attentions = [module for module in model.modules() if hasattr(module, "fused_attn")]
+    for attention in attentions:
+        attention.fused_attn = fused
+    heads = {name: torch.arange(group.size) < 3 for name, group in units.items() if group.kind == "head"}
+    assert len(heads) == len(attentions) == 3
+    whole = {name: torch.ones(group.size, dtype=torch.bool) for name, group in units.items()}
+    masks = units.masks(units.targets(model).shapes, whole | heads)
+    small = shrink(model, masks, units, inputs)
+    assert relative(small(inputs), mask(copy.deepcopy(model), masks)(inputs)) <= 1e-5
+    kinds = [type(module) for module in small.modules() if hasattr(module, "fused_attn")]
+    assert kinds == [NarrowXCA, NarrowClassAttention, NarrowClassAttention]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_it_computes_as_much_as_flops_says(name: str, traced: Callable[[str], Case]) -> None:
+    model, units, inputs = traced(name)
+    prices = Flops().unit_prices(units, units.targets(model).shapes)
+    assert count_flops(model, inputs[:1]) == prices.total
+    for seed in (0, 1):
+        kept = some_kept(units, seed, share=(0.6, 0.01)[seed])
+        small = shrink(model, units.masks(units.targets(model).shapes, kept), units, inputs)
+        want = prices.of({group: int(which.sum()) for group, which in kept.items()})
+        assert count_flops(small, inputs[:1]) == want < prices.total
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_the_smaller_model_trains_on(name: str, traced: Callable[[str], Case]) -> None:
     model, units, inputs = traced(name)
     small = shrink(model, masks_of(units, model), units, inputs)
@@ -78,7 +112,7 @@ def test_the_smaller_model_trains_on(name: str, traced: Callable[[str], Case]) -
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name == "vit" else pytest.mark.slow) for name in MODELS]
+    "name", [pytest.param(name, marks=() if name == "vit" else pytest.mark.slow) for name in FAMILIES]
 )
 def test_torch_exports_the_smaller_model(name: str, traced: Callable[[str], Case]) -> None:
     model, units, inputs = traced(name)
@@ -89,7 +123,7 @@ def test_torch_exports_the_smaller_model(name: str, traced: Callable[[str], Case
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", FAMILIES)
 @pytest.mark.filterwarnings("ignore")
 def test_onnxruntime_runs_the_smaller_model(name: str, traced: Callable[[str], Case], tmp_path: Path) -> None:
     onnxruntime = pytest.importorskip("onnxruntime")

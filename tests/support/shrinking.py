@@ -3,59 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from functools import partial
-from typing import Any
 
-import timm
 import torch
-from timm.models._efficientnet_builder import decode_arch_def
-from timm.models.efficientnet import EfficientNet
-from timm.models.resnet import BasicBlock, Bottleneck, ResNet
 from torch import Tensor, nn
 
 from lightning_cap.sparsity.units import Kind, Slice, UnitGroup, Units
-from tests.support.unit_families import FAMILIES, Family
 
 Part = tuple[str, int]  # a parameter and the dim of it that units divide
-
-
-def _efficientnet_v2() -> nn.Module:
-    blocks = [["cn_r1_k3_s1_e1_c8_skip"], ["er_r2_k3_s2_e4_c12"], ["ir_r2_k3_s2_e4_c16_se0.25"]]
-    return EfficientNet(decode_arch_def(blocks), num_classes=5, num_features=24, stem_size=8, act_layer=nn.SiLU)
-
-
-_RESNET: dict[str, Any] = {"channels": (8, 12, 16, 20)}
-_CONVNEXT: dict[str, Any] = {"depths": (1, 1, 1, 1), "dims": (8, 12, 16, 20), "num_classes": 5}
-
-#: Name -> (what makes a model, the shape of one example).
-MODELS: dict[str, Family] = {
-    **FAMILIES,
-    "swin": (
-        partial(timm.create_model, "swin_tiny_patch4_window7_224", num_classes=5, img_size=32, window_size=4, embed_dim=24,
-                depths=(2, 2), num_heads=(2, 4)),
-        (3, 32, 32),
-    ),
-    "convnext": (partial(timm.create_model, "convnext_atto", **_CONVNEXT), (3, 32, 32)),
-    "convnextv2": (partial(timm.create_model, "convnextv2_atto", **_CONVNEXT), (3, 32, 32)),
-    "xcit": (
-        partial(timm.create_model, "xcit_nano_12_p16_224", num_classes=5, depth=2, embed_dim=32, num_heads=4, img_size=64),
-        (3, 64, 64),
-    ),
-    "efficientnetv2": (_efficientnet_v2, (3, 32, 32)),
-    "mobilenetv3": (partial(timm.create_model, "mobilenetv3_small_050", num_classes=5), (3, 32, 32)),
-    "resnet": (partial(ResNet, BasicBlock, (1, 1, 1, 1), 5, **_RESNET), (3, 32, 32)),
-    "resnet_d": (
-        partial(ResNet, Bottleneck, (1, 1, 1, 1), 5, stem_width=8, stem_type="deep", avg_down=True, **_RESNET), (3, 32, 32)
-    ),
-}  # fmt: skip
-
-
-def make_unsettled(name: str) -> tuple[nn.Module, Tensor]:
-    """A model in evaluation mode of which no entry can be left out unnoticed, and inputs ``(2, ...)`` for it."""
-    create, shape = MODELS[name]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return unsettle(create()), torch.randn(2, *shape, generator=torch.Generator().manual_seed(1))
 
 
 def group(
