@@ -162,7 +162,8 @@ class CAPPruningCallback(SavingRun):
         masks = MaskSet(targets)
         if targets.ends is not PENDING:
             rank_zero_info(f"Pruning {targets.summary}")
-            self.pruner.check(targets)
+            if targets.units is None:
+                self.pruner.check(targets)
             if self._packed is not None:
                 load_masks(masks, self._packed)
             elif self.existing_zeros:
@@ -185,8 +186,7 @@ class CAPPruningCallback(SavingRun):
             parts = find_parts(trainer, pl_module, self.pruner, self.include, self.exclude, self.seed)
             self._begin(trainer, pl_module, parts)
         run = self._active
-        if run.targets.units is not None:
-            prepare_cost(trainer, pl_module, self.pruner.cost, run.targets.units, self.seed)
+        self._price_units(trainer, pl_module)
         adopt_pruned_units(trainer)
         for optimizer in trainer.optimizers:
             run.masks.apply_to_optimizer(optimizer)
@@ -208,6 +208,14 @@ class CAPPruningCallback(SavingRun):
         files = self._log_files(trainer)
         if files is not None and trainer.is_global_zero:
             files.reserve()
+
+    def _price_units(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Measure what goals count, where that is to be measured; refuse units that have no price."""
+        targets, files = self._active.targets, self._log_files(trainer)
+        if targets.units is not None:
+            folder = None if files is None else files.folder
+            prepare_cost(trainer, module, self.pruner.cost, targets.units, self.seed, folder)
+            self.pruner.check(targets)
 
     # ----------------------------------------------------------------- events
 
@@ -313,6 +321,7 @@ class CAPPruningCallback(SavingRun):
         """Print the table: dense accuracy, and accuracy, real sparsity and checkpoint of each goal."""
         missed = self._active.missed(self._state.done)
         if trainer.max_epochs in missed and self._restored is not None:
+            self._price_units(trainer, pl_module)
             self.on_train_end(trainer, pl_module)  # of a run that was stopped in this event: nothing is left to train
         elif self._active.begins is None:  # no on_train_start, no on_train_end
             self._active.warn_of_missed(self._state.done)

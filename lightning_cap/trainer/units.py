@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -56,7 +57,9 @@ def find_module_units(
     return Units.from_state(distributed.gather_objects(found)[0])
 
 
-def prepare_cost(trainer: pl.Trainer, module: pl.LightningModule, cost: Cost, units: Units, seed: int) -> None:
+def prepare_cost(
+    trainer: pl.Trainer, module: pl.LightningModule, cost: Cost, units: Units, seed: int, folder: Path | None = None
+) -> None:
     """Let a cost measure what it needs of the model inside a module, if it does. Every rank must call it.
 
     Args:
@@ -65,6 +68,7 @@ def prepare_cost(trainer: pl.Trainer, module: pl.LightningModule, cost: Cost, un
         cost: Of the pruner.
         units: By their names in the module.
         seed: As for `find_module_units`.
+        folder: Of the run, for what it keeps.
     """
     if type(cost).prepare is Cost.prepare:
         return
@@ -72,7 +76,7 @@ def prepare_cost(trainer: pl.Trainer, module: pl.LightningModule, cost: Cost, un
         inner = feed(trainer, module, seed)
         own = renamed(units, lambda name: name.removeprefix(inner.prefix))
     with calibrating(trainer, module), precision_context(trainer)(), torch.inference_mode(False):
-        cost.prepare(inner.model, own, inner.inputs)
+        cost.prepare(inner.model, own, inner.inputs, folder)
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class Fed:
     Attributes:
         prefix: Of its names in the module: empty, or ending with a dot.
         model: The model.
-        inputs: Positional arguments as a tuple, or all by name, of one forward pass.
+        inputs: Positional arguments as a tuple, or all by name, of one forward pass; none on a rank that has no batch.
     """
 
     prefix: str
@@ -94,7 +98,7 @@ def feed(trainer: pl.Trainer, module: pl.LightningModule, seed: int) -> Fed:
     """Look at what the calibration loss of a few samples gives to the model inside a module.
 
     Raises:
-        ConfigError: There is no batch.
+        ConfigError: There is no batch on rank 0.
         UnsupportedError: It does not call the model as a whole.
     """
     name, model = inner_model(module)
@@ -115,16 +119,16 @@ def feed(trainer: pl.Trainer, module: pl.LightningModule, seed: int) -> Fed:
     finally:
         handle.remove()
     shown = f"{type(module).__name__}.{name}" if name else type(module).__name__
-    if done is None:
+    if done is None and distributed.rank() == 0:
         raise ConfigError(
             f"model={shown}: there is no calibration batch to find its units with. Give the training data samples."
         )
-    if not seen:
+    if done and not seen:
         raise UnsupportedError(
             f"model={shown}: the training step calls parts of it, but never it as a whole, so the inputs that its units are found "
             "with are not known. Keep all weights that train in one submodule, and call that."
         )
-    return Fed(plain_name(f"{name}.") if name else "", model, _as_inputs(model, *seen[0]))
+    return Fed(plain_name(f"{name}.") if name else "", model, _as_inputs(model, *seen[0]) if seen else ())
 
 
 def inner_model(module: nn.Module) -> tuple[str, nn.Module]:

@@ -11,6 +11,7 @@ import torch
 
 from lightning_cap.errors import ConfigError, DataError
 from tests.support.toy import TARGET, Toy, callback, loaders, trainer
+from tests.support.unit_runs import units
 
 
 @pytest.fixture(scope="module")
@@ -44,19 +45,61 @@ DAMAGES: dict[str, Any] = {
 }
 
 
-@pytest.mark.parametrize("name", DAMAGES)
-def test_a_damaged_state_is_one_error(tmp_path: Path, checkpoint: Path, name: str) -> None:
+DAMAGES_OF_UNITS: dict[str, Any] = {
+    "units are a list": lambda s: s.update(units=[]),
+    "units have no groups": lambda s: s["units"].pop("groups"),
+    "a group has no size": lambda s: s["units"]["groups"][0].pop("size"),
+    "an index is text": lambda s: s["units"]["groups"][0]["producers"][0].__setitem__(2, "x"),
+    "a layer is a number": lambda s: s["units"].update(layers=[3]),
+    "a saving lacks its price": lambda s: s["history"][0]["saving"].pop("price"),
+}
+
+
+def assert_refused(folder: Path, checkpoint: Path, cb: Any, damage: Any) -> None:
     saved = copy.deepcopy(torch.load(checkpoint, weights_only=True))
     key = next(key for key in saved["callbacks"] if "CAPPruning" in key)
-    DAMAGES[name](saved["callbacks"][key])
-    torch.save(saved, tmp_path / "damaged.ckpt")
+    damage(saved["callbacks"][key])
+    torch.save(saved, folder / "damaged.ckpt")
     module = Toy()
     with pytest.raises(DataError, match=r"^ckpt_path: the state of CAPPruningCallback .* start anew") as caught:
-        trainer(tmp_path, callback({0: 0.5}, dirpath=str(tmp_path / "out")), max_epochs=2).fit(
-            module, **loaders(), ckpt_path=str(tmp_path / "damaged.ckpt")
-        )
+        trainer(folder, cb, max_epochs=2).fit(module, **loaders(), ckpt_path=str(folder / "damaged.ckpt"))
     assert "\n" not in str(caught.value)
     assert module.batches == []
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_state_is_one_error(tmp_path: Path, checkpoint: Path, name: str) -> None:
+    assert_refused(tmp_path, checkpoint, callback({0: 0.5}, dirpath=str(tmp_path / "out")), DAMAGES[name])
+
+
+@pytest.fixture(scope="module")
+def checkpoint_of_units(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("units")
+    trainer(folder, units({0: 0.5}, dirpath=str(folder)), max_epochs=1).fit(Toy(), **loaders())
+    return folder / "flops=0.50.ckpt"
+
+
+@pytest.mark.parametrize("name", DAMAGES_OF_UNITS)
+def test_damaged_units_are_one_error(tmp_path: Path, checkpoint_of_units: Path, name: str) -> None:
+    cb = units({0: 0.5}, dirpath=str(tmp_path / "out"))
+    assert_refused(tmp_path, checkpoint_of_units, cb, DAMAGES_OF_UNITS[name])
+
+
+def test_a_state_of_the_version_before_is_read(tmp_path: Path, checkpoint: Path) -> None:
+    """It knew no units, and no cycles of several callbacks."""
+    saved = torch.load(checkpoint, weights_only=True)
+    state = saved["callbacks"]["CAPPruningCallback"]
+    before = copy.deepcopy(state)
+    state["version"] = 2
+    del state["units"], state["cycle"]["begun"]
+    for line in state["history"]:
+        line["version"] = 2
+        del line["saving"]
+    torch.save(saved, tmp_path / "old.ckpt")
+    cb = callback({0: 0.5}, dirpath=str(tmp_path / "out"))
+    trainer(tmp_path, cb, max_epochs=2).fit(Toy(), **loaders(), ckpt_path=str(tmp_path / "old.ckpt"))
+    assert [record.to_json() for record in cb.history[:1]] == before["history"][:1]
+    assert cb.history[1].epochs == 2
 
 
 def test_masks_of_other_targets_are_told_from_damaged_ones(tmp_path: Path, checkpoint: Path) -> None:

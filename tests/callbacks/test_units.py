@@ -14,6 +14,7 @@ from lightning_cap.callbacks.state import pruned_units
 from lightning_cap.errors import ConfigError, DataError, TargetError, UnsupportedError
 from lightning_cap.pruners import CAPUnits, MagnitudeUnits, Pruner, TaylorUnits
 from lightning_cap.sparsity import Flops, Parameters, Units
+from lightning_cap.sparsity.unit_prices import UnitPrices
 from lightning_cap.trainer.records import EventRecord
 from lightning_cap.utilities.records import read_records
 from tests.support.stopping import averaging
@@ -89,6 +90,30 @@ def test_a_run_that_goes_on_is_not_traced_again(tmp_path: Path, monkeypatch: pyt
     again = fit(tmp_path / "pruned/flops=0.30.ckpt")
     assert kept(whole) == kept(again)
     assert str(whole._active.targets.units) == str(again._active.targets.units)
+
+
+class Timed(Flops):
+    """Must measure the model before it has prices, in a run that goes on too."""
+
+    def __init__(self) -> None:
+        self.folders: list[Path | None] = []
+
+    def prepare(self, model: nn.Module, units: Units, example_input: Any, folder: Path | None = None) -> None:
+        model(*example_input)
+        self.folders.append(folder)
+
+    def unit_prices(self, units: Units, shapes: Any) -> UnitPrices:
+        assert self.folders, "nothing is timed yet"
+        return super().unit_prices(units, shapes)
+
+
+def test_a_cost_measures_the_model_before_it_is_asked(tmp_path: Path) -> None:
+    cost = Timed()
+    for ckpt in (None, str(tmp_path / "flops=0.30.ckpt")):
+        cb = units({0: 0.3, 1: 0.5}, cost=cost, dirpath=str(tmp_path))
+        trainer(tmp_path, cb, max_epochs=2).fit(Toy(), **loaders(), ckpt_path=ckpt)
+        assert cost.folders == [tmp_path]
+        cost.folders.clear()
 
 
 def test_the_same_model_is_not_traced_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import random
 from typing import Any
 
 import lightning.pytorch as pl
+import numpy as np
+import torch
 from torch import Tensor
 
 from tests.support.toy import TARGET, zeros
@@ -52,3 +55,8 @@ class Watch(pl.Callback):
     def _state(self, trainer: Any, pl_module: Any) -> dict[str, Tensor]:
         state = trainer.optimizers[0].state.get(pl_module.net[4].weight, {})
         return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+
+def generators() -> tuple[Any, ...]:
+    """States of the global generators of Python, NumPy and torch."""
+    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # type: ignore[index]

@@ -1,11 +1,9 @@
 from __future__ import annotations
 
-import random
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -17,10 +15,7 @@ from lightning_cap.trainer.ends import agree_on_ends, find_module_ends
 from lightning_cap.utilities import distributed
 from tests.support.distilling import STUDENT_TARGETS, Student
 from tests.support.toy import Toy, loaders, trainer
-
-
-def _generators() -> tuple[Any, ...]:
-    return random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist()  # type: ignore[index]
+from tests.support.watch import generators
 
 
 class Look(pl.Callback):
@@ -31,9 +26,9 @@ class Look(pl.Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         state = {name: value.clone() for name, value in pl_module.state_dict().items()}
-        generators = _generators()
+        before = generators()
         self.ends = find_module_ends(trainer, pl_module, 0)
-        assert _generators() == generators
+        assert generators() == before
         assert all(torch.equal(value, state[name]) for name, value in pl_module.state_dict().items())
         assert all(p.grad is None for p in pl_module.parameters())
         assert pl_module.training

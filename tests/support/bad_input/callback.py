@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from lightning_cap import CAPPruningCallback
-from lightning_cap.errors import ScheduleError
-from lightning_cap.pruners import CAP
-from lightning_cap.schedules import OneShot
+from lightning_cap.errors import ScheduleError, UnsupportedError
+from lightning_cap.pruners import CAP, Magnitude, MagnitudeUnits
+from lightning_cap.schedules import AlternatingSchedule, OneShot, SparsitySteps
+from lightning_cap.sparsity import Flops
 from tests.support.bad_input.table import NO_COUNTS, Line, wrong
 
 SCHEDULE = {0: 0.5}
@@ -41,5 +42,17 @@ LINES: list[Line] = [
     *bad("monitor", 3, True, "", ["val/acc"]),
     *bad("mode", None, "avg", True, words=["'min' or 'max'"]),
     *bad("evaluate", None, 1, "yes"),
+    *bad("cost", "flops", 0.5, True, ["flops"], words=["Flops()"]),
+    *bad("cost", Flops, words=["Flops(...)"]),
+    Line("zeros save no FLOPs", lambda _: CAPPruningCallback(SCHEDULE, cost=Flops()), UnsupportedError,
+         ("cost=Flops", "CAPUnits()")),
+    Line("zeros save no FLOPs of a score", lambda _: CAPPruningCallback(SCHEDULE, Magnitude(), cost=Flops()), UnsupportedError,
+         ("cost=Flops", "Parameters()")),
+    *(
+        Line(f"units cannot grow back in {type(schedule).__name__}",
+             partial(lambda s, _: CAPPruningCallback(s, MagnitudeUnits()), schedule), UnsupportedError,
+             ("schedule=", "MagnitudeUnits", "no gradient"))
+        for schedule in (SparsitySteps({0: 0.5, 1: 0.3}, allow_decrease=True), AlternatingSchedule(0.5, 0, 1, 1))
+    ),
     *bad("seed", None, "3", True, 1.0, -1, float("nan"), 2**63),
 ]  # fmt: skip
