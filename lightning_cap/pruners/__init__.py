@@ -7,6 +7,7 @@ from lightning_cap.pruners.drop_and_grow import DropAndGrow
 from lightning_cap.pruners.fast_cap import FastCAP
 from lightning_cap.pruners.gradient import GradientTimesWeight, Taylor
 from lightning_cap.pruners.layerwise import LayerwiseOBS
+from lightning_cap.pruners.layerwise_units import LayerwiseUnits
 from lightning_cap.pruners.magnitude import Magnitude
 from lightning_cap.pruners.magnitude_units import MagnitudeUnits
 from lightning_cap.pruners.mfac import MFAC
@@ -27,6 +28,7 @@ __all__ = [
     "FastCAP",
     "GradientTimesWeight",
     "LayerwiseOBS",
+    "LayerwiseUnits",
     "Magnitude",
     "MagnitudeUnits",
     "PruneResult",

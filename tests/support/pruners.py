@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from lightning_cap.calibration.layer_inputs import LayerGrams
@@ -19,6 +20,7 @@ from lightning_cap.pruners import (
     FastCAP,
     GradientTimesWeight,
     LayerwiseOBS,
+    LayerwiseUnits,
     Magnitude,
     MagnitudeUnits,
     Pruner,
@@ -175,12 +177,38 @@ class UnitCase:
         names = inspect.signature(self.kind).parameters
         return self.kind(**{**{name: v for name, v in settings.items() if name in names}, **self.own})
 
+    def path(self, targets: Any, rows: Any, masks: Any = None, *, pruner: UnitPruner | None = None) -> Any:
+        """The path from gate gradients, or from layer statistics as many."""
+        source = reader_grams(targets, rows) if self.reads == "inputs" else rows
+        return (pruner or self.pruner()).path(targets, source, masks)
+
+
+def reader_grams(targets: Any, rows: Sequence[Any]) -> list[Any]:
+    """Layer statistics of the weights that read units, drawn; all zero where the gate gradients of the group are."""
+    generator = torch.Generator().manual_seed(0)
+    out = []
+    for chunk in rows:
+        grams = LayerGrams()
+        for name, group in targets.units.items():
+            for part in group.consumers:
+                x = torch.randn(60, targets[part.name][0].numel(), generator=generator)
+                peak = chunk[name].float().abs().amax()
+                x = (x + x.roll(1, dims=1)) * (peak / peak.clamp_min(1e-9))  # by 0, 1 or NaN
+                grams[part.name] = (x.T @ x).unsqueeze(0)
+        grams.count = len(next(iter(chunk.values())))
+        out.append(grams)
+    return out
+
 
 CAP_UNITS: dict[str, Any] = {"updates": True, "predicts_loss": True}
 
 UNIT_CASES: dict[str, UnitCase] = {
     "cap-units": UnitCase(CAPUnits, {"num_gradients": 40}, **CAP_UNITS),
     "cap-units-uniform": UnitCase(CAPUnits, {"allocation": Uniform()}, uniform=True, **CAP_UNITS),
+    "layerwise-units": UnitCase(LayerwiseUnits, {"num_inputs": 40}, reads="inputs", updates=True),
+    "layerwise-units-uniform": UnitCase(
+        LayerwiseUnits, {"allocation": Uniform()}, reads="inputs", updates=True, uniform=True
+    ),
     "taylor-units": UnitCase(TaylorUnits, {"num_gradients": 40}),
     "taylor-units-mean": UnitCase(TaylorUnits, {"normalize": "mean"}),
     "magnitude-units": UnitCase(MagnitudeUnits, reads="nothing"),
