@@ -4,9 +4,9 @@
     python benchmarks/shrink.py --data ../shared/data --models resnet20  # one model
     python benchmarks/shrink.py --data ../shared/data --measure-only     # times again, of models that are in --work
 
-``--data`` is a folder with ``imagenet1k-sample``, ``cifar10`` and ``weights``. Each method prunes the same model to the first budget
-and goes on from there to the next. "one-shot" is the accuracy right then, without training; "tuned" that after a few epochs on the
-calibration images with the dense model's outputs as labels. Prints Markdown tables and writes a JSON.
+``--data`` is a folder with ``imagenet1k-sample``, ``cifar10`` and ``weights``. Each method prunes the same model to the first
+budget and goes on from there to the next. "one-shot" is the accuracy right then, without training; "tuned" that after a few
+epochs on the calibration images with the dense model's outputs as labels. Prints Markdown tables and writes a JSON.
 """
 
 from __future__ import annotations

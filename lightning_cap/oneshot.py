@@ -26,6 +26,7 @@ from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.trainer.ends import agree_on_ends
 from lightning_cap.trainer.isolation import preserve_state
+from lightning_cap.trainer.units import units_of_model
 from lightning_cap.utilities import distributed
 from lightning_cap.utilities.arguments import require_callable, require_flag, require_instance, require_iterable
 from lightning_cap.utilities.progress import Progress
@@ -50,10 +51,12 @@ def prune(
         batches: Calibration batches, moved to the model's device; re-iterable if ``num_recomputations`` > 1. Tensors in them
             have the samples in dim 0.
         loss_fn: ``loss_fn(model, batch)`` -> scalar, the mean loss of the batch. Call the ``model`` that is passed in.
-        sparsity: Zeros over all weights of the targets, in [0, 1).
+        sparsity: Zeros over all weights of the targets, in [0, 1); with a pruner of units such as `CAPUnits` the share of its cost
+            that is to be saved.
         pruner: Default: `CAP` with its defaults.
-        include: Globs or names of the weights to prune. Default: all Linear, Conv and attention weights but the first layers, the
-            heads (see `find_ends`; the first batch tells them) and depthwise convolutions.
+        include: Globs or names of the weights to prune; for pruners of units those of groups (see `Units.from_model`). Default: all
+            Linear, Conv and attention weights but the first layers, the heads (see `find_ends`; the first batch tells them) and
+            depthwise convolutions; all units.
         exclude: Globs or names to leave dense.
         num_recomputations: Prune in so many steps of rising sparsity, with fresh gradients for each.
         progress: Show a progress bar.
@@ -75,9 +78,8 @@ def prune(
     refuse_regrowth(pruner)
     refuse_splitting(pruner, num_recomputations)
     pruner.check_sparsity(sparsity)
-    candidates = Targets.from_model(model, include, exclude, None if include is not None else PENDING)
-    on_device = _OnDevice(batches, candidates.device)
-    targets = candidates if include is not None else _default_targets(model, on_device, loss_fn, exclude)
+    on_device = _OnDevice(batches, _device(model))
+    targets = _targets(model, on_device, loss_fn, include, exclude, pruner)
     rank_zero_info(f"Pruning {targets.summary}")
     pruner.check(targets)
     if num_recomputations > 1 and not repeatable(batches):
@@ -88,7 +90,7 @@ def prune(
     masks = MaskSet(targets)
     masks.mask_zeros()
     before = targets.copies()
-    goals = steps_to(sparsity, masks.global_sparsity, num_recomputations)
+    goals = steps_to(sparsity, pruner.reached(targets, masks), num_recomputations)
     pruner.check_goals(targets, masks, goals)
     trial: Trial | None = None
     saliency = 0.0
@@ -111,10 +113,23 @@ def prune(
     return replace(result, saliency=saliency, predicted_loss=saliency if pruner.predicts_loss else None)
 
 
-def _default_targets(
-    model: nn.Module, batches: _OnDevice, loss_fn: Callable[[nn.Module, Any], Tensor], exclude: Sequence[str] | None
+def _targets(
+    model: nn.Module,
+    batches: _OnDevice,
+    loss_fn: Callable[[nn.Module, Any], Tensor],
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    pruner: Pruner,
 ) -> Targets:
-    """Those that the forward pass on the first batch tells."""
+    """Those that are named, or that the forward pass on the first batch tells; of pruners of units, what their units are of."""
+    if pruner.takes_units:
+        with preserve_state(model):
+            batch = batches.first()
+            follow_batch = None if batch is None else lambda: loss_fn(model, batch)
+            return units_of_model(model, follow_batch, include, exclude, pruner.cost).targets(model)
+    candidates = Targets.from_model(model, include, exclude, None if include is not None else PENDING)
+    if include is not None:
+        return candidates
 
     def follow() -> Flow | None:
         batch = batches.first()
@@ -123,6 +138,11 @@ def _default_targets(
     with preserve_state(model):
         ends = agree_on_ends(model, follow)
     return Targets.from_model(model, None, exclude, ends)
+
+
+def _device(model: nn.Module) -> torch.device:
+    """That of the model's parameters, where its batches go."""
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 class _OnDevice:

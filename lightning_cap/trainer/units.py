@@ -79,6 +79,60 @@ def prepare_cost(
         cost.prepare(inner.model, own, inner.inputs, folder)
 
 
+def units_of_model(
+    model: nn.Module,
+    loss: Callable[[], Any] | None,
+    include: Sequence[str] | None,
+    exclude: Sequence[str] | None,
+    cost: Cost,
+) -> Units:
+    """Units of a plain model, the same on all ranks; ``cost`` measures what it needs. Every rank must call it.
+
+    Args:
+        model: In eval mode.
+        loss: Runs the model once, on this rank's first batch; None: there is none. Rank 0 must have one.
+        include: As for `Units.from_model`.
+        exclude: Likewise.
+        cost: Of the pruner.
+
+    Raises:
+        ConfigError: There is no batch, a glob matches nothing, or no unit is left.
+        UnsupportedError: The model cannot be traced, or the loss does not call it.
+    """
+    found, inputs = None, None
+    with distributed.raise_on_all_ranks("Finding the units"):
+        inputs = None if loss is None else _inputs_of(model, loss)
+        if distributed.rank() == 0:
+            if inputs is None:
+                raise ConfigError("batches: there is none to find the units with. Give calibration batches.")
+            found = Units.from_model(model, inputs, include, exclude).state_dict()
+    units = Units.from_state(distributed.gather_objects(found)[0])
+    if inputs is not None:
+        cost.prepare(model, units, inputs)
+    return units
+
+
+def _inputs_of(model: nn.Module, loss: Callable[[], Any]) -> tuple[Any, ...] | dict[str, Any]:
+    """What a loss gives to the model."""
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def note(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args, kwargs))
+
+    handle = model.register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        with torch.no_grad():
+            loss()
+    finally:
+        handle.remove()
+    if not seen:
+        raise UnsupportedError(
+            "loss_fn: it does not call the model that it is given, so the inputs that its units are found with are not known. Call "
+            "model(...) in it."
+        )
+    return _as_inputs(model, *seen[0])
+
+
 @dataclass(frozen=True)
 class Fed:
     """The model inside a LightningModule, and what it gets.
