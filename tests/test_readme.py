@@ -4,8 +4,10 @@ import ast
 import importlib
 import re
 import subprocess
+from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from jsonargparse import ArgumentParser
 
@@ -62,9 +64,21 @@ def test_the_callback_takes_at_most_15_lines() -> None:
 
 
 def test_the_one_shot_block_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    block = next(block for block in _blocks("python") if "prune(model" in block)
+    block = next(block for block in _blocks("python") if "sparsity=0.75" in block)
     exec(compile(block, "README.md", "exec"), {"__name__": "readme"})
     assert capsys.readouterr().out.splitlines()[-1].startswith("0.75 ")
+
+
+def test_the_block_of_smaller_models_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torch_pruning")
+    monkeypatch.chdir(tmp_path)
+    block = next(block for block in _blocks("python") if "save_shrunk(" in block)
+    names: dict[str, object] = {"__name__": "readme"}
+    exec(compile(block, "README.md", "exec"), names)
+    small, again, batches = (names[name] for name in ("small", "again", "batches"))
+    assert sum(p.numel() for p in again.parameters()) == sum(p.numel() for p in small.parameters()) < 5.5e6
+    with torch.inference_mode():
+        assert torch.equal(again.eval()(batches[0][0]), small.eval()(batches[0][0]))
 
 
 def test_the_pattern_block_is_2_of_4() -> None:
