@@ -32,12 +32,14 @@ class Candidates:
         normalized: Names of those that pass a LayerNorm over their channels.
         skipped: ``{layer: why its width is not pruned}``.
         cores: ``{module with heads: name of its group}``.
+        makers: ``{group: layers whose outputs its units are}``.
     """
 
     groups: dict[str, UnitGroup] = field(default_factory=dict)
     normalized: set[str] = field(default_factory=set)
     skipped: dict[str, str] = field(default_factory=dict)
     cores: dict[str, str] = field(default_factory=dict)
+    makers: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass
@@ -98,7 +100,8 @@ class GroupBuilder:
                 found.normalized.add(name)
             if bundle.head is not None:
                 found.cores[bundle.head.name] = name
-            for maker in self._makers(bundle):
+            found.makers[name] = self._makers(bundle)
+            for maker in found.makers[name]:
                 found.skipped.pop(maker, None)
         return found
 

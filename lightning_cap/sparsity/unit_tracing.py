@@ -6,7 +6,7 @@ import copy
 import difflib
 import fnmatch
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,7 +22,7 @@ from lightning_cap.sparsity.unit_graph import channel_graph, load_dependency_gra
 from lightning_cap.sparsity.unit_group import Layer, UnitGroup
 from lightning_cap.sparsity.unit_groups import Candidates, GroupBuilder
 from lightning_cap.sparsity.unit_heads import attentions
-from lightning_cap.sparsity.unit_layers import width_of
+from lightning_cap.sparsity.unit_layers import makes_channels, width_of
 from lightning_cap.utilities.arguments import require_instance, require_names, shown
 from lightning_cap.utilities.compiled import plain_module, plain_name
 from lightning_cap.utilities.rng import preserved
@@ -66,17 +66,23 @@ def trace_units(
         found = GroupBuilder(replica.model, graph, heads, calls.order, replica.fixed(model, calls)).build()
         chosen = _choose(found, include, exclude)
         wrong = {group.name for group in replica.check().wrong([found.groups[name] for name in chosen])}
+    groups = [found.groups[name] for name in chosen if name not in wrong]
+    skipped = _skipped(found, {group.name for group in groups}, wrong) | replica.untraced(found)
+    return Traced(groups, unit_layers(replica.model, calls.flops, groups, found.cores), calls.total, skipped)
+
+
+def _skipped(found: Candidates, used: Collection[str], wrong: Collection[str]) -> dict[str, str]:
+    """``{layer: why its width is not pruned}``."""
     skipped = dict(found.skipped)
-    for name, group in found.groups.items():
+    in_use = {layer for name in used for layer in found.makers[name]}
+    for name in found.groups.keys() - used:
         reason = "not chosen"
         if name in wrong:
             reason = "its units cannot go one by one"
         elif name in found.normalized:
             reason = f"normalized over its channels; include {name!r} to prune it"
-        if name in wrong or name not in chosen:
-            skipped |= {_layer(part.name): reason for part in group.producers if _layer(part.name) not in skipped}
-    groups = [found.groups[name] for name in chosen if name not in wrong]
-    return Traced(groups, unit_layers(replica.model, calls.flops, groups, found.cores), calls.total, skipped)
+        skipped |= {layer: reason for layer in found.makers[name] if layer not in in_use}
+    return skipped
 
 
 def _example(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -226,6 +232,17 @@ class _Replica:
         used = {id(m): "used twice" for path, m in self.model.named_modules() if calls.count[path] > 1}
         return reasons | used
 
+    def untraced(self, found: Candidates) -> dict[str, str]:
+        """``{layer: why}`` of those that the graph has no outputs of."""
+        known = {*found.skipped, *(layer for layers in found.makers.values() for layer in layers)}
+        reasons: dict[str, str] = {}
+        for path, module in self.model.named_modules():
+            if isinstance(module, nn.MultiheadAttention):
+                reasons[path] = "nn.MultiheadAttention takes the size of its heads from its input"
+            elif path not in known and makes_channels(module) and path.rpartition(".")[0] not in reasons:
+                reasons[path] = "its output is not traced"
+        return reasons
+
     def check(self) -> UnitCheck:
         """Tests groups; the copy is in float64 from then on, where its device can."""
         before = copy.deepcopy(self.model) if self._device_type() == "mps" else None
@@ -244,10 +261,6 @@ def _doubled(value: Any) -> Any:
 
 def _outputs(output: Any) -> list[Tensor]:
     return [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor) and t.is_floating_point()]
-
-
-def _layer(parameter: str) -> str:
-    return parameter.rpartition(".")[0] or parameter
 
 
 def _choose(found: Candidates, include: Sequence[str] | None, exclude: Sequence[str] | None) -> list[str]:

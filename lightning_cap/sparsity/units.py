@@ -11,13 +11,12 @@ from torch import Tensor, nn
 from lightning_cap.errors import ConfigError, DataError, TargetError
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.sparsity.unit_group import Kind, Layer, Slice, UnitGroup, Width
+from lightning_cap.sparsity.unit_table import UnitRecord, as_table, left_as_it_is, unit_records
 from lightning_cap.sparsity.unit_tracing import trace_units
 from lightning_cap.utilities.arguments import require_instance, shown
 from lightning_cap.utilities.compiled import plain_name
 
-__all__ = ["Kind", "Layer", "Slice", "UnitGroup", "Units", "Width"]
-
-_NAMED = 4  # layers that an error names
+__all__ = ["Kind", "Layer", "Slice", "UnitGroup", "UnitRecord", "Units", "Width"]
 
 
 class Units(Mapping[str, UnitGroup]):
@@ -71,9 +70,9 @@ class Units(Mapping[str, UnitGroup]):
         """
         found = trace_units(model, example_input, include, exclude)
         if not found.groups:
-            reasons = "; ".join(f"{name}: {why}" for name, why in list(found.skipped.items())[:_NAMED])
             raise TargetError(
-                f"model={type(model).__name__}: it has no units that could be pruned ({reasons or 'no layers'})."
+                f"model={type(model).__name__}: it has no units that could be pruned; left as it is: "
+                f"{left_as_it_is(found.skipped) or 'nothing, as there is no layer'}. Use a pruner of weights, such as CAP()."
             )
         return cls(found.groups, found.layers, found.flops, found.skipped)
 
@@ -88,17 +87,42 @@ class Units(Mapping[str, UnitGroup]):
 
     def __repr__(self) -> str:
         """Short: ``Units(36 heads in 12 groups, 9216 neurons in 12 groups)``."""
-        return f"Units({self.summary})"
+        return f"Units({self._counts()})"
+
+    def __str__(self) -> str:
+        """The table of all groups, and what is left as it is."""
+        return "\n".join([self.table(), *([self.summary.partition("; ")[2]] if self.skipped else [])])
 
     @property
     def summary(self) -> str:
-        """Units by kind."""
+        """Units by kind, and what is left as it is, in one line."""
+        return self._counts() + (f"; left as it is: {left_as_it_is(self.skipped)}" if self.skipped else "")
+
+    def _counts(self) -> str:
         parts = []
         for kind in get_args(Kind):
             sizes = [group.size for group in self.values() if group.kind == kind]
             if sizes:
                 parts.append(f"{sum(sizes)} {kind}s in {len(sizes)} group{'s' if len(sizes) > 1 else ''}")
         return ", ".join(parts)
+
+    def records(self, model: nn.Module | None = None) -> list[UnitRecord]:
+        """What each group has: name, kind, units, weights and multiply-adds of one unit of the dense model.
+
+        Args:
+            model: Whose units they are, for the weights of a unit. Default: these are not counted (None).
+
+        Raises:
+            TargetError: The model is another one.
+        """
+        require_instance(
+            "model", model, nn.Module, "the torch model that the units are of", optional=True, error=TargetError
+        )
+        return unit_records(list(self.values()), self.layers, None if model is None else self.targets(model).shapes)
+
+    def table(self, model: nn.Module | None = None) -> str:
+        """`records` as lines of text, with a heading."""
+        return as_table(self.records(model))
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -125,7 +149,8 @@ class Units(Mapping[str, UnitGroup]):
         ordered = [name for name in found if name in names]
         targets = Targets({n: found[n][1] for n in ordered}, {n: found[n][0] for n in ordered})
         targets.units = self
-        targets.summary = f"{self.summary}; {targets.numel} weights belong to them"
+        counts, _, rest = self.summary.partition("; ")
+        targets.summary = f"{counts}; {targets.numel} weights belong to them" + (f"; {rest}" if rest else "")
         return targets
 
     def masks(self, shapes: Mapping[str, tuple[int, ...]], kept: Mapping[str, Tensor]) -> dict[str, Tensor]:
