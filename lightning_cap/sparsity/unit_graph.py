@@ -161,7 +161,9 @@ class _Walk:
     def _way(self, node: Any, function: Any) -> str:
         pruner = self._pruner(node)
         into, out = function == pruner.prune_in_channels, function == pruner.prune_out_channels
-        return "both" if into and out else "in" if into else "out"
+        if into and out and not isinstance(node.module, nn.Embedding):
+            return "both"
+        return "out" if out else "in"
 
     def _from(self, state: State, channels: Indices, skip: set[int]) -> None:
         waiting = [(state, channels)]

@@ -146,6 +146,8 @@ class GroupBuilder:
         return [self._names[id(s.owner)] for s in sides if s.way == "in"]
 
     def _why_not(self, bundle: _Bundle) -> str:
+        if not self._makers(bundle):
+            return "an input of the model"
         if not self._readers(bundle):
             return "no layer reads it"
         if bundle.head is not None and len(bundle.units) != bundle.head.num_heads:
@@ -181,7 +183,7 @@ class GroupBuilder:
 
     def _group_names(self, bundles: Sequence[_Bundle]) -> list[str]:
         names = [self._wanted_name(bundle) for bundle in bundles]
-        firsts = [self._makers(bundle)[0] if self._makers(bundle) else "input" for bundle in bundles]
+        firsts = [self._makers(bundle)[0] for bundle in bundles]
         names = [first if names.count(name) > 1 else name for name, first in zip(names, firsts, strict=True)]
         return [f"{name}.{names[:i].count(name)}" if name in names[:i] else name for i, name in enumerate(names)]
 
@@ -193,7 +195,7 @@ class GroupBuilder:
             return parent
         if len(makers) == 1:
             return makers[0]
-        return f"{_common_parent(makers) or makers[0]}.stream" if makers else "input"
+        return f"{_common_parent(makers) or makers[0]}.stream"
 
 
 def _common_parent(names: Sequence[str]) -> str:

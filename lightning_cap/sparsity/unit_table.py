@@ -84,7 +84,7 @@ def left_as_it_is(skipped: Mapping[str, str]) -> str:
     """``head (an output of the model), 12 layers (normalized over their channels: patch_embed.proj, ...)``."""
     layers: dict[str, list[str]] = {}
     for name, reason in skipped.items():
-        layers.setdefault(reason.partition(";")[0], []).append(name)
+        layers.setdefault(reason.partition(";")[0], []).append(name or "the model itself")
     return ", ".join(
         f"{names[0]} ({why})" if len(names) == 1 else f"{len(names)} layers ({why}: {_some(names)})"
         for why, names in layers.items()

@@ -55,6 +55,7 @@ def trace_units(
     require_instance("model", model, nn.Module, "timm.create_model('resnet18')", error=TargetError)
     require_names("include", include, "blocks.*.mlp", error=TargetError)
     require_names("exclude", exclude, "blocks.*.attn", error=TargetError)
+    _refuse_untraceable(model)
     load_dependency_graph()
     args, kwargs = _example(example_input)
     with preserved(), torch.inference_mode(False), torch.enable_grad(), _no_autocast(model):
@@ -83,6 +84,20 @@ def _skipped(found: Candidates, used: Collection[str], wrong: Collection[str]) -
             reason = f"normalized over its channels; include {name!r} to prune it"
         skipped |= {layer: reason for layer in found.makers[name] if layer not in in_use}
     return skipped
+
+
+def _refuse_untraceable(model: nn.Module) -> None:
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UnsupportedError(
+            "model: it is scripted by TorchScript, so it cannot be traced. Give the module that was scripted."
+        )
+    for path, parameter in model.named_parameters():
+        if nn.parameter.is_lazy(parameter):
+            raise TargetError(f"{plain_name(path)!r} is not initialised yet. Run one forward pass before pruning.")
+        if parameter.is_meta:
+            raise TargetError(
+                f"{plain_name(path)!r} has no values (device meta). Load the model before its units are found."
+            )
 
 
 def _example(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -136,9 +151,6 @@ class _Replica:
     """A copy of the model in evaluation mode, all of whose parameters require a gradient, and the example."""
 
     def __init__(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        for path, parameter in model.named_parameters():
-            if nn.parameter.is_lazy(parameter):
-                raise TargetError(f"{plain_name(path)!r} is not initialised yet. Run one forward pass before pruning.")
         try:
             self.model: nn.Module = copy.deepcopy(plain_module(model)).eval()
         except Exception as error:
@@ -204,10 +216,15 @@ class _Replica:
         finally:
             for hook in hooks:
                 hook.remove()
-        if not _outputs(output):
+        if not any(t.requires_grad for t in _outputs(output)):
             raise UnsupportedError(
                 f"model={type(self.model).__name__}: what it returns has no gradient, so its layers cannot be traced; the last "
-                f"with a gradient is {last[0]!r}. Return tensors that depend on the parameters, not detached."
+                f"with a gradient is {repr(last[0]) if last[0] else 'none'}. Return tensors that are not detached."
+            )
+        if not all(t.numel() and bool(t.isfinite().all()) for t in _outputs(output)):
+            raise ConfigError(
+                f"example_input={shown(self._args or self._kwargs)}: what the model returns for it is empty or not finite, so "
+                "units cannot be tested. Give real examples, and a model with finite weights."
             )
         return calls
 

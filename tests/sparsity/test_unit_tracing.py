@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import sys
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from lightning_cap.errors import UnsupportedError
 from lightning_cap.sparsity import Units
 from lightning_cap.sparsity.unit_group import Slice
 from tests.support.unit_families import FAMILIES, example, make
@@ -148,3 +150,157 @@ def test_the_model_is_left_as_it_was() -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
     assert units.skipped["layer1.0.conv1"] == "frozen"
     assert "layer2.0.conv1" in units
+
+
+@pytest.mark.parametrize("family", ["vit", "convnext", "swin", "xcit"])
+def test_streams_that_are_normalized_are_given_when_they_are_named(family: str) -> None:
+    model, inputs = make(family), example(family)
+    skipped = Units.from_model(model, inputs).skipped
+    reasons = [reason for reason in skipped.values() if reason.startswith("normalized over its channels")]
+    assert reasons
+    names = {reason.split("'")[1] for reason in reasons}
+    units = Units.from_model(model, inputs, include=sorted(names))
+    assert set(units) == names
+    assert {group.kind for group in units.values()} == {"channel"}
+    _check((family, model, inputs, units), ("producers", "norms"))
+
+
+def test_patches_that_are_merged_keep_their_channels() -> None:
+    units = Units.from_model(make("swin"), example("swin"), include=["patch_embed.proj.stream"])
+    read = {part.name: part.index for part in units["patch_embed.proj.stream"].consumers}
+    assert read["layers.1.downsample.reduction.weight"][3].tolist() == [3, 19, 35, 51]
+
+
+def test_names_choose_groups() -> None:
+    model, inputs = make("vit"), example("vit")
+    assert list(Units.from_model(model, inputs, include=["*.mlp"])) == ["blocks.0.mlp", "blocks.1.mlp"]
+    units = Units.from_model(model, inputs, exclude=["blocks.1.*"])
+    assert list(units) == ["blocks.0.attn", "blocks.0.mlp"]
+    assert units.skipped["blocks.1.mlp.fc1"] == "not chosen"
+
+
+def _skipped(model: nn.Module, inputs: Tensor) -> dict[str, str]:
+    return Units.from_model(model, inputs).skipped
+
+
+def test_what_cannot_be_cut_is_left_out_with_the_reason() -> None:
+    convolutions = nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.GroupNorm(2, 8), nn.Conv2d(8, 6, 1), nn.ReLU(), nn.Conv2d(6, 6, 1, groups=2), nn.ReLU(),
+        nn.utils.parametrizations.weight_norm(nn.Conv2d(6, 6, 1)), nn.ReLU(), nn.Conv2d(6, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1),
+    )  # fmt: skip
+    assert _skipped(convolutions, torch.randn(1, 3, 8, 8)) == {
+        "0": "normalized in groups",
+        "2": "a grouped convolution",
+        "4": "its weight is computed",
+        "6": "its weight is computed",
+        "10": "an output of the model",
+    }
+    attention = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    assert _skipped(attention, torch.randn(1, 3, 8)) == {
+        "linear2": "part of nn.MultiheadAttention",
+        "self_attn": "nn.MultiheadAttention takes the size of its heads from its input",
+    }
+    shared = nn.Linear(4, 4)
+    reused = nn.Sequential(shared, nn.ReLU(), shared, nn.ReLU(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+    assert _skipped(reused, torch.randn(1, 4)) == {"0": "used twice", "6": "an output of the model"}
+
+
+class Gathered(nn.Module):
+    """Reads its hidden channels in another order than it makes them, by their numbers, which no graph tells."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.fc3 = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 2)
+        self.register_buffer("order", torch.tensor([3, 1, 0, 2, 5, 4]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc3(self.fc2(self.fc1(x).relu()[:, self.order]).relu())
+
+
+def test_units_that_the_graph_gets_wrong_are_found_out() -> None:
+    units = Units.from_model(Gathered(), torch.randn(2, 4))
+    assert list(units) == ["fc2"]
+    assert units.skipped["fc1"] == "its units cannot go one by one"
+
+
+def test_a_depthwise_convolution_goes_with_its_channel() -> None:
+    units = Units.from_model(make("mobilenet_v3"), example("mobilenet_v3"))
+    group = units["blocks.1.0.conv_pw"]
+    assert {part.name: part.dim for part in group.producers} == {
+        "blocks.1.0.conv_pw.weight": 0,
+        "blocks.1.0.conv_dw.weight": 0,
+    }
+    assert len(group.norms) == len(group.buffers) == 4
+    layers = {layer.name: layer for layer in units.layers}
+    assert [dict(width.per_unit) for width in layers["blocks.1.0.conv_dw"].widths] == [{"blocks.1.0.conv_pw": 1}]
+
+
+def test_squeeze_and_excitation_goes_with_its_channel() -> None:
+    units = Units.from_model(make("efficientnet_v2"), example("efficientnet_v2"))
+    group = next(group for group in units.values() if "blocks.2.0.se.conv_expand.weight" in _names(group.producers))
+    assert "blocks.2.0.se.conv_reduce.weight" in _names(group.consumers)
+    assert {"blocks.2.0.conv_pw.weight", "blocks.2.0.conv_dw.weight"} <= _names(group.producers).keys()
+    bottleneck = units["blocks.2.0.se"]
+    assert _names(bottleneck.consumers).keys() == {"blocks.2.0.se.conv_expand.weight"}
+
+
+def test_a_gate_that_is_half_of_a_layer_goes_with_the_other_half() -> None:
+    group = Units.from_model(make("swiglu"), example("swiglu"))["mlp"]
+    assert group.size == 10
+    assert group.producers[0].index[3].tolist() == [3, 13]
+
+
+def test_tables_of_heads_go_with_them() -> None:
+    swin = Units.from_model(make("swin"), example("swin"))["layers.0.blocks.0.attn"]
+    assert _names(swin.producers)["layers.0.blocks.0.attn.relative_position_bias_table"] == (1, (2, 1))
+    xcit = Units.from_model(make("xcit"), example("xcit"))["blocks.0.attn"]
+    assert _names(xcit.producers)["blocks.0.attn.temperature"] == (0, (4, 1))
+
+
+def test_the_table_tells_what_a_unit_takes() -> None:
+    model, inputs = make("mlp"), example("mlp")
+    units = Units.from_model(model, inputs)
+    first = units.records(model)[0]
+    assert (first.name, first.kind, first.units, first.parameters, first.macs) == ("0", "neuron", 8, 6 + 1 + 7, 6 + 7)
+    assert units.records()[0].parameters is None
+    lines = units.table(model).splitlines()
+    assert lines[0].split("  ")[0] == "group"
+    assert lines[1].split() == ["0", "neuron", "8", "14", "13"]
+    assert str(units).splitlines()[-1] == "left as it is: 4 (an output of the model)"
+    assert units.targets(model).summary.startswith("15 neurons in 2 groups; ")
+
+
+def test_without_torch_pruning_the_error_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch_pruning", None)
+    with pytest.raises(UnsupportedError, match=r'pip install "lightning-cap\[structured\]"'):
+        Units.from_model(make("mlp"), example("mlp"))
+
+
+def test_a_graph_that_torch_pruning_cannot_make_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch_pruning
+
+    def fail(*_: object, **__: object) -> None:
+        raise IndexError("list index\nout of range")
+
+    monkeypatch.setattr(torch_pruning.DependencyGraph, "build_dependency", fail)
+    with pytest.raises(UnsupportedError, match="torch-pruning could not trace") as caught:
+        Units.from_model(make("mlp"), example("mlp"))
+    assert "\n" not in str(caught.value)
+
+
+def test_units_of_a_compiled_model_have_plain_names() -> None:
+    model = make("mlp")
+    units = Units.from_model(nn.Sequential(torch.compile(model)), example("mlp"))
+    assert {part.name for group in units.values() for part in group.slices} == {
+        "0.0.weight", "0.0.bias", "0.2.weight", "0.2.bias", "0.4.weight",
+    }  # fmt: skip
+    assert set(units.targets(nn.Sequential(torch.compile(model)))) >= {"0.0.weight"}
+
+
+@pytest.mark.parametrize("form", ["tuple", "list", "dict"])
+def test_inputs_may_be_arguments(form: str) -> None:
+    x = example("mlp")
+    inputs = {"tuple": (x,), "list": [x], "dict": {"input": x}}[form]
+    assert (
+        Units.from_model(make("mlp"), inputs).flops == Units.from_model(make("mlp"), x[:1]).flops == 2 * (48 + 56 + 35)
+    )
