@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -84,6 +85,7 @@ class Cost(ABC):
         return saved > self.budget(goal, total)
 
 
+@dataclass(frozen=True)
 class Parameters(Cost):
     """Every weight counts alike: a goal is a share of zeros. The default."""
 
@@ -111,6 +113,7 @@ class UnitCost(Cost):
         )
 
 
+@dataclass(frozen=True)
 class Flops(UnitCost):
     """FLOPs of the whole model on one example, 2 for each multiply-add, as `torch.utils.flop_counter` counts them."""
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 
+from lightning_cap.callbacks.state import pruned_units
 from tests.support.ddp_run import Calibrated, assert_pruned_alike, ddp_run, written
 from tests.support.processes import as_by_torchrun
 from tests.support.toy import callback, cap, loaders, trainer
@@ -36,6 +37,21 @@ def test_an_event_does_not_depend_on_the_number_of_processes(tmp_path: Path, m: 
     state = torch.load(tmp_path / "out/sparsity=0.75-v1.ckpt", weights_only=True)  # of the second run into that folder
     entry = next(v for k, v in state["callbacks"].items() if "CAPPruningCallback" in k)
     assert len(entry["rng"]) == 2
+
+
+def test_units_do_not_depend_on_the_number_of_processes(tmp_path: Path) -> None:
+    ddp_run(tmp_path, 1, units=True, num_gradients=44)
+    as_by_torchrun(2, tmp_path, ddp_run, tmp_path, 2, False, None, True, num_gradients=44)
+    assert_same_event(tmp_path, 2)
+    assert torch.equal(*written(tmp_path, "end", 2))
+    one, two = (
+        pruned_units(torch.load(tmp_path / f"out/flops=0.50{suffix}.ckpt", weights_only=True)["callbacks"])
+        for suffix in ("", "-v1")  # the second is of the second run into that folder
+    )
+    assert one is not None
+    assert two is not None
+    assert str(one[0].state_dict()) == str(two[0].state_dict())
+    assert all(torch.equal(mask, two[1][name]) for name, mask in one[1].items())
 
 
 def test_an_error_on_one_process_ends_all_with_its_message(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ import lightning.pytorch as pl
 import torch
 from torch.utils.data import DataLoader
 
+from lightning_cap.pruners import CAPUnits
+from lightning_cap.sparsity import Flops
 from tests.support.toy import Toy, ToyData, callback, cap, loaders, loss, trainer
 
 
@@ -47,11 +49,17 @@ class Calibrated(Toy):
 
 
 def ddp_run(
-    folder: Path, devices: int, fail: bool = False, options: dict[str, Any] | None = None, **settings: Any
+    folder: Path,
+    devices: int,
+    fail: bool = False,
+    options: dict[str, Any] | None = None,
+    units: bool = False,
+    **settings: Any,
 ) -> None:
-    """Two epochs, with an event at each; ``options`` are the Trainer's, ``settings`` those of CAP."""
+    """Two epochs, with an event at each; ``options`` are the Trainer's, ``settings`` those of CAP, or of CAPUnits."""
     pl.seed_everything(4, verbose=False)
-    cb = callback({0: 0.5, 1: 0.75}, pruner=cap(**settings), dirpath=str(folder / "out"))
+    kind = {"pruner": CAPUnits(**settings), "cost": Flops()} if units else {"pruner": cap(**settings)}
+    cb = callback({0: 0.5, 1: 0.75}, **kind, dirpath=str(folder / "out"))
     strategy = {"devices": devices, "strategy": "ddp" if devices > 1 else "auto"}
     trainer(folder, cb, Dump(folder), max_epochs=2, **{**strategy, **(options or {})}).fit(
         Calibrated(fail), **loaders()
