@@ -123,6 +123,18 @@ def test_killed_in_the_event_at_the_end_of_training(whole: Whole, tmp_path: Path
     same(*(load(f / "end-0.pt", f)["weights"] for f in (expected, folder)))
 
 
+@pytest.mark.parametrize(("phase", "after"), [("apply", 0), ("masks", 2), ("rename", 3), ("train", 9)])
+def test_killed_with_units_and_weights(whole: Whole, tmp_path: Path, phase: str, after: int) -> None:
+    """Two callbacks in one run, of which each has an event in every other epoch."""
+    order, folder = {"units": True}, tmp_path / "run"
+    expected = whole(**order)
+    kill = {"phase": phase, "nth": min(after + 1, whole.counts(**order)[phase])}
+    assert run_trial(folder, kill=kill, **order) == [KILLED], log(folder)
+    check_files(folder)
+    assert resume(folder, **order) == [0], log(folder)
+    check_same_end(expected, folder)
+
+
 @pytest.mark.parametrize("phase", ["copy", "write checkpoint"])
 def test_checkpoints_on_another_file_system_than_temporary_files(whole: Whole, tmp_path: Path, phase: str) -> None:
     order, folder = {"elsewhere": True}, tmp_path / "run"

@@ -42,9 +42,8 @@ def log(folder: Path) -> str:
     return "\n".join(path.read_text()[-3000:] for path in sorted(folder.glob("log-*.txt")))
 
 
-def masked(state: dict[str, Any]) -> dict[str, torch.Tensor]:
-    """Where a checkpoint's masks say that a weight is pruned."""
-    entry = callback_state(state)
+def masked(state: dict[str, Any], entry: dict[str, Any]) -> dict[str, torch.Tensor]:
+    """Where a callback's masks in a checkpoint say that a weight is pruned."""
     shapes = {name: mask["shape"] for name, mask in entry["masks"].items()}
     return {
         name: ~unpack_bits(entry["masks"][name]["bits"], state["state_dict"][name].numel()).view(shape)
@@ -52,15 +51,21 @@ def masked(state: dict[str, Any]) -> dict[str, torch.Tensor]:
     }
 
 
-def callback_state(state: dict[str, Any]) -> dict[str, Any]:
-    entry: dict[str, Any] = next(v for k, v in state["callbacks"].items() if "CAPPruningCallback" in k)
-    return entry
+def callback_states(state: dict[str, Any]) -> list[dict[str, Any]]:
+    """Of the pruning callbacks."""
+    return [entry for key, entry in state["callbacks"].items() if "CAPPruningCallback" in key]
 
 
 def check_checkpoint(path: Path, schedule: dict[int, float] = SCHEDULE) -> None:
     """It loads, and every event in it is whole: masks, weights and the list of events done tell the same."""
     state = torch.load(path, weights_only=True)
-    entry, pruned = callback_state(state), masked(state)
+    entry, *others = callback_states(state)
+    if others:  # of units, and of weights
+        for one in (entry, *others):
+            assert not any(state["state_dict"][name][where].any() for name, where in masked(state, one).items()), path
+            assert one["collection_index"] == len(one["done"]), path
+        return
+    pruned = masked(state, entry)
     for name, where in pruned.items():
         assert torch.equal(state["state_dict"][name] == 0, where), (path, name)
     size = sum(where.numel() for where in pruned.values())
@@ -87,8 +92,10 @@ def check_files(folder: Path, schedule: dict[int, float] = SCHEDULE) -> None:
                 assert len(set(names)) == len(names)
                 assert all((path.parent / name).is_file() for name in names)
             else:
-                epochs = [record.epoch for record in read_records(path, EventRecord)]
-                assert epochs == sorted(schedule)[: len(epochs)]
+                records = read_records(path, EventRecord)
+                epochs = [record.epoch for record in records if record.saving is None]
+                if len(epochs) == len(records):  # no units
+                    assert epochs == sorted(schedule)[: len(epochs)]
         else:
             hidden = path.parent.name
             assert hidden.startswith("."), f"{path.name} is visible"

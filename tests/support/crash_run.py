@@ -21,6 +21,7 @@ from lightning_cap.schedules import OneShot, SparsitySteps
 from tests.support.crash_moments import Moments, install, limit_memory
 from tests.support.processes import FORKED, be_ordinary, free_port, torchrun_environment
 from tests.support.toy import Toy, ToyData, callback, loaders, trainer
+from tests.support.unit_runs import units, weights
 
 TARGETS = ["net.0.weight", "net.4.weight", "net.6.weight"]
 SCHEDULE = {0: 0.3, 1: 0.5, 2: 0.75}
@@ -92,16 +93,19 @@ def fit(order: dict[str, Any], folder: Path) -> None:
         module = Loading(*order["lost"], folder / "lost.txt")
         del data["train_dataloaders"]
     schedule = OneShot(0.75, epoch=None) if order.get("one_shot") else SparsitySteps(SCHEDULE)
-    cb = callback(schedule, dirpath=str(folder / "pruned"), include=TARGETS)
+    pruned = str(folder / "pruned")
+    cbs = [callback(schedule, dirpath=pruned, include=TARGETS)]
+    if order.get("units"):
+        cbs = [units({0: 0.2, 2: 0.4}, dirpath=pruned), weights({1: 0.6, 3: 0.9}, dirpath=pruned)]
     saver = ModelCheckpoint(dirpath=folder, save_last=True, **order.get("saver", {}))
     extra = [SmallFiles(*order["small_files"])] if "small_files" in order else []
     options = {"devices": ranks, "strategy": "ddp"} if ranks > 1 else {}
-    t = trainer(folder, *extra, cb, saver, max_epochs=4, enable_checkpointing=True, **options)
+    t = trainer(folder, *extra, *cbs, saver, max_epochs=4, enable_checkpointing=True, **options)
     t.fit(module, **data, ckpt_path="last")
     end = {
         "weights": module.state_dict(),
-        "masks": dict(cb.masks),
-        "history": [record.to_json() for record in cb.history],
+        "masks": [dict(cb.masks) for cb in cbs],
+        "history": [record.to_json() for cb in cbs for record in cb.history],
         "optimizer": t.optimizers[0].state_dict(),
         "batches": module.batches[-4:],
     }
