@@ -57,7 +57,8 @@ def compare(
         trainer: Validates, and gives device, precision and processes.
         model: Its weights are as before afterwards.
         pruners: Names and methods; or one method, which is a comparison of one and writes its weights into ``folder`` itself.
-        sparsities: Zeros over all weights of the targets; every pruner must be able to give each.
+        sparsities: Zeros over all weights of the targets; every pruner must be able to give each. Of pruners of units, the share of
+            their cost that is saved. Where there is one, the targets are all weights of units, for the other pruners too.
         seeds: Keys of the calibration samples and their augmentation. A pruner with a setting ``seed`` has it added.
         datamodule: Validation data and ``calibration_dataloader()`` (else ``train_dataloader()``).
         include: Globs or names of the weights to prune.

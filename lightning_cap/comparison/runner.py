@@ -33,6 +33,7 @@ from lightning_cap.trainer.ends import find_module_ends
 from lightning_cap.trainer.evaluation import evaluate
 from lightning_cap.trainer.event import PruningEvent
 from lightning_cap.trainer.progress_bar import event_progress
+from lightning_cap.trainer.units import find_module_units, prepare_cost
 from lightning_cap.utilities import distributed, rng
 from lightning_cap.utilities.progress import Progress
 
@@ -202,7 +203,8 @@ class ComparisonRunner:
 
     def _in_steps(self, variant: Variant, sparsity: float, rows: SharedRows | None, progress: Progress) -> None:
         """Rising sparsities with fresh gradients for each; the first step is at the dense model and shares its rows."""
-        goals = steps_to(sparsity, self._masks.global_sparsity, variant.num_recomputations)
+        start = variant.pruner.reached(self._targets, self._masks)
+        goals = steps_to(sparsity, start, variant.num_recomputations)
         masks: Mapping[str, Tensor] = self._masks
         saliency, seconds = 0.0, {"collect": 0.0, "solve": 0.0, "apply": 0.0}
         try:
@@ -248,6 +250,15 @@ class ComparisonRunner:
 
 
 def _targets(trainer: pl.Trainer, module: pl.LightningModule, request: Request) -> Targets:
+    """Weights, or where any pruner takes units, all weights of units, for the others too."""
+    takers = [variant.pruner for variant in request.variants if variant.pruner.takes_units]
+    if takers:
+        units = find_module_units(trainer, module, request.include, request.exclude, seed=0)
+        for cost in {id(pruner.cost): pruner.cost for pruner in takers}.values():
+            prepare_cost(trainer, module, cost, units, seed=0)
+        targets = units.targets(module)
+        rank_zero_info(f"Pruning {targets.summary}")
+        return targets
     ends = find_module_ends(trainer, module, seed=0) if request.include is None else None
     targets = Targets.from_model(module, request.include, request.exclude, ends)
     rank_zero_info(f"Pruning {targets.summary}")

@@ -165,11 +165,11 @@ def check_targets(
     Raises:
         CAPError: The pruner's own.
     """
-    first = 1 - sum(int(mask.sum()) for mask in masks.values()) / targets.numel
     for variant in variants:
         steps = variant.num_recomputations
         with naming(variant):
             variant.pruner.check(targets)
+            first = variant.pruner.reached(targets, masks)
             goals = {goal for sparsity in sparsities for goal in steps_to(sparsity, first, steps)}
             variant.pruner.check_goals(targets, masks, sorted(goals))
 

@@ -14,8 +14,18 @@ from lightning_cap.comparison import LossSurface, compare
 from lightning_cap.comparison.record_store import digest
 from lightning_cap.comparison.records import GridPoint, SurfaceRecord, intersection_over_union, load_masks
 from lightning_cap.errors import ConfigError, DataError, GradientError, PatternError, TargetError
-from lightning_cap.pruners import LayerwiseOBS, Magnitude, Pruner
+from lightning_cap.pruners import (
+    CAPUnits,
+    LayerwiseOBS,
+    LayerwiseUnits,
+    Magnitude,
+    MagnitudeUnits,
+    Pruner,
+    RandomUnits,
+    TaylorUnits,
+)
 from lightning_cap.report import print_comparison, report
+from lightning_cap.sparsity import Flops
 from lightning_cap.sparsity.allocation import Global, PerTarget, Uniform
 from lightning_cap.sparsity.patterns import NofM
 from lightning_cap.utilities.records import read_record
@@ -61,6 +71,30 @@ def test_records_are_those_of_prune_and_of_the_trainers_own_validation(tmp_path:
     assert torch.equal(load_file(tmp_path / half.weights)["4.weight"], net.net[4].weight)
     assert more.weights == "sparsity=0.75.safetensors"
     assert torch.equal(load_masks(tmp_path / half.masks)["net.4.weight"], net.net[4].weight != 0)
+
+
+def test_pruners_of_units_are_compared_with_the_others(tmp_path: Path) -> None:
+    """All on the weights of the units, which are masked as a whole by those that take units."""
+    pruners = {
+        "CAPUnits": CAPUnits(num_gradients=32, num_inputs=32),
+        "ZipLM": LayerwiseUnits(num_inputs=32),
+        "Taylor": TaylorUnits(num_gradients=32),
+        "magnitude": MagnitudeUnits(cost=Flops()),
+        "random": RandomUnits(),
+        "GM": Magnitude(),
+    }
+    records = run(tmp_path, pruners, [0.4])
+    assert [record.pruner for record in records] == ["unpruned", *pruners]
+    readers = {name: record.sparsities for name, record in zip(pruners, records[1:], strict=True)}
+    assert len({tuple(sparsities) for sparsities in readers.values()}) == 1
+    assert "net.4.bias" in readers["GM"]
+    for record in records[1:]:
+        masks = load_masks(tmp_path / record.masks)
+        gone = ~masks["net.4.weight"].any(1)
+        whole = torch.equal(~masks["net.6.weight"].any(0), gone) and torch.equal(~masks["net.4.bias"], gone)
+        assert whole == (record.pruner != "GM")
+        zeros = sum(int((~mask).sum()) for mask in masks.values())
+        assert zeros == 230 if record.pruner == "GM" else zeros > 100  # of 576; FLOPs are more in the first layers
 
 
 def test_the_calibration_loss_is_of_the_first_samples(tmp_path: Path) -> None:
