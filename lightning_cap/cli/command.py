@@ -1,4 +1,4 @@
-"""The ``lightning-cap`` command: LightningCLI plus the subcommand ``oneshot``."""
+"""The ``lightning-cap`` command: LightningCLI plus the subcommands ``oneshot`` and ``export``."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_cap.cli.export import SUMMARY, export, export_parser
 from lightning_cap.cli.files import check_files
 from lightning_cap.cli.leftovers import folders_to_come, log_folders, remove_unused
 from lightning_cap.cli.messages import is_tree, one_line
@@ -149,6 +150,7 @@ class CAPCLI(LightningCLI):
         """Lightning's parser, but for its messages; only from 2.6 on does Lightning take its class."""
         kwargs.setdefault("dump_header", [f"lightning.pytorch=={pl.__version__}"])
         parser = CAPParser(**kwargs)
+        parser.others = {"export": (export_parser(), SUMMARY)}
         parser.add_argument("-c", "--config", action="config", help="Path to a configuration file in YAML or JSON.")
         return parser
 
@@ -168,6 +170,8 @@ class CAPCLI(LightningCLI):
             check_files(sys.argv[1:] if args is None else args)
         super().parse_arguments(parser, args)
         command = self.config.get("subcommand") or ""
+        if command == "export":
+            raise ConfigError("export: write it first, as in lightning-cap export CKPT --to onnx.")
         given = self.config.get(command, self.config)
         seed = given.get("seed_everything")
         if not isinstance(seed, bool) and seed is not None:
@@ -233,7 +237,11 @@ def main(args: list[str] | None = None) -> None:
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # class paths may name a file of the user's beside the configuration
     overwrite = {"overwrite": True}
+    given = sys.argv[1:] if args is None else args
     try:
+        if given[:1] == ["export"]:
+            export(given[1:])
+            return
         CAPCLI(trainer_class=CAPTrainer, args=args, save_config_callback=_SaveConfig, save_config_kwargs=overwrite)
     except Exception as error:
         mistake = _mistake(error)

@@ -6,7 +6,8 @@ import argparse
 import importlib
 import inspect
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
@@ -20,11 +21,24 @@ _OPTION = re.compile(
 
 
 class CAPParser(LightningArgumentParser):
-    """Ends with one line that tells the mistake, without the usage of all options."""
+    """Ends with one line that tells the mistake, without the usage of all options.
+
+    Attributes:
+        others: Subcommands that are no methods of the Trainer: ``{name: (parser, what it does)}``.
+    """
+
+    others: Mapping[str, tuple[CAPParser, str]] = MappingProxyType({})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("allow_abbrev", False)  # --trainer.max_epoch is a mistake
         super().__init__(*args, **kwargs)
+
+    def add_subcommands(self, *args: Any, **kwargs: Any) -> Any:
+        """Those of Lightning, and `others`."""
+        action = super().add_subcommands(*args, **kwargs)
+        for name, (parser, summary) in self.others.items():
+            action.add_subcommand(name, parser, help=summary)
+        return action
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Tell a mistake; within a class, add what may be meant and leave the rest to the parser of the command line."""

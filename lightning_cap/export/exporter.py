@@ -57,6 +57,8 @@ class Exporter(ABC):
     extra: ClassVar[str] = ""
     #: Whether it writes a folder of files.
     is_folder: ClassVar[bool] = False
+    #: Whether what runs it leaves out products with zeros inside a weight.
+    skips_zeros: ClassVar[bool] = False
 
     def __init__(self, tolerance: float = 1e-4) -> None:
         require_real("tolerance", tolerance, "(0, 1)", example=1e-4)
@@ -94,6 +96,21 @@ class Exporter(ABC):
     def prepare(self, model: nn.Module, inputs: Tensor) -> tuple[nn.Module, Tensor]:
         """The model and its inputs in the type and on the device that the format is made from and compared with."""
         return model, inputs
+
+    def dense_runner(self, model: nn.Module, folder: Path, inputs: Tensor, threads: int | None = None) -> Runner:
+        """What `runner` gives of a dense model in the same format, to compare times with; nothing is verified.
+
+        Args:
+            model: The dense one.
+            folder: For a file that is not kept.
+            inputs: As of `export`.
+            threads: As of `runner`.
+        """
+        path = folder / f"dense{self.suffix}"
+        model = copy.deepcopy(plain_module(model)).cpu().eval().requires_grad_(False)
+        with full_float32(), torch.no_grad(), _telling(f"to={self.format!r}: the dense model cannot be written"):
+            self.write(model, path, inputs if len(inputs) > 1 else torch.cat([inputs, inputs]), {})
+        return self.runner(path, model, threads)
 
     def runs_here(self) -> bool:
         """Whether this machine can run the file."""

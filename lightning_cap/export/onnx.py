@@ -27,6 +27,8 @@ class ONNX(Exporter):
             dynamic_batch(model, inputs), dynamo=True, input_names=["input"], output_names=["output"], verbose=False
         )
         assert program is not None
+        for node in program.model.graph:  # places in the code of this machine
+            node.metadata_props.clear()
         program.model.metadata_props.update(metadata)
         program.save(path, external_data=False)
 

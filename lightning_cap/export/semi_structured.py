@@ -36,6 +36,7 @@ class SemiStructured(Compressed):
 
     format = "semi_structured"
     suffix = ".semi_structured.safetensors"
+    skips_zeros = True
 
     def __init__(self, tolerance: float = 1e-2, dtype: Literal["float16", "bfloat16"] = "float16") -> None:
         super().__init__(tolerance)
@@ -62,6 +63,10 @@ class SemiStructured(Compressed):
         dtype = getattr(torch, self.dtype)
         return model.to("cuda", dtype), inputs.to("cuda", dtype)
 
+    def dense_runner(self, model: nn.Module, folder: Path, inputs: Tensor, threads: int | None = None) -> Runner:
+        """The dense model on the GPU, in the same type."""
+        return _on_gpu(self.prepare(copy.deepcopy(model).eval(), inputs)[0])
+
     def write(self, model: nn.Module, path: Path, inputs: Tensor, metadata: Mapping[str, str]) -> None:
         """Write the compressed weights, and the names of those in 2:4."""
         super().write(model, path, inputs, {**metadata, _HEADER: json.dumps(sparse_layers(model))})
@@ -70,14 +75,7 @@ class SemiStructured(Compressed):
         """A copy of the model with these weights on the GPU, through `load_semi_structured`."""
         require_instance("model", model, nn.Module, "the model that was exported")
         own = load_semi_structured(copy.deepcopy(cast(nn.Module, model)).eval(), path)
-        dtype = next(own.parameters()).dtype
-
-        def run(inputs: Tensor) -> Tensor:
-            with torch.no_grad():
-                outputs: Tensor = own(inputs.to("cuda", dtype))
-            return outputs.float().cpu()
-
-        return run
+        return _on_gpu(own)
 
 
 def load_semi_structured(model: nn.Module, path: Path | str) -> nn.Module:
@@ -107,6 +105,18 @@ def load_semi_structured(model: nn.Module, path: Path | str) -> nn.Module:
         sparse = torch.sparse.to_sparse_semi_structured(layer.weight.detach().contiguous())
         layer.weight = nn.Parameter(sparse, requires_grad=False)
     return model
+
+
+def _on_gpu(model: nn.Module) -> Runner:
+    """A model there, as a function of inputs from elsewhere."""
+    dtype = next(model.parameters()).dtype
+
+    def run(inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            outputs: Tensor = model(inputs.to("cuda", dtype))
+        return outputs.float().cpu()
+
+    return run
 
 
 def sparse_layers(model: nn.Module) -> list[str]:

@@ -1,0 +1,115 @@
+"""The model and the data of a run, made anew from its ``config.yaml``."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import yaml
+
+from lightning_cap.cli.files import check_files
+from lightning_cap.cli.messages import one_line
+from lightning_cap.cli.parsing import CAPParser
+from lightning_cap.errors import ConfigError
+
+_FILE = "config.yaml"
+_PARENTS = 2  # checkpoints are in a folder beside it, or in the same
+
+
+def find_config(checkpoint: Path) -> Path | None:
+    """The ``config.yaml`` that ``lightning-cap fit`` has left beside the checkpoint's folder, or in it; None without one."""
+    folders = checkpoint.absolute().parents[:_PARENTS]
+    return next((folder / _FILE for folder in folders if (folder / _FILE).is_file()), None)
+
+
+class RunConfig:
+    """What a configuration file says of the model and the data.
+
+    Args:
+        path: The YAML file.
+
+    Raises:
+        ConfigError: It cannot be read.
+    """
+
+    def __init__(self, path: Path) -> None:
+        check_files(["--config", str(path)])
+        self.path = path
+        held: dict[str, Any] = yaml.safe_load(path.read_text())
+        self._held = held
+
+    @property
+    def has_model(self) -> bool:
+        """Whether it says which model."""
+        return self._held.get("model") is not None
+
+    @property
+    def has_data(self) -> bool:
+        """Whether it says which data."""
+        return self._held.get("data") is not None
+
+    def make_model(self) -> pl.LightningModule:
+        """The module, with fresh weights.
+
+        Raises:
+            ConfigError: It cannot be made of these settings.
+        """
+        given = self._held["model"]
+        if isinstance(given, dict) and isinstance(given.get("init_args"), dict):  # weights are to come from elsewhere
+            left_out = ("pretrained", "checkpoint")
+            given = {**given, "init_args": {k: v for k, v in given["init_args"].items() if k not in left_out}}
+        module: pl.LightningModule = self._made(pl.LightningModule, "model", given)
+        return module
+
+    def make_data(self) -> pl.LightningDataModule:
+        """The data module.
+
+        Raises:
+            ConfigError: It cannot be made of these settings.
+        """
+        data: pl.LightningDataModule = self._made(pl.LightningDataModule, "data", self._held["data"])
+        return data
+
+    def _made(self, kind: type[Any], name: str, given: Any) -> Any:
+        parser = CAPParser(exit_on_error=False)
+        parser.add_lightning_class_args(kind, name, subclass_mode=True)
+        try:
+            return parser.instantiate(parser.parse_object({name: _without_default_classes(given)}))[name]
+        except ConfigError:
+            raise
+        except Exception as error:  # jsonargparse, or a class of the user's
+            cause = error.__cause__ if isinstance(error.__cause__, ConfigError) else error
+            raise ConfigError(f"{self.path}: {name}: {one_line(str(cause))}") from error
+
+
+def _without_default_classes(given: Any) -> Any:
+    """Settings without those that are a class, as by default: jsonargparse writes its path, and reads it as an instance."""
+    if not isinstance(given, dict):
+        return given
+    plain = {name: _without_default_classes(value) for name, value in given.items()}
+    if isinstance(plain.get("class_path"), str) and isinstance(plain.get("init_args"), dict):
+        defaults = _default_classes(plain["class_path"])
+        plain["init_args"] = {n: v for n, v in plain["init_args"].items() if not _is_class(v, defaults.get(n))}
+    return plain
+
+
+def _default_classes(class_path: str) -> dict[str, type]:
+    """Arguments of a class whose default is a class."""
+    try:
+        parameters = inspect.signature(_imported(class_path)).parameters.values()
+    except (ImportError, AttributeError, TypeError, ValueError):
+        return {}
+    return {p.name: p.default for p in parameters if isinstance(p.default, type) and p.default is not p.empty}
+
+
+def _imported(class_path: str) -> Any:
+    module, _, name = class_path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def _is_class(value: Any, default: type | None) -> bool:
+    """Whether a value is the name of that class."""
+    return default is not None and isinstance(value, str) and value.rpartition(".")[2] == default.__name__
