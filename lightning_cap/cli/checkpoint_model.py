@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from lightning_cap.classifier import VisionClassifier, load_weights
 from lightning_cap.cli.run_config import RunConfig, find_config
 from lightning_cap.errors import CAPError, ConfigError, DataError
+from lightning_cap.export.exporter import MODEL_ARGS
 from lightning_cap.export.safetensors import plain_model
 from lightning_cap.trainer.checkpoints import check_checkpoint, naming_mismatch
 from lightning_cap.utilities.arguments import shown
@@ -32,6 +34,7 @@ class CheckpointModel:
         model: In evaluation mode, without the LightningModule around it.
         module: That LightningModule; None of plain weights.
         callbacks: States of the callbacks; empty of plain weights.
+        model_args: What timm's model is made of, beside its name; None where that is not known.
         config: Of the run, where there is one.
     """
 
@@ -39,6 +42,7 @@ class CheckpointModel:
     module: pl.LightningModule | None
     callbacks: Mapping[str, Any]
     config: RunConfig | None
+    model_args: Mapping[str, Any] | None = None
 
 
 def load_checkpoint_model(path: Path, config: Path | None, class_path: str | None) -> CheckpointModel:
@@ -62,7 +66,7 @@ def load_checkpoint_model(path: Path, config: Path | None, class_path: str | Non
     module = _module(path, held, run, config is not None, class_path)
     module.eval()
     model, _ = plain_model(module, [])
-    return CheckpointModel(model, module, held.get("callbacks") or {}, run)
+    return CheckpointModel(model, module, held.get("callbacks") or {}, run, _model_args(module))
 
 
 def _module(
@@ -85,6 +89,15 @@ def _module(
     with naming_mismatch(path, "CKPT"):
         module.load_state_dict(held["state_dict"])
     return module
+
+
+def _model_args(module: pl.LightningModule) -> dict[str, Any] | None:
+    """Of a module that says by its hyper-parameters that it has made a model of timm."""
+    held: Mapping[str, Any] = module.hparams
+    if not isinstance(held.get("model"), str):
+        return None
+    classes = {} if held.get("num_classes") is None else {"num_classes": held["num_classes"]}
+    return {**classes, **(held.get("model_kwargs") or {})}
 
 
 def _of_class(path: Path, class_path: str) -> pl.LightningModule:
@@ -119,7 +132,7 @@ def _of_plain_weights(path: Path, run: RunConfig | None) -> nn.Module:
     if run is not None and run.has_model:
         model, _ = plain_model(run.make_model(), [])
     elif architecture and timm.is_model(architecture):
-        model = _create(architecture, shapes)
+        model = _create(architecture, shapes, header.get(MODEL_ARGS))
     else:
         raise ConfigError(
             f"CKPT={shown(str(path))}: its header tells no model of timm (architecture={architecture!r}). Give the .ckpt beside "
@@ -132,8 +145,11 @@ def _of_plain_weights(path: Path, run: RunConfig | None) -> nn.Module:
     return model
 
 
-def _create(architecture: str, shapes: Mapping[str, list[int]]) -> nn.Module:
-    """timm's model with as many classes as the weights have."""
+def _create(architecture: str, shapes: Mapping[str, list[int]], given: str | None) -> nn.Module:
+    """timm's model, of the arguments in the header, else with as many classes as the weights have."""
+    if given is not None:
+        made: nn.Module = timm.create_model(architecture, **json.loads(given))
+        return made
     settings = timm.get_pretrained_cfg(architecture)
     head = getattr(settings, "classifier", None)
     rows = shapes.get(f"{head}.weight") if isinstance(head, str) else None

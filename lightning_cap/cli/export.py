@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from lightning_cap.cli.parsing import CAPParser
 from lightning_cap.errors import ConfigError
 from lightning_cap.export import Exporter, ExportRecord
 from lightning_cap.export.benchmark import benchmark, print_benchmark, save_benchmark
-from lightning_cap.export.exporter import num_bytes
+from lightning_cap.export.exporter import MODEL_ARGS, num_bytes
 from lightning_cap.export.shrunk import shrink
 from lightning_cap.utilities.arguments import require_path, require_whole, shown
 from lightning_cap.utilities.files import require_writable
@@ -49,6 +50,7 @@ def formats() -> dict[str, type[Exporter]]:
 def export_parser(**kwargs: Any) -> CAPParser:
     """The options of ``lightning-cap export``."""
     parser = CAPParser(prog="lightning-cap export", description=_DESCRIPTION, **kwargs)
+    parser.where_to_give = "Give them, as in lightning-cap export CKPT --to onnx"
     parser.add_argument(
         "ckpt",
         metavar="CKPT",
@@ -107,7 +109,9 @@ def export(args: Sequence[str]) -> ExportRecord:
     inputs, origin = real_inputs(loaded, paths["config"] is not None, paths["data"], paths["input"])
     model = _shrunk(checkpoint, loaded, inputs) if given.shrink else loaded.model
     path = folder / f"{checkpoint.stem}{'-shrunk' if given.shrink else ''}{exporter.suffix}"
-    record = exporter.export(model, path, inputs, dense_bytes=num_bytes(loaded.model), shrunk=given.shrink)
+    metadata = {} if loaded.model_args is None else {MODEL_ARGS: json.dumps(loaded.model_args, sort_keys=True)}
+    size = num_bytes(loaded.model)
+    record = exporter.export(model, path, inputs, dense_bytes=size, shrunk=given.shrink, metadata=metadata)
     for line in describe(record, path, origin):
         print(line)
     if given.benchmark:
@@ -123,7 +127,7 @@ def describe(record: ExportRecord, path: Path, origin: str) -> list[str]:
         path: Of the file.
         origin: What the inputs are.
     """
-    dense = "" if not record.dense_bytes else f" (dense: {record.dense_bytes / 1e6:.2f} MB)"
+    dense = "" if not record.dense_bytes else f" (dense: {_size(record.dense_bytes)})"
     if record.difference is None:
         ran = "not run, as that needs another machine; its stored weights were compared"
     else:
@@ -131,10 +135,14 @@ def describe(record: ExportRecord, path: Path, origin: str) -> list[str]:
             f"largest difference from torch {record.difference:.1e} of the largest output, tolerance {record.tolerance:g}, on "
             f"{record.inputs} inputs ({origin})"
         )
-    zeros = f"zeros equal in all {record.weights} weights that have some"
+    zeros = f"zeros equal in all {record.weights} weights that have some" if record.weights else "no weight has zeros"
     if record.zeros_equal < record.weights:
         zeros = f"zeros equal in {record.zeros_equal} of {record.weights} weights that have some; the others are not stored as such"
-    return [f"{path}: {record.bytes / 1e6:.2f} MB on disk{dense}", f"Verified: {ran}; {zeros}."]
+    return [f"{path}: {_size(record.bytes)} on disk{dense}", f"Verified: {ran}; {zeros}."]
+
+
+def _size(number: int) -> str:
+    return f"{number / 1e6:.2f} MB" if number >= 1e5 else f"{number / 1e3:.2f} kB"
 
 
 def _shrunk(checkpoint: Path, loaded: CheckpointModel, inputs: Tensor) -> nn.Module:

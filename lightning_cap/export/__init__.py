@@ -7,9 +7,9 @@ from lightning_cap.export.coreml import CoreML
 from lightning_cap.export.exporter import Exporter, Runner
 from lightning_cap.export.onnx import ONNX
 from lightning_cap.export.openvino import OpenVINO
+from lightning_cap.export.plain_weights import Safetensors
 from lightning_cap.export.pt2 import PT2
 from lightning_cap.export.records import ExportRecord
-from lightning_cap.export.safetensors import Safetensors
 from lightning_cap.export.semi_structured import SemiStructured, load_semi_structured
 from lightning_cap.export.shrunk import shrink
 from lightning_cap.export.shrunk_files import load, save_shrunk

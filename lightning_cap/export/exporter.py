@@ -34,6 +34,9 @@ from lightning_cap.utilities.records import append_record, known_records
 #: Takes inputs ``(n, ...)`` and gives outputs ``(n, ...)``, as the file computes them.
 Runner = Callable[[Tensor], Tensor]
 
+#: In ``metadata``: what timm's `create_model` makes the dense model of, beside its name, as JSON.
+MODEL_ARGS = "model_args"
+
 _LONGEST = 300  # characters of what another package tells
 
 
@@ -55,6 +58,8 @@ class Exporter(ABC):
     packages: ClassVar[tuple[str, ...]] = ()
     #: The extra of lightning-cap that installs them.
     extra: ClassVar[str] = ""
+    #: Suffix of a second file that may be written beside the first, of the same stem; empty for none.
+    beside: ClassVar[str] = ""
     #: Whether it writes a folder of files.
     is_folder: ClassVar[bool] = False
     #: Whether what runs it leaves out products with zeros inside a weight.
@@ -159,6 +164,9 @@ class Exporter(ABC):
             with atomic(path) as temporary, full_float32(), torch.no_grad():
                 written = temporary.with_name(f"part{self.suffix}")
                 verified = self._write_verified(own, written, example_input.detach().cpu(), given)
+                if self.beside and written.with_suffix(self.beside).exists():
+                    with atomic(path.with_suffix(self.beside)) as second:
+                        os.replace(written.with_suffix(self.beside), second)
                 os.replace(written, temporary)
         except OSError as error:
             raise ConfigError(f"path={shown(str(path))}: it cannot be written ({error.strerror or error}).") from error

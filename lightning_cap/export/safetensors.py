@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lightning_cap.errors import ConfigError
-from lightning_cap.export.exporter import WeightsExporter
 from lightning_cap.export.records import EXPORTS, ExportRecord
 from lightning_cap.sparsity.targets import Targets, require_targets
 from lightning_cap.utilities.arguments import (
@@ -27,22 +26,6 @@ from lightning_cap.utilities.arguments import (
 from lightning_cap.utilities.compiled import plain_module, plain_name
 from lightning_cap.utilities.files import atomic
 from lightning_cap.utilities.records import append_record
-
-
-class Safetensors(WeightsExporter):
-    """``.safetensors`` with the model's weights under its own names, which anyone can load without this package."""
-
-    format = "safetensors"
-    suffix = ".safetensors"
-
-    def write(self, model: nn.Module, path: Path, inputs: Tensor, metadata: Mapping[str, str]) -> None:
-        """Write the state dict."""
-        save_plain_weights(path, model.state_dict(), metadata)
-
-    def stored(self, path: Path | str) -> dict[str, Tensor]:
-        """The state dict."""
-        require_path("path", path, "model.safetensors")
-        return load_file(path)
 
 
 def sparsity_stem(sparsity: float) -> str:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,14 @@ from torch import nn
 
 from lightning_cap import VisionClassifier
 from lightning_cap.cli import main
-from lightning_cap.export import ExportRecord, Safetensors, load_compressed
+from lightning_cap.export import ExportRecord, Safetensors, load, load_compressed, shrink
 from lightning_cap.export.safetensors import save_plain_weights
+from lightning_cap.sparsity.units import Units
 from lightning_cap.utilities.records import read_records
 from tests.support.checkpoints import checkpoint
 from tests.support.images import small_images, write_folder, write_tar
-from tests.support.toy import FEATURES, Toy
+from tests.support.toy import FEATURES, Toy, loaders, trainer
+from tests.support.unit_runs import units
 
 VIT = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
 
@@ -61,7 +64,7 @@ def test_a_checkpoint_of_a_classifier(tmp_path: Path, capsys: pytest.CaptureFixt
     assert (record.inputs, record.architecture, record.zeros_equal) == (32, "vit_tiny_patch16_224", record.weights)
     told = capsys.readouterr().out
     for words in (
-        "MB on disk (dense: ",
+        "kB on disk (dense: ",
         "tolerance 0.0001, on 32 inputs (inputs of ",
         f"in all {record.weights} weights",
     ):
@@ -160,13 +163,17 @@ def test_it_is_measured_beside_the_dense_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lightning_cap.cli import export as command
-    from lightning_cap.export.benchmark import benchmark
+    from lightning_cap.export.benchmark import BenchmarkRecord, benchmark
 
     monkeypatch.setattr(command, "benchmark", lambda *args, **given: benchmark(*args, **given, seconds=0.01))
     main(["export", saved(tmp_path, classifier()), "--to=compressed", "--benchmark", "--threads=1"])
-    told = capsys.readouterr().out
-    assert "dense, compressed" in told
-    assert (tmp_path / "checkpoints/export/benchmarks.jsonl").is_file()
+    assert "Measured in turns" in capsys.readouterr().out
+    measured = read_records(tmp_path / "checkpoints/export/benchmarks.jsonl", BenchmarkRecord)
+    file = "sparsity=0.50.compressed.safetensors"
+    assert [(r.model, r.batch_size) for r in measured] == [
+        ("dense, compressed", 1), (file, 1), ("dense, compressed", 32), (file, 32),
+    ]  # fmt: skip
+    assert {r.dense for r in measured} == {"dense, compressed"}
 
 
 def test_help_lists_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,3 +195,44 @@ def test_help_lists_it(capsys: pytest.CaptureFixture[str]) -> None:
         "--benchmark",
     ):
         assert name in told
+
+
+def test_without_its_pruned_units(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cb = units({1: 0.5}, dirpath=str(tmp_path))
+    module = Toy()
+    trainer(tmp_path, cb, max_epochs=2).fit(module, **loaders())
+    torch.save(torch.randn(5, FEATURES), tmp_path / "x.pt")
+    given = [f"--input={tmp_path}/x.pt", "--module=tests.support.toy.Toy", "--shrink"]
+    main(["export", str(tmp_path / "flops=0.50.ckpt"), "--to=safetensors", *given])
+    folder = tmp_path / "export"
+    assert {path.name for path in folder.iterdir()} == {
+        "flops=0.50-shrunk.safetensors", "flops=0.50-shrunk.json", "exports.jsonl",
+    }  # fmt: skip
+    record = record_of(folder)
+    assert record.shrunk
+    assert record.dense_bytes is not None
+    assert record.bytes < record.dense_bytes  # though it has a header
+    small = load(folder / "flops=0.50-shrunk.safetensors", Toy().net)
+    x = torch.randn(3, FEATURES)
+    torch.testing.assert_close(small(x), module.eval()(x))
+
+
+def test_a_shrunk_model_of_timm_is_made_again(tmp_path: Path) -> None:
+    module = classifier()
+    x = torch.randn(4, 3, 16, 16)
+    torch.save(x, tmp_path / "x.pt")
+    found = Units.from_model(module.model, x[:2])
+    kept = {name: torch.arange(group.size) < max(1, group.size // 2) for name, group in found.items()}
+    small = shrink(
+        module.model, found.masks({n: tuple(p.shape) for n, p in module.model.named_parameters()}, kept), found, x
+    )
+    args = {"num_classes": 3, **VIT}
+    Safetensors().export(small.eval(), tmp_path / "w.safetensors", x, metadata={"model_args": json.dumps(args)})
+    torch.testing.assert_close(load(tmp_path / "w.safetensors")(x), small(x))
+    assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_shrinking_needs_pruned_units(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"--shrink: CKPT=.* is of no run that pruned units"):
+        main(["export", saved(tmp_path, classifier()), "--to=safetensors", "--shrink"])
+    assert not (tmp_path / "checkpoints/export").exists()
