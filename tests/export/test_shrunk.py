@@ -64,6 +64,19 @@ def test_outputs_are_those_of_the_masked_model(name: str, traced: Callable[[str]
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.parametrize("name", ["vit", "convnext_v2"])
+def test_the_smaller_model_is_traced_and_shrunk_again(name: str, traced: Callable[[str], Case]) -> None:
+    """Norms that count channels which are gone do not stand in the way."""
+    model, units, inputs = traced(name)
+    kept = {group: torch.arange(members.size) < max(2, members.size * 3 // 4) for group, members in units.items()}
+    small = shrink(model, units.masks(units.targets(model).shapes, kept), units, inputs)
+    left = Units.from_model(small, inputs, include=["*"])
+    assert left.sizes == {group: int(which.sum()) for group, which in kept.items()}
+    masks = masks_of(left, small)
+    smaller = shrink(small, masks, left, inputs)
+    assert relative(smaller(inputs), mask(copy.deepcopy(small), masks)(inputs)) <= 1e-5
+
+
 @pytest.mark.parametrize("fused", [True, False])
 def test_attention_across_channels_and_of_the_class_takes_fewer_heads(
     traced: Callable[[str], Case], fused: bool
