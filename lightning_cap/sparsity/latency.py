@@ -228,8 +228,8 @@ def _timed(model: nn.Module, units: Units, example: _Example, conditions: Condit
         )
     table = build_table(parts, units, measured, conditions)
     _log.info(
-        "Timed %d parts of %s, %d of them unlike, at %d widths in %.0f s: %.4g ms at batch %d on %s, %d threads.",
-        len(parts), conditions.model, len(table.parts), len(passes), time.monotonic() - begun, table.milliseconds,
+        "Timed %d parts of %s, %d of them unlike, in copies of %d sizes and %.0f s: %.4g ms at batch %d on %s, %d threads.",
+        len(parts), conditions.model, len({part.like for part in parts}), len(passes), time.monotonic() - begun, table.milliseconds,
         conditions.batch_size, conditions.machine.accelerator or conditions.machine.processor, conditions.threads,
     )  # fmt: skip
     return table

@@ -8,9 +8,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from jsonargparse import ArgumentParser
 
 from lightning_cap.errors import ConfigError, UnsupportedError
 from lightning_cap.sparsity import latency_timing
+from lightning_cap.sparsity.cost import Cost
 from lightning_cap.sparsity.latency import TABLE, Latency
 from lightning_cap.sparsity.latency_table import LatencyTable
 from lightning_cap.sparsity.shrinking import shrink_in_place
@@ -126,7 +128,7 @@ def test_the_table_of_another_machine_is_made_anew(tmp_path, caplog):
         cost.prepare(model, slow_units(model), EXAMPLE)
     assert caplog.messages[0].startswith(f"{tmp_path / TABLE} was made on machine there, its chip, not ")
     assert caplog.messages[0].endswith(": timing the layers anew.")
-    assert caplog.messages[1].startswith("Timed 9 parts of SlowNet")
+    assert caplog.messages[1].startswith("Timed 9 parts of SlowNet, 5 of them unlike, in copies of 6 sizes")
     assert read_record(tmp_path / TABLE, LatencyTable) == table_of(cost)
     assert table_of(cost).milliseconds == pytest.approx(here.milliseconds)
 
@@ -174,3 +176,13 @@ def test_a_model_that_cannot_be_copied_is_refused():
 def test_weights_alone_have_no_latency():
     with pytest.raises(UnsupportedError, match="Latency: single zeros inside a weight save none of it"):
         Latency().prices({"w": (2, 2)})
+
+
+def test_yaml_gives_what_the_constructor_takes():
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_argument("--cost", type=Cost)
+    given = {"device": "cpu", "batch_size": 32, "table": "runs/latency.json", "threads": 2}
+    config = parser.parse_object({"cost": {"class_path": "lightning_cap.sparsity.Latency", "init_args": given}})
+    cost = parser.instantiate(config).cost
+    assert isinstance(cost, Latency)
+    assert repr(cost) == "Latency(device='cpu', batch_size=32, table='runs/latency.json', threads=2)"
