@@ -52,7 +52,7 @@ class Latency(UnitCost):
     """Milliseconds that a forward pass of the whole model takes, as predicted from times of its parts on this machine.
 
     Parts are the largest modules whose time depends on one group of units, or on two together. They are timed inside the model,
-    while copies of it run at about five widths of each group, in turns; the lower quartile counts. Between widths a part is
+    while copies of it run at about five widths of each group, in turns; the median counts. Between widths a part is
     interpolated linearly, and it never gets slower with fewer units. What modules compute between their parts is taken to be
     linear in their groups. What no group changes is constant.
 
@@ -236,9 +236,9 @@ def _timed(model: nn.Module, units: Units, example: _Example, conditions: Condit
 
 
 def build_table(parts: Sequence[Part], units: Units, measured: Measured, conditions: Conditions) -> LatencyTable:
-    """Lower quartiles of all times, less what the taking of times takes.
+    """Medians of all times, less what the taking of times takes.
 
-    Lower quartiles, as the machine may have other work, which only ever adds to a time.
+    A part is so short that other work of the machine interrupts few of its calls, so that the sum is that of a machine at rest.
 
     Args:
         parts: Of the model.
@@ -254,7 +254,7 @@ def build_table(parts: Sequence[Part], units: Units, measured: Measured, conditi
     rows: list[PartTimes] = []
     for like, members in alike.items():
         cells = {
-            cell: scale * max(quartiles(own)[0], 0.0) for (other, cell), own in measured.parts.items() if other == like
+            cell: scale * max(quartiles(own)[1], 0.0) for (other, cell), own in measured.parts.items() if other == like
         }
         modules, groups = [member.module for member in members], [member.groups for member in members]
         own = tuple(sizes[place] for place in groups[0])
