@@ -17,6 +17,7 @@ from lightning_cap.utilities.arguments import shown
 
 Indices = NDArray[np.int64]
 
+_ATTENTION = ("ScaledDotProduct", "Bmm", "Softmax")  # in the names of operations
 _INSTALL = 'pip install "lightning-cap[structured]"'
 
 
@@ -48,10 +49,12 @@ class ChannelGraph:
     Attributes:
         sides: Ends of layers, in no order.
         blocked: Label -> why those channels cannot be pruned.
+        attended: Labels of channels that pass a product of activations or a softmax, as those of attention do.
     """
 
     sides: list[Side]
     blocked: dict[int, str]
+    attended: set[int] = field(default_factory=set)
 
 
 def load_dependency_graph() -> Any:
@@ -153,7 +156,7 @@ class _Walk:
             own[inside] = labels[node, function][inside]
             scales = any("Mul" in str(out.module) for out in node.outputs)
             sides.append(Side(node.module, way, own, dim, scales, reshaped))
-        return ChannelGraph(sides, self._blocked(outputs, labels))
+        return ChannelGraph(sides, self._blocked(outputs, labels), self._attended(labels))
 
     def _pruner(self, node: Any) -> Any:
         return self.graph.get_pruner_of_module(node.module)
@@ -202,6 +205,14 @@ class _Walk:
                 return {
                     state: labels[start : start + int(self.seen[state].max()) + 1] for state, start in starts.items()
                 }
+
+    def _attended(self, labels: Mapping[State, Indices]) -> set[int]:
+        found: set[int] = set()
+        for (node, function), channels in self.seen.items():
+            name = getattr(node.grad_fn, "name", str)()
+            if any(operation in name for operation in _ATTENTION):
+                found.update(map(int, labels[node, function][channels]))
+        return found
 
     def _blocked(self, outputs: Sequence[Tensor], labels: Mapping[State, Indices]) -> dict[int, str]:
         blocked: dict[int, str] = {}

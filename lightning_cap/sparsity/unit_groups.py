@@ -75,13 +75,13 @@ class GroupBuilder:
         self._names |= {id(p): plain_name(path) for path, p in model.named_parameters()}
         place = {name: i for i, name in enumerate(order)}
         self._sides = sorted(graph.sides, key=lambda s: place.get(self._names[id(s.owner)], len(place)))
-        self._blocked, self._heads, self._fixed = dict(graph.blocked), heads, fixed
+        self._blocked, self._attended, self._heads, self._fixed = dict(graph.blocked), graph.attended, heads, fixed
         self._kept_layers: set[str] = set()
 
     def build(self) -> Candidates:
         """All groups."""
         self._block()
-        head_of = join_heads(self._sides, self._heads, self._blocked)
+        head_of = join_heads(self._sides, self._heads, self._attended, self._blocked)
         for side in (side for side in self._sides if side.reshaped):
             self._blocked |= {int(label): "its channels are reshaped" for label in side.labels if label >= 0}
         found = Candidates()

@@ -29,9 +29,9 @@ class Attention:
     tables: dict[str, int] = field(default_factory=dict)
 
 
-def attentions(model: nn.Module, computing: Collection[str]) -> list[Attention]:
-    """Modules with an integer ``num_heads``, of those named in ``computing``: they do more than call layers."""
-    found = {n: Attention(n, heads) for n, m in model.named_modules() if n in computing and (heads := _num_heads(m))}
+def attentions(model: nn.Module) -> list[Attention]:
+    """Modules with an integer ``num_heads``."""
+    found = {name: Attention(name, heads) for name, module in model.named_modules() if (heads := _num_heads(module))}
     for path, module in model.named_modules():
         inside = [name for name in found if path == name or path.startswith(f"{name}." if name else "")]
         if not inside:
@@ -53,12 +53,15 @@ def _num_heads(module: nn.Module) -> int:
     return max(number, 0)
 
 
-def join_heads(sides: Sequence[Side], heads: Iterable[Attention], blocked: dict[int, str]) -> dict[int, Attention]:
+def join_heads(
+    sides: Sequence[Side], heads: Iterable[Attention], attended: Collection[int], blocked: dict[int, str]
+) -> dict[int, Attention]:
     """Give all channels of a head one label.
 
     Args:
         sides: Whose labels are changed.
         heads: Modules with heads.
+        attended: Labels of channels that pass attention.
         blocked: ``{label: why it cannot be pruned}``; added to.
 
     Returns:
@@ -77,7 +80,7 @@ def join_heads(sides: Sequence[Side], heads: Iterable[Attention], blocked: dict[
             own = set(map(int, reader.labels))
             parts = [s for s in inside if s is reader or own.intersection(map(int, s.labels))]
             rows = sum(len(s.labels) for s in parts if s.way == "out" and makes_channels(s.owner))
-            if own & (outside | {-1}) or rows <= len(reader.labels):
+            if own & (outside | {-1}) or rows <= len(reader.labels) or own.isdisjoint(attended):
                 continue  # it reads what others read too, or what one layer alone makes: no output of attention
             if any(len(side.labels) % attention.num_heads for side in parts):
                 blocked |= dict.fromkeys(own, "its heads have no common size")

@@ -61,7 +61,7 @@ def trace_units(
     with preserved(), torch.inference_mode(False), torch.enable_grad(), _no_autocast(model):
         replica = _Replica(model, args, kwargs)
         calls = replica.rehearse()
-        heads = attentions(replica.model, {name for name, flops in calls.flops.items() if flops})
+        heads = attentions(replica.model)
         tables = [replica.parameter(name) for attention in heads for name in attention.tables]
         graph = channel_graph(replica.model, replica.run, tables, width_of)
         found = GroupBuilder(replica.model, graph, heads, calls.order, replica.fixed(model, calls)).build()

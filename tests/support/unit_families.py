@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 
 import timm
@@ -18,6 +19,12 @@ Family = tuple[Callable[[], nn.Module], tuple[int, ...]]
 
 def _timm(name: str, **options: object) -> Callable[[], nn.Module]:
     return lambda: timm.create_model(name, num_classes=5, **options)
+
+
+def _resnet(name: str, **options: object) -> Callable[[], nn.Module]:
+    """Narrow, where this version of timm can make it so."""
+    takes = inspect.signature(timm.models.ResNet).parameters
+    return _timm(name, **options, **({"channels": (8, 12, 16, 20)} if "channels" in takes else {}))
 
 
 def _mlp() -> nn.Module:
@@ -85,8 +92,8 @@ FAMILIES: dict[str, Family] = {
     "xcit": (_timm("xcit_nano_12_p16_224", depth=1, img_size=32, embed_dim=32, num_heads=4), (3, 32, 32)),
     "efficientnet_v2": (_efficientnet_v2, (3, 32, 32)),
     "mobilenet_v3": (_timm("mobilenetv3_small_050"), (3, 32, 32)),
-    "resnet": (_timm("resnet10t", channels=(8, 12, 16, 20)), (3, 32, 32)),
-    "resnet_d": (_timm("resnet26d", channels=(8, 12, 16, 20), layers=(2, 1, 1, 1)), (3, 32, 32)),
+    "resnet": (_resnet("resnet10t"), (3, 32, 32)),
+    "resnet_d": (_resnet("resnet26d", layers=(2, 1, 1, 1)), (3, 32, 32)),
     "resnet20": (lambda: ResNet20(5), (3, 16, 16)),
 }
 
