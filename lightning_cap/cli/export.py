@@ -169,7 +169,7 @@ def _benchmark(
         }
         flops = {label: count_flops(m, inputs[:1]) for label, m in ((next(iter(models)), dense), (name, model))}
         sparse = [name] if exporter.skips_zeros else []
-        files = {name: path}
+        files = {name: path} if path.is_file() else {}  # of a folder no size is told
         records = benchmark(models, inputs, threads=threads, files=files, flops=flops, sparse_kernels=sparse)
     save_benchmark(records, path.parent)
     print_benchmark(records)

@@ -176,6 +176,16 @@ def test_it_is_measured_beside_the_dense_one(
     assert {r.dense for r in measured} == {"dense, compressed"}
 
 
+def test_a_folder_is_measured_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("openvino")
+    from lightning_cap.cli import export as command
+    from lightning_cap.export.benchmark import BenchmarkRecord, benchmark
+
+    monkeypatch.setattr(command, "benchmark", lambda *args, **given: benchmark(*args, **given, seconds=0.01))
+    main(["export", saved(tmp_path, classifier()), "--to=openvino", "--benchmark", "--threads=1"])
+    assert len(read_records(tmp_path / "checkpoints/export/benchmarks.jsonl", BenchmarkRecord)) == 4
+
+
 def test_help_lists_it(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])
