@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -47,6 +48,7 @@ class GradientCollector:
         scale: Factor on the loss before and off the gradient after, against float16 underflow.
         progress: ``progress("collect", rows done, num_gradients)``.
         trial: What an earlier collector of the same model has found out by its first batch. Default: this one tries.
+        computer: Of the rows, if they are of something else than the targets.
 
     Raises:
         ConfigError: An argument is out of range; when it is read, the first batch has fewer samples than one gradient.
@@ -70,12 +72,15 @@ class GradientCollector:
         scale: float = 1.0,
         progress: Progress | None = None,
         trial: Trial | None = None,
+        computer: RowComputer | None = None,
     ) -> None:
         check_collector(model, targets, loss, batches, context, progress)
         require_counts(num_gradients=num_gradients, samples_per_gradient=samples_per_gradient)
         require_real("scale", scale, "(0, inf)", example=65536.0)
         require_instance("trial", trial, Trial, "earlier.trial", optional=True)
-        self._computer = RowComputer(model, targets, loss, samples_per_gradient, context, scale)
+        require_instance("computer", computer, RowComputer, "GateComputer(...)", optional=True)
+        self._computer = computer or RowComputer(model, targets, loss, samples_per_gradient, context, scale)
+        self._row_bytes = 4 * sum(math.prod(shape) for shape in self._computer.shapes.values())
         self._targets = targets
         self._batches = batches
         self._num_gradients = num_gradients
@@ -163,7 +168,8 @@ class GradientCollector:
         """All finite rows of a batch at once, ``most`` of them at the most."""
         chunks = [_finite(chunk) for chunk in self._rows(batch, most)] if most > 0 else []
         if not chunks:
-            return {name: torch.zeros(0, *w.shape, device=w.device) for name, w in self._targets.items()}, 0
+            device = self._targets.device
+            return {name: torch.zeros(0, *shape, device=device) for name, shape in self._computer.shapes.items()}, 0
         rows = chunks[0] if len(chunks) == 1 else {n: torch.cat([chunk[n] for chunk in chunks]) for n in chunks[0]}
         return rows, next(iter(rows.values())).shape[0]
 
@@ -198,7 +204,7 @@ class GradientCollector:
             GradientError: The loss is not a scalar, has no gradient, or does not depend on any target.
         """
         if batch is None:
-            size = 4 * self._targets.numel
+            size = self._row_bytes
             self.trial = Trial(SourceMemory(0, size, size), self._vmap)
             return
         with rng.preserved():  # so that rows do not depend on whether they were tried before
@@ -208,7 +214,7 @@ class GradientCollector:
         check_batch(self._samples, batch_size(batch, default=0))
         one, samples = next(iter(self._computer.split(batch, 1))), batch_size(batch, default=1)
         row, peak = measure_peak(lambda: _also_finite(self._computer.one(one)), self._targets.device)
-        size = 4 * self._targets.numel
+        size = self._row_bytes
         memory = SourceMemory(peak, 0, size, 1, max(1, samples // self._samples))
         if self._vmap:
             rows = min(samples, self._at_once)
@@ -253,7 +259,7 @@ class GradientCollector:
             return True
         self._vmap = False
         warnings.warn(
-            f"samples_per_gradient=1: torch.func.vmap gives another gradient than autograd for {name!r} (relative difference "
+            f"samples_per_gradient=1: {self._computer.way} gives another gradient than autograd for {name!r} (relative difference "
             f"{apart:.2g}), so one of them is wrong. Falling back to a loop over samples, which is slower. Compare the "
             "gradient with finite differences; see Troubleshooting in the README.",
             stacklevel=4,
@@ -313,7 +319,7 @@ class GradientCollector:
     def _fall_back(self, error: Exception) -> None:
         self._vmap = False
         warnings.warn(
-            "samples_per_gradient=1: torch.func.vmap cannot take this model or loss "
+            f"samples_per_gradient=1: {self._computer.way} cannot take this model or loss "
             f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no message'}). Falling back to a loop "
             "over samples, which gives the same gradients more slowly.",
             stacklevel=4,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,12 @@ class RowComputer:
         samples_per_gradient: Inputs of one row.
         context: Entered around every loss evaluation.
         scale: Factor on the loss before and off the gradient after.
+
+    Attributes:
+        way: How rows are computed at once, for messages.
     """
+
+    way: ClassVar[str] = "torch.func.vmap"
 
     def __init__(
         self,
@@ -48,6 +53,11 @@ class RowComputer:
     ) -> None:
         self._program = _LossProgram(model, loss)
         self._targets, self._samples, self._context, self._scale = targets, samples_per_gradient, context, scale
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of what a row has."""
+        return self._targets.shapes
 
     @property
     def tolerance(self) -> float:

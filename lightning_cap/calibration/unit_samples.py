@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from lightning_cap.calibration.batches import CalibrationBatches, first_samples
 from lightning_cap.calibration.checks import check_samples
+from lightning_cap.calibration.gate_rows import GateComputer
 from lightning_cap.calibration.gradients import GradientCollector, rows_at_once
 from lightning_cap.calibration.layer_inputs import InputCollector, LayerGrams, sum_up
 from lightning_cap.calibration.normalization import PlainNormalization
 from lightning_cap.calibration.rows import Loss
 from lightning_cap.calibration.sources import SourceMemory, Trial
 from lightning_cap.calibration.statistics import LayerInputs, Statistic
-from lightning_cap.errors import GradientError, TargetError
-from lightning_cap.sparsity.targets import Targets, require_targets
-from lightning_cap.sparsity.units import Units
+from lightning_cap.errors import GradientError
+from lightning_cap.sparsity.targets import Targets
+from lightning_cap.sparsity.units import consumers_of, gates_of
 from lightning_cap.utilities import distributed, rng
 from lightning_cap.utilities.arguments import require_list, require_whole
 from lightning_cap.utilities.progress import Progress
@@ -87,6 +88,7 @@ class UnitSamples(Statistic):
             scale=scale,
             progress=progress,
             trial=trial,
+            computer=GateComputer(model, targets, loss, self.per_sample, context, scale),
         )
         return UnitCollector(model, targets, loss, batches, gradients, self.num_inputs, context, progress)
 
@@ -137,7 +139,7 @@ class UnitCollector:
         targets: All weights of units.
         loss: Mean loss of a batch.
         batches: This rank's batches; re-iterable if ``num_inputs`` is above 0.
-        gradients: Of the gates' weights, from the same batches.
+        gradients: Of the gates, from the same batches.
         num_inputs: Samples for `layer_inputs` and `losses`, over all processes.
         context: Entered around every loss evaluation, e.g. autocast.
         progress: See `GradientCollector`.
@@ -154,17 +156,13 @@ class UnitCollector:
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
         progress: Progress | None = None,
     ) -> None:
-        self._model, self._targets, self._units = model, targets, units_of(targets)
+        self._model, self._targets = model, targets
         self._loss, self._batches, self._gradients = loss, batches, gradients
         self._num_inputs, self._context, self._progress = num_inputs, context, progress
 
     def __iter__(self) -> Iterator[dict[str, Tensor]]:
         """Chunks ``{group: (n, size)}`` of finite rows; see `GradientCollector`."""
-        weights = self._targets.weights()
-        for rows in self._gradients:
-            chunk = gate_gradients(self._units, weights, rows)
-            del rows  # before the next ones are computed
-            yield chunk
+        yield from self._gradients
 
     @property
     def collected(self) -> int:
@@ -265,60 +263,6 @@ class UnitCollector:
                 "batches: an iterator can be read only once, but the inputs of layers are collected in another pass. Give a list "
                 "or a DataLoader, or a pruner with compensate=False."
             )
-
-
-def units_of(targets: Targets) -> Units:
-    """The units that targets are the weights of.
-
-    Raises:
-        TargetError: They are of none.
-    """
-    require_targets(targets)
-    if targets.units is None:
-        raise TargetError(
-            f"targets={targets!r}: there are no units in them, but single weights. Use "
-            "Units.from_model(model, example_input).targets(model), or a pruner of weights such as CAP()."
-        )
-    return targets.units
-
-
-def gates_of(targets: Targets) -> Targets:
-    """The targets whose gradients tell those of the gates."""
-    return _some(targets, {part.name for group in units_of(targets).values() for part in group.gates})
-
-
-def consumers_of(targets: Targets) -> Targets:
-    """The weights that read units."""
-    return _some(targets, {part.name for group in units_of(targets).values() for part in group.consumers})
-
-
-def _some(targets: Targets, names: set[str]) -> Targets:
-    chosen = [name for name in targets if name in names]
-    return Targets({name: targets[name] for name in chosen}, {name: targets.paths[name] for name in chosen})
-
-
-@torch.no_grad()
-def gate_gradients(units: Units, weights: Mapping[str, Tensor], rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Gradients of gates of value 1 that multiply the units: ``g_u = Σ w_i g_i`` over the entries that a gate scales.
-
-    Args:
-        units: The units.
-        weights: ``{target: (*shape)}``.
-        rows: ``{target: (n, *shape)}`` gradients of the targets that gates are in.
-
-    Returns:
-        ``{group: (n, size)}`` float32.
-    """
-    out: dict[str, Tensor] = {}
-    for name, group in units.items():
-        for part in group.gates:
-            row, weight = rows[part.name], weights[part.name]
-            other = [dim + 1 for dim in range(weight.dim()) if dim != part.dim]
-            lines = row * weight.to(row.dtype)
-            lines = lines.sum(other) if other else lines
-            found = lines[:, part.index.to(lines.device)].sum(-1)
-            out[name] = out[name] + found if name in out else found
-    return out
 
 
 def measuring(source: object) -> MeasuringSource | None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_cap.calibration.sources import GradientSource
-from lightning_cap.calibration.unit_samples import MeasuringSource, UnitSamples, consumers_of, measuring, units_of
+from lightning_cap.calibration.unit_samples import MeasuringSource, UnitSamples, measuring
 from lightning_cap.pruners.unit_compensation import best, compensate
 from lightning_cap.pruners.unit_merge import UnitOrder
 from lightning_cap.pruners.unit_path import UnitSolution, finished
@@ -19,7 +19,7 @@ from lightning_cap.pruners.units import UnitPruner
 from lightning_cap.solver import eliminate, reconstruct
 from lightning_cap.sparsity.patterns import Unstructured
 from lightning_cap.sparsity.targets import Targets
-from lightning_cap.sparsity.units import UnitGroup
+from lightning_cap.sparsity.units import UnitGroup, consumers_of, units_of
 from lightning_cap.utilities.arguments import require_counts, require_flag, require_real
 from lightning_cap.utilities.progress import Progress
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_cap.calibration.layer_inputs import sum_up
 from lightning_cap.calibration.sources import GradientSource
-from lightning_cap.calibration.unit_samples import UnitInputs, consumers_of, units_of
+from lightning_cap.calibration.unit_samples import UnitInputs
 from lightning_cap.errors import TargetError
 from lightning_cap.pruners.unit_compensation import compensate
 from lightning_cap.pruners.unit_merge import UnitOrder
@@ -20,7 +20,7 @@ from lightning_cap.pruners.units import UnitPruner
 from lightning_cap.pruners.zero_gradients import check_zeros
 from lightning_cap.solver.damping import more_damp
 from lightning_cap.sparsity.targets import Targets
-from lightning_cap.sparsity.units import Slice, UnitGroup
+from lightning_cap.sparsity.units import Slice, UnitGroup, consumers_of, units_of
 from lightning_cap.utilities.arguments import require_counts, require_real
 from lightning_cap.utilities.progress import Progress
 

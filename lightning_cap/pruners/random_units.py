@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_cap.calibration.sources import GradientSource
-from lightning_cap.calibration.unit_samples import units_of
 from lightning_cap.pruners.unit_scores import Normalize, ScoredUnits
 from lightning_cap.sparsity.targets import Targets
+from lightning_cap.sparsity.units import units_of
 from lightning_cap.utilities.arguments import require_whole
 
 

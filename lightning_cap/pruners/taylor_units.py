@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from lightning_cap.calibration.sources import GradientSource
-from lightning_cap.calibration.unit_samples import UnitSamples, units_of
+from lightning_cap.calibration.unit_samples import UnitSamples
 from lightning_cap.pruners.unit_scores import ScoredUnits, mean_over_gates
 from lightning_cap.sparsity.targets import Targets
+from lightning_cap.sparsity.units import units_of
 from lightning_cap.utilities.arguments import require_counts
 
 

@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from lightning_cap.calibration.unit_samples import units_of
 from lightning_cap.errors import ConfigError, GradientError
 from lightning_cap.pruners.base import Pruner
 from lightning_cap.pruners.paths import PruneResult, PruningPath, cast_weight
@@ -16,6 +15,7 @@ from lightning_cap.pruners.unit_merge import Removal, UnitOrder, kept_after, pre
 from lightning_cap.sparsity.patterns import Unstructured
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.sparsity.unit_prices import UnitPrices
+from lightning_cap.sparsity.units import units_of
 from lightning_cap.utilities.arguments import require_list
 
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lightning_cap.calibration.sources import NO_MEMORY, GradientSource, SourceMemory
-from lightning_cap.calibration.unit_samples import units_of
 from lightning_cap.errors import ConfigError, GradientError
 from lightning_cap.fisher.memory_plan import MemoryPlan, plan_reading
 from lightning_cap.pruners.base import Pruner, check_path_arguments, require_goals
@@ -23,7 +22,7 @@ from lightning_cap.sparsity.cost import Cost, Parameters
 from lightning_cap.sparsity.masks import check_masks
 from lightning_cap.sparsity.targets import Targets, require_targets
 from lightning_cap.sparsity.unit_prices import UnitPrices
-from lightning_cap.sparsity.units import Units
+from lightning_cap.sparsity.units import Units, units_of
 from lightning_cap.utilities import distributed
 from lightning_cap.utilities.arguments import require_instance, require_real
 from lightning_cap.utilities.progress import Progress

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cap.errors import ConfigError, DataError, TargetError
-from lightning_cap.sparsity.targets import Targets
+from lightning_cap.sparsity.targets import Targets, require_targets
 from lightning_cap.sparsity.unit_group import Kind, Layer, Slice, UnitGroup, Width
 from lightning_cap.sparsity.unit_table import UnitRecord, as_table, left_as_it_is, unit_records
 from lightning_cap.sparsity.unit_tracing import trace_units
@@ -255,3 +255,33 @@ def _gone(part: Slice, mask: Tensor) -> Tensor:
     other = [dim for dim in range(mask.dim()) if dim != part.dim]
     lines = ~(mask.any(dim=other) if other else mask)
     return lines[part.index]
+
+
+def units_of(targets: Targets) -> Units:
+    """The units that targets are the weights of.
+
+    Raises:
+        TargetError: They are of none.
+    """
+    require_targets(targets)
+    if targets.units is None:
+        raise TargetError(
+            f"targets={targets!r}: there are no units in them, but single weights. Use "
+            "Units.from_model(model, example_input).targets(model), or a pruner of weights such as CAP()."
+        )
+    return targets.units
+
+
+def gates_of(targets: Targets) -> Targets:
+    """The targets whose gradients tell those of the gates."""
+    return _some(targets, {part.name for group in units_of(targets).values() for part in group.gates})
+
+
+def consumers_of(targets: Targets) -> Targets:
+    """The weights that read units."""
+    return _some(targets, {part.name for group in units_of(targets).values() for part in group.consumers})
+
+
+def _some(targets: Targets, names: set[str]) -> Targets:
+    chosen = [name for name in targets if name in names]
+    return Targets({name: targets[name] for name in chosen}, {name: targets.paths[name] for name in chosen})

@@ -10,9 +10,10 @@ import torch
 from torch import nn
 
 from lightning_cap.calibration.layer_inputs import InputCollector
-from lightning_cap.calibration.unit_samples import UnitInputs, UnitSamples, consumers_of, gates_of
+from lightning_cap.calibration.unit_samples import UnitInputs, UnitSamples
 from lightning_cap.errors import ConfigError, GradientError, TargetError
 from lightning_cap.sparsity import Targets
+from lightning_cap.sparsity.units import consumers_of, gates_of
 from tests.support.units import SmallNet, cross_entropy, images, small_net, small_units
 
 
