@@ -191,6 +191,6 @@ def _with_class_paths(args: Sequence[str]) -> list[str]:
         if value in found:
             value = f"{found[value].__module__}.{found[value].__qualname__}"
         elif "." not in value and "{" not in value and value not in {kind.__name__ for kind in found.values()}:
-            raise ConfigError(f"--to={shown(value)}: choose {', '.join(found)}{near(value, found)}.")
+            raise ConfigError(f"--to={shown(value)}: choose {', '.join(found)}{near(value, found) or '.'}")
         taken[place if equals else place + 1] = f"--to={value}" if equals else value
     return taken

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -21,7 +22,9 @@ class PT2(Exporter):
     def write(self, model: nn.Module, path: Path, inputs: Tensor, metadata: Mapping[str, str]) -> None:
         """Trace the model by `torch.export` and save the program."""
         program = dynamic_batch(model, inputs)
-        torch.export.save(program, path, extra_files=dict(metadata))
+        held = io.BytesIO()  # torch's writer of files ends the process where the disk is full
+        torch.export.save(program, held, extra_files=dict(metadata))
+        path.write_bytes(held.getbuffer())
 
     def runner(self, path: Path | str, model: nn.Module | None = None, threads: int | None = None) -> Runner:
         """The loaded program, run by torch."""

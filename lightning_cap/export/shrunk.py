@@ -147,7 +147,7 @@ def _comparing(model: nn.Module, example: Any) -> Iterator[None]:
         expected = outputs_of(model, example)
     except Exception as error:
         raise ConfigError(
-            f"example_input={shown(example)}: the model cannot be run on it ({type(error).__name__}: {shown(str(error))}). Give a "
+            f"example_input={_shape(example)}: the model cannot be run on it ({type(error).__name__}: {shown(str(error))}). Give a "
             "batch that it takes."
         ) from error
     yield
@@ -165,6 +165,11 @@ def _comparing(model: nn.Module, example: Any) -> Iterator[None]:
             f"model={type(model).__name__}: without its pruned units it differs from the masked model by "
             f"{difference(outputs, expected):.1e} of the largest output. Something else reads them; exclude these units."
         )
+
+
+def _shape(example: Any) -> str:
+    """What to call an example in a message: its shape where it is one tensor."""
+    return f"tensor of shape {tuple(example.shape)}" if isinstance(example, Tensor) else shown(example)
 
 
 def _check_example(example: object) -> None:

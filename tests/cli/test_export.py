@@ -186,6 +186,12 @@ def test_a_folder_is_measured_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert len(read_records(tmp_path / "checkpoints/export/benchmarks.jsonl", BenchmarkRecord)) == 4
 
 
+def test_text_in_place_of_a_tensor(tmp_path: Path) -> None:
+    (tmp_path / "x.pt").write_text("hello")  # as a pickle: KeyError
+    with pytest.raises(SystemExit, match=r"--input=.*x\.pt.*it is no tensor that torch or numpy has saved"):
+        main(["export", saved(tmp_path, classifier()), "--to=safetensors", f"--input={tmp_path}/x.pt"])
+
+
 def test_help_lists_it(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["--help"])

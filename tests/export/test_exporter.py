@@ -95,6 +95,16 @@ def test_what_fails_leaves_no_file_and_keeps_an_earlier_one(
         assert [file.read_bytes() for file in tmp_path.iterdir()] == [b"earlier"] * earlier
 
 
+def test_a_full_disk_while_torch_saves_a_program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, content: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)  # torch's own writer would end the process
+    with pytest.raises(ConfigError, match=r"cannot be written .No space left on device"):
+        PT2().export(small_convnet(), tmp_path / "model.pt2", images())
+    assert not list(tmp_path.iterdir())
+
+
 def test_zeros_that_are_not_zero_in_the_file(tmp_path: Path) -> None:
     class OtherZeros(Safetensors):
         def stored(self, path: Path | str) -> dict[str, Tensor]:
