@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import random
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -41,6 +42,7 @@ from lightning_cap.utilities.files import save_json
 
 GOALS = (0.25, 0.5)  # of the MACs saved
 EVAL_BATCH = 100
+INPUTS = 512  # samples whose layer inputs and losses are taken
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ CASES = {
     "vit_tiny": Case(
         lambda: timm.create_model("vit_tiny_patch16_224"), "vit_tiny_patch16_224", "imagenet1k-sample",
         {"mean": (0.5,) * 3, "std": (0.5,) * 3, "test_crop_ratio": 0.9, "crop_scale": (0.5, 1.0), "num_classes": 1000},
-        224, 1000, None, 25, 3, 1e-4, False,
+        224, 1000, None, 25, 1, 1e-4, False,
     ),
     "resnet20": Case(
         ResNet20, "resnet20_cifar10", "cifar10",
@@ -75,8 +77,8 @@ CASES = {
 }  # fmt: skip
 
 METHODS: dict[str, Callable[[int], Any]] = {
-    "CAPUnits": lambda n: CAPUnits(cost=Flops(), num_gradients=n, num_inputs=n),
-    "LayerwiseUnits": lambda n: LayerwiseUnits(cost=Flops(), num_inputs=n),
+    "CAPUnits": lambda n: CAPUnits(cost=Flops(), num_gradients=n, num_inputs=INPUTS),
+    "LayerwiseUnits": lambda n: LayerwiseUnits(cost=Flops(), num_inputs=INPUTS),
     "TaylorUnits": lambda n: TaylorUnits(cost=Flops(), num_gradients=n),
     "MagnitudeUnits": lambda n: MagnitudeUnits(cost=Flops()),
 }
@@ -108,8 +110,10 @@ class Images:
             img_size=case.size, num_workers=0, verify_up_to=0, **case.data,
         )  # fmt: skip
         data.setup("fit")
-        self.train = decode(data.training_set(augment=False), case.limit)
         self.augmented = data.training_set(augment=True)
+        torch.manual_seed(0)
+        random.seed(0)
+        self.train = decode(self.augmented, case.limit)  # one draw of the augmentation, for calibration
         self.val = decode(data.validation_set(), None)
 
 
