@@ -24,7 +24,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
-from cifar10_data import decode
+from cifar10_data import decode, open_data
 from machine import machine
 from resnet20 import ResNet20
 from safetensors.torch import load_file
@@ -32,7 +32,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from lightning_cap import prune
-from lightning_cap.data import ImageNetDataModule
 from lightning_cap.export import shrink
 from lightning_cap.export.benchmark import benchmark
 from lightning_cap.pruners import CAPUnits, LayerwiseUnits, MagnitudeUnits, TaylorUnits
@@ -52,8 +51,6 @@ class Case:
     make: Callable[[], nn.Module]
     weights: str
     images: str
-    data: dict[str, Any]
-    size: int
     num_gradients: int
     limit: int | None  # images of the training set that are decoded
     batch: int
@@ -65,14 +62,11 @@ class Case:
 CASES = {
     "vit_tiny": Case(
         lambda: timm.create_model("vit_tiny_patch16_224"), "vit_tiny_patch16_224", "imagenet1k-sample",
-        {"mean": (0.5,) * 3, "std": (0.5,) * 3, "test_crop_ratio": 0.9, "crop_scale": (0.5, 1.0), "num_classes": 1000},
-        224, 1000, None, 25, 1, 1e-4, False,
+        1000, None, 25, 1, 1e-4, False,
     ),
     "resnet20": Case(
         ResNet20, "resnet20_cifar10", "cifar10",
-        {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "test_crop_ratio": 1.0, "crop": "pad",
-         "crop_padding": 4},
-        32, 2048, 10000, 64, 3, 2e-3, True,
+        2048, 10000, 64, 3, 2e-3, True,
     ),
 }  # fmt: skip
 
@@ -105,16 +99,27 @@ class Images:
     """Calibration and evaluation images of a case, decoded once."""
 
     def __init__(self, case: Case, root: Path) -> None:
-        data = ImageNetDataModule(
-            root=str(root / case.images), recipe="light1", label_smoothing=0.0, rand_augment="none", hflip=0.5,
-            img_size=case.size, num_workers=0, verify_up_to=0, **case.data,
-        )  # fmt: skip
-        data.setup("fit")
-        self.augmented = data.training_set(augment=True)
+        self.augmented, val = _imagenet(root / case.images) if "imagenet" in case.images else _cifar(root / case.images)
         torch.manual_seed(0)
         random.seed(0)
         self.train = decode(self.augmented, case.limit)  # one draw of the augmentation, for calibration
-        self.val = decode(data.validation_set(), None)
+        self.val = decode(val, None)
+
+
+def _cifar(root: Path) -> tuple[Any, Any]:
+    data = open_data(root)
+    data.setup("fit")
+    return data.training_set(augment=True), data.validation_set()
+
+
+def _imagenet(root: Path) -> tuple[Any, Any]:
+    """Augmented images of all classes, and those of some classes to validate on."""
+    normal = {"mean": (0.5,) * 3, "std": (0.5,) * 3, "interpolation": "bicubic"}
+    train = timm.data.create_dataset("", root=str(root / "train.tar"))
+    train.transform = timm.data.create_transform(224, is_training=True, scale=(0.5, 1.0), color_jitter=None, **normal)
+    val = timm.data.create_dataset("", root=str(root / "val.tar"), class_map=train.reader.class_name_to_idx)
+    val.transform = timm.data.create_transform(224, crop_pct=0.9, **normal)
+    return train, val
 
 
 def batches(pair: tuple[Tensor, Tensor], size: int) -> list[tuple[Tensor, Tensor]]:

@@ -61,11 +61,12 @@ class UnitGroup:
     def gates(self) -> tuple[Slice, ...]:
         """Where a gate on the unit's output can be read off the gradients of weights (``g_u = Σ w_i g_i``).
 
-        The columns of its only consumer; else the scales and shifts that it passes, or where there are none, what makes it.
+        Where several layers read it, the scales and shifts of the norm that it passes; else the columns of all that read it, or
+        where nothing does, what makes it. Several norms may be passed one after the other, where each would be a gate.
         """
-        if len(self.consumers) == 1:
-            return self.consumers
-        return self.norms or self.producers
+        if len(self.consumers) > 1 and len({part.name.rpartition(".")[0] for part in self.norms}) == 1:
+            return self.norms
+        return self.consumers or self.norms or self.producers
 
 
 @dataclass(frozen=True)
