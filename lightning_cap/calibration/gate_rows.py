@@ -188,7 +188,7 @@ def _spots_of(model: nn.Module, targets: Targets, group: UnitGroup) -> list[_Spo
     for owner, named in parts.items():
         module: Any = model.get_submodule(owner)
         whole = {attribute for attribute, parameter in module.named_parameters(recurse=False)}
-        linear, convolution = type(module) is nn.Linear, type(module) in _CONVS
+        linear, convolution = isinstance(module, nn.Linear), isinstance(module, _CONVS)
         if "weight" not in named:
             return []
         dim, index = named["weight"]
