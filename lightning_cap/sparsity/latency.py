@@ -57,7 +57,8 @@ class Latency(UnitCost):
     linear in their groups. What no group changes is constant.
 
     The table is kept in a file, with the machine, the device, the threads, the batch size, the dtype and the model that it is of.
-    It is used again where all of these are the same, and made anew, which is said, where they are not.
+    It is used again where all of these are the same, and made anew, which is said, where they are not. A damaged file in the
+    folder of the run is made anew likewise; one that was given as ``table`` is refused.
 
     Args:
         device: Where the model is to be fast: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; not necessarily where it trains.
@@ -105,7 +106,7 @@ class Latency(UnitCost):
 
         Raises:
             ConfigError: An argument is something else.
-            DataError: The file of the table is damaged.
+            DataError: The file that was given as ``table`` is damaged, or something else.
             UnsupportedError: The model cannot be copied, or cannot run shrunk or with this batch size.
         """
         require_instance("model", model, nn.Module, "the torch model that the units are of")
@@ -155,7 +156,7 @@ class Latency(UnitCost):
                 model=type(replica).__name__,
                 fingerprint=fingerprint(replica, units, example.shapes),
             )
-            table = None if path is None else read_table(path, conditions)
+            table = None if path is None else read_table(path, conditions, given=self.table is not None)
             if table is None:
                 table = _timed(replica, units, example, conditions, self._clock)
                 if path is not None:

@@ -15,11 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
-from lightning_cap.errors import DataError
 from lightning_cap.sparsity.latency_passes import Counts
 from lightning_cap.sparsity.units import Units
 from lightning_cap.utilities.machine import Machine
-from lightning_cap.utilities.records import Record, read_record
+from lightning_cap.utilities.records import Record, RecordError, read_record
 
 _log = logging.getLogger(__name__)
 
@@ -141,22 +140,27 @@ def fingerprint(model: nn.Module, units: Units, shapes: Sequence[Sequence[int]])
     return hashlib.sha256(repr(known).encode()).hexdigest()[:16]
 
 
-def read_table(path: Path, wanted: Conditions) -> LatencyTable | None:
-    """The table of a file, if it was measured under the same conditions; else None, and a line in the log says why.
+def read_table(path: Path, wanted: Conditions, given: bool) -> LatencyTable | None:
+    """The table of a file, if it is one that was measured under the same conditions; else None, and one line in the log says why.
+
+    Args:
+        path: The file; it may not be there.
+        wanted: The conditions.
+        given: Whether the user named the file, so that nothing else than a table may be written over.
 
     Raises:
-        DataError: The file is damaged, or something else.
+        DataError: The file was given, and is damaged or something else.
     """
     if not path.exists():
         return None
-    table = read_record(path, LatencyTable)
-    for times in table.parts:
-        cells = [len(widths) for widths in times.widths]
-        whole = len(times.milliseconds) == int(np.prod(cells)) and len(times.modules) == len(times.groups)
-        if not whole or any(len(places) != len(cells) for places in times.groups):
-            raise DataError(
-                f"{path}: times of {times.modules[:1]} are missing in this table. Move the file away: it is timed anew."
-            )
+    try:
+        table = read_record(path, LatencyTable)
+        _require_times(path, table)
+    except RecordError as error:
+        if given:
+            raise
+        _log.warning("%s: timing the layers anew.", error.reason)
+        return None
     for field in fields(Conditions):
         then, now = getattr(table.conditions, field.name), getattr(wanted, field.name)
         if then != now:
@@ -165,6 +169,14 @@ def read_table(path: Path, wanted: Conditions) -> LatencyTable | None:
             _log.warning("%s was made on %s %s, not %s: timing the layers anew.", path, field.name, then, now)
             return None
     return table
+
+
+def _require_times(path: Path, table: LatencyTable) -> None:
+    for times in table.parts:
+        cells = [len(widths) for widths in times.widths]
+        whole = len(times.milliseconds) == int(np.prod(cells)) and len(times.modules) == len(times.groups)
+        if not whole or any(len(places) != len(cells) for places in times.groups):
+            raise RecordError(f"{path}: times of {times.modules[:1]} are missing in this table", "move the file away.")
 
 
 def _told(then: Machine, now: Machine) -> tuple[str, str]:

@@ -25,6 +25,19 @@ Plain = bool | int | float | str | None
 _NOT_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
+class RecordError(DataError):
+    """A file, or a line of it, is not what was wanted.
+
+    Attributes:
+        reason: What it is instead.
+        remedy: What to do about it.
+    """
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(f"{reason}: {remedy}")
+        self.reason, self.remedy = reason, remedy
+
+
 @dataclass(frozen=True)
 class Record:
     """Base of the records: a subclass is a frozen dataclass that says its ``kind`` and ``version``.
@@ -59,23 +72,25 @@ class Record:
             DataError: The line is of another kind or version, or its fields are not those of this kind.
         """
         if not isinstance(line, Mapping) or "record" not in line:
-            raise DataError(f"{_shown(line)} is not a record. Here belong records of kind {cls.kind!r}: {_REMEDY}")
+            raise RecordError(f"{_shown(line)} is not a record. Here belong records of kind {cls.kind!r}", _REMEDY)
         if line["record"] != cls.kind:
-            raise DataError(
-                f"a record of kind {_shown(line['record'])}, but here belong those of kind {cls.kind!r}: give the file of those."
+            raise RecordError(
+                f"a record of kind {_shown(line['record'])}, but here belong those of kind {cls.kind!r}",
+                "give the file of those.",
             )
         version = line.get("version")
         if version != cls.version or isinstance(version, bool):
             newer = isinstance(version, int) and version > cls.version
             remedy = "it is of a newer lightning-cap: install that one, or move the file away." if newer else _REMEDY
-            raise DataError(
+            raise RecordError(
                 f"version {_shown(version)} of a record of kind {cls.kind!r}, of which this lightning-cap reads version "
-                f"{cls.version}: {remedy}"
+                f"{cls.version}",
+                remedy,
             )
         try:
             record: Self = _decode_fields(cls, {k: v for k, v in line.items() if k not in ("record", "version")}, "")
         except _MismatchError as error:
-            raise DataError(f"a record of kind {cls.kind!r} with {error}: {_REMEDY}") from None
+            raise RecordError(f"a record of kind {cls.kind!r} with {error}", _REMEDY) from None
         return record
 
 
@@ -98,13 +113,21 @@ def read_records(path: Path | str, kind: type[R]) -> list[R]:
     Raises:
         DataError: There is no such file, or a line is no record of this kind and version; the message names the line.
     """
+    records, torn = _read(path, kind)
+    if torn:
+        _log.warning("%s: the last line is torn, as after a kill or on a full disk; it is left out.", path)
+    return records
+
+
+def _read(path: Path | str, kind: type[R]) -> tuple[list[R], bool]:
+    """The records of a file, and whether its last line is torn."""
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
-        raise DataError(
-            f"{path}: it cannot be read ({error}). Give a file of records of kind {kind.kind!r}."
+        raise RecordError(
+            f"{path}: it cannot be read ({error})", f"give a file of records of kind {kind.kind!r}."
         ) from error
-    records = []
+    records: list[R] = []
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -112,14 +135,13 @@ def read_records(path: Path | str, kind: type[R]) -> list[R]:
             value = json.loads(line.decode())
         except (ValueError, RecursionError):
             if number == len(lines):  # a whole line ends with a line feed
-                _log.warning("%s: the last line is torn, as after a kill or on a full disk; it is left out.", path)
-                continue
-            raise DataError(f"{path}, line {number}: {_shown(line)} is not JSON: {_REMEDY}") from None
+                return records, True
+            raise RecordError(f"{path}, line {number}: {_shown(line)} is not JSON", _REMEDY) from None
         try:
             records.append(kind.from_json(value))
-        except DataError as error:
-            raise DataError(f"{path}, line {number}: {error}") from None
-    return records
+        except RecordError as error:
+            raise RecordError(f"{path}, line {number}: {error.reason}", error.remedy) from None
+    return records, False
 
 
 def known_records(path: Path, kind: type[R]) -> list[R]:
@@ -133,10 +155,12 @@ def read_record(path: Path | str, kind: type[R]) -> R:
     Raises:
         DataError: It does not.
     """
-    found = read_records(path, kind)
+    found, torn = _read(path, kind)
+    if torn:
+        raise RecordError(f"{path}: it is torn, as after a kill or on a full disk", "move the file away.")
     if len(found) != 1:
-        raise DataError(
-            f"{path}: it holds {len(found)} records of kind {kind.kind!r} instead of one: move the file away."
+        raise RecordError(
+            f"{path}: it holds {len(found)} records of kind {kind.kind!r} instead of one", "move the file away."
         )
     return found[0]
 

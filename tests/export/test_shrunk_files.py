@@ -152,7 +152,7 @@ def damaged(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], obje
 
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
     "no json": (lambda d: (d / "s.json").unlink(), "s.json: it cannot be read"),
-    "torn json": (lambda d: (d / "s.json").write_text('{"record": "shru'), "holds 0 records of kind 'shrunk'"),
+    "torn json": (lambda d: (d / "s.json").write_text('{"record": "shru'), "s.json: it is torn"),
     "foreign json": (lambda d: (d / "s.json").write_text('{"a": 1}\n'), "is not a record"),
     "another version": (damaged(lambda r: r.update(version=2)), "version 2 of a record of kind 'shrunk'"),
     "wrong type": (damaged(lambda r: r["steps"][0]["groups"][0].update(kept=["a"])), "kept[0]='a'"),

@@ -10,7 +10,7 @@ import pytest
 import torch
 from jsonargparse import ArgumentParser
 
-from lightning_cap.errors import ConfigError, UnsupportedError
+from lightning_cap.errors import ConfigError, DataError, UnsupportedError
 from lightning_cap.sparsity import latency_timing
 from lightning_cap.sparsity.cost import Cost
 from lightning_cap.sparsity.latency import TABLE, Latency
@@ -131,6 +131,22 @@ def test_the_table_of_another_machine_is_made_anew(tmp_path, caplog):
     assert caplog.messages[1].startswith("Timed 9 parts of SlowNet, 5 of them unlike, in copies of 6 sizes")
     assert read_record(tmp_path / TABLE, LatencyTable) == table_of(cost)
     assert table_of(cost).milliseconds == pytest.approx(here.milliseconds)
+
+
+def test_a_torn_table_of_the_run_is_made_anew_but_a_given_one_is_left(tmp_path, caplog):
+    model, path = SlowNet().eval(), tmp_path / TABLE
+    torn = '{"record": "late'
+    path.write_text(torn)
+    with caplog.at_level(logging.INFO, "lightning_cap"):
+        with pytest.raises(DataError, match=rf"^{path}: it is torn, as after a kill or on a full disk: move the file"):
+            latency(table=path).prepare(model, slow_units(model), EXAMPLE)
+        assert path.read_text() == torn
+        assert not caplog.messages
+        cost = latency()
+        cost.prepare(model, slow_units(model), EXAMPLE, tmp_path)
+    assert caplog.messages[0] == f"{path}: it is torn, as after a kill or on a full disk: timing the layers anew."
+    assert caplog.messages[1].startswith("Timed 9 parts")
+    assert read_record(path, LatencyTable) == table_of(cost)
 
 
 def test_all_ranks_have_the_table_of_the_first(monkeypatch):

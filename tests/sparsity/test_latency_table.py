@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import logging
 from dataclasses import replace
 
@@ -82,10 +83,10 @@ def test_linear_times_are_a_constant_and_what_grows_with_each_group():
 
 def test_a_table_is_used_again_under_the_same_conditions(tmp_path, caplog):
     path = tmp_path / "latency.json"
-    assert read_table(path, HERE) is None
+    assert read_table(path, HERE, given=True) is None
     write_records(path, [TABLE])
     with caplog.at_level(logging.WARNING):
-        assert read_table(path, HERE) == TABLE
+        assert read_table(path, HERE, given=True) == TABLE
     assert not caplog.messages
 
 
@@ -102,31 +103,43 @@ def test_a_table_is_used_again_under_the_same_conditions(tmp_path, caplog):
         ({"fingerprint": "g"}, "fingerprint g, not f"),
     ],
 )
-def test_a_table_of_other_conditions_is_not_used_and_why_is_said(tmp_path, caplog, change, words):
+@pytest.mark.parametrize("given", [True, False])
+def test_a_table_of_other_conditions_is_not_used_and_why_is_said(tmp_path, caplog, change, words, given):
     path = tmp_path / "latency.json"
     write_records(path, [replace(TABLE, conditions=replace(HERE, **change))])
     with caplog.at_level(logging.WARNING):
-        assert read_table(path, HERE) is None
+        assert read_table(path, HERE, given) is None
     assert caplog.messages == [f"{path} was made on {words}: timing the layers anew."]
 
 
-@pytest.mark.parametrize(
-    ("content", "words"),
-    [("{", "it holds 0 records"), ("[1]", "is not a record"), ('{"record": "export", "version": 1}', "'export'")],
-)
-def test_a_damaged_file_is_one_error(tmp_path, content, words):
+NO_TIMES = replace(TABLE, parts=(PartTimes(("a",), ((0,),), ((1, 4),), (1.0,)),))
+DAMAGED = {
+    "torn": (json.dumps(TABLE.to_json())[:-9], ": it is torn, as after a kill or on a full disk"),
+    "empty": ("", ": it holds 0 records of kind 'latency' instead of one"),
+    "no record": ("[1]\n", ", line 1: [1] is not a record. Here belong records of kind 'latency'"),
+    "no JSON": ("times\n", ", line 1: times is not JSON"),
+    "bytes": ("\x00\x01\n", ", line 1: \x00\x01 is not JSON"),
+    "another kind": ('{"record": "export", "version": 1}\n', "'export', but here belong those of kind 'latency'"),
+    "another version": ('{"record": "latency", "version": 99}\n', "of which this lightning-cap reads version 1"),
+    "times missing": (json.dumps(NO_TIMES.to_json()) + "\n", ": times of ('a',) are missing in this table"),
+}
+
+
+@pytest.mark.parametrize(("content", "words"), DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_table_is_refused_where_it_was_given_and_else_made_anew(tmp_path, caplog, content, words):
     path = tmp_path / "latency.json"
     path.write_text(content)
-    with pytest.raises(DataError, match=words) as caught:
-        read_table(path, HERE)
-    assert str(path) in str(caught.value)
-
-
-def test_a_table_with_times_missing_is_refused(tmp_path):
-    path = tmp_path / "latency.json"
-    write_records(path, [replace(TABLE, parts=(PartTimes(("a",), ((0,),), ((1, 4),), (1.0,)),))])
-    with pytest.raises(DataError, match=r"times of .*'a'.* are missing"):
-        read_table(path, HERE)
+    with caplog.at_level(logging.WARNING):
+        with pytest.raises(DataError) as caught:
+            read_table(path, HERE, given=True)
+        assert not caplog.messages
+        assert read_table(path, HERE, given=False) is None
+    error, (line,) = str(caught.value), caplog.messages
+    assert error.startswith(str(path))
+    assert f"{words}: " in error
+    assert line.startswith(str(path))
+    assert line.endswith(f"{words}: timing the layers anew.")
+    assert "\n" not in error + line
 
 
 def test_the_fingerprint_tells_models_apart_but_no_names():

@@ -156,6 +156,17 @@ def test_files_that_are_not_there_or_hold_another_number_of_records(tmp_path: Pa
     assert read_record(path, Sample) == Sample(1, 0.5)
 
 
+def test_a_torn_file_of_one_record_is_one_error_and_nothing_in_the_log(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "r.json"
+    for torn in ('{"record": "sam', json.dumps(GIVEN) + '\n{"rec'):
+        path.write_text(torn)
+        with pytest.raises(DataError, match=rf"^{path}: it is torn, .*: move the file away\.$"):
+            read_record(path, Sample)
+    assert caplog.text == ""
+
+
 def test_a_new_record_takes_the_place_of_those_that_it_supersedes(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     for count, share in ((0, 0.1), (10, 0.1), (20, 0.1), (10, 0.2)):

@@ -64,7 +64,7 @@ LINES = [
     ],
     prepare("an empty example", "example_input=", example_input=torch.ones(0, 3)),
     prepare("an example that does not fit", "batch_size=1", UnsupportedError, example_input=torch.ones(1, 4)),
-    prepare("a table that is cut off", "it holds 0 records", DataError, table='{"record": "lat'),
+    prepare("a table that is cut off", "it is torn", DataError, table='{"record": "lat'),
     prepare("a table that is something else", "is not a record", DataError, table="[1, 2]\n"),
     prepare("a table of another version", "version 99", DataError, table='{"record": "latency", "version": 99}\n'),
     prepare("a table without times", "no field", DataError, table='{"record": "latency", "version": 1}\n'),
