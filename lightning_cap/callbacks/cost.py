@@ -1,17 +1,12 @@
-"""What the goals of a run count, by name, and how much of it is saved."""
+"""What the goals of a run count."""
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Mapping
-
-from torch import Tensor
 
 from lightning_cap.pruners import Pruner
-from lightning_cap.sparsity.cost import Cost, Parameters
-from lightning_cap.sparsity.targets import Targets
-from lightning_cap.trainer.records import Saving
+from lightning_cap.sparsity.cost import Cost
 from lightning_cap.utilities.arguments import require_instance
 
 
@@ -32,20 +27,3 @@ def with_cost(pruner: Pruner, cost: Cost | None) -> Pruner:
     changed = copy.copy(pruner)
     changed.cost = cost
     return changed
-
-
-def goal_name(pruner: Pruner) -> str:
-    """What a pruner's goals count, as it is called in logs and names of files: such as ``"sparsity"`` or ``"flops"``.
-
-    Units that are a share of the weights are not called a sparsity: in the same run, zeros among what is left may be.
-    """
-    return "parameters" if pruner.takes_units and isinstance(pruner.cost, Parameters) else pruner.cost.name
-
-
-def saving(pruner: Pruner, targets: Targets, masks: Mapping[str, Tensor]) -> Saving | None:
-    """What masks save of that; None of zeros, which every record has."""
-    if targets.units is None:
-        return None
-    prices = pruner.cost.unit_prices(targets.units, targets.shapes)
-    kept = {name: int(units.sum()) for name, units in targets.units.kept(masks).items()}
-    return Saving(goal_name(pruner), prices.saved_share(kept), prices.of(kept), prices.unit or "weights")

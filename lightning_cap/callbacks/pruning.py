@@ -20,7 +20,7 @@ from lightning_cap.callbacks.companions import (
     goes_on,
     refuse_wrong_companions,
 )
-from lightning_cap.callbacks.cost import goal_name, saving, with_cost
+from lightning_cap.callbacks.cost import with_cost
 from lightning_cap.callbacks.cycle import Cycle, monitored, save_missing
 from lightning_cap.callbacks.event_log import event_record, log_event
 from lightning_cap.callbacks.leftovers import remove_empty_logs
@@ -47,6 +47,7 @@ from lightning_cap.trainer import compat
 from lightning_cap.trainer.evaluation import evaluate
 from lightning_cap.trainer.event import EventReport, PruningEvent
 from lightning_cap.trainer.progress_bar import end_bar, event_progress
+from lightning_cap.trainer.saving import goal_name, saving
 from lightning_cap.trainer.units import prepare_cost
 from lightning_cap.utilities.arguments import shown
 

@@ -8,12 +8,12 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 
 from lightning_cap.callbacks.checkpointed import CheckpointedRun
-from lightning_cap.callbacks.cost import saving
 from lightning_cap.callbacks.cycle import CycleRecord, monitored, save_cycle
 from lightning_cap.callbacks.run import is_dry
 from lightning_cap.callbacks.run_files import RunFiles
 from lightning_cap.sparsity.targets import measured_sparsity
 from lightning_cap.trainer.evaluation import evaluate
+from lightning_cap.trainer.saving import saving
 from lightning_cap.utilities import distributed
 
 

@@ -40,9 +40,7 @@ class RecordStore:
         found = distributed.gather_objects(found)[0]
         self._records: dict[Place, ComparisonRecord] = {r.place: r for r in found if holds(r.depends)}
         kept = {record.masks for record in self._records.values()}
-        self._stale = {
-            r.masks for r in found if r.masks not in kept and PurePosixPath(r.masks).parent == PurePosixPath(MASKS)
-        }
+        self._stale = {r.masks for r in found if r.masks not in kept and _is_ours(r.masks)}
 
     def get(self, place: Place) -> ComparisonRecord | None:
         """The record of a place, if there is one."""
@@ -60,6 +58,9 @@ class RecordStore:
                 del self._records[place]
             elif record.weights and other.weights == record.weights:
                 self._records[place] = replace(other, weights="")
+        before = self._records.get(record.place)
+        if before is not None and _is_ours(before.masks):  # a goal that counted something else has another name
+            self._stale.add(before.masks)
         self._records[record.place] = record
         self._stale.discard(record.masks)
         self.save()
@@ -85,6 +86,10 @@ class RecordStore:
     def all(self) -> list[ComparisonRecord]:
         """Those that are not wanted this time, too."""
         return list(self._records.values())
+
+
+def _is_ours(masks: str) -> bool:
+    return PurePosixPath(masks).parent == PurePosixPath(MASKS)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

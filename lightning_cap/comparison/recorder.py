@@ -20,6 +20,7 @@ from lightning_cap.export.records import EXPORTS, ExportRecord
 from lightning_cap.export.safetensors import save_weights
 from lightning_cap.pruners.paths import PruneResult
 from lightning_cap.sparsity.targets import Targets, measured_sparsity
+from lightning_cap.trainer.saving import saving
 from lightning_cap.utilities import distributed
 from lightning_cap.utilities.distributed import check_equal_on_all_ranks
 from lightning_cap.utilities.records import known_records
@@ -100,7 +101,7 @@ class Recorder:
 
         Args:
             variant: What gave the result.
-            goal: Sparsity that was asked for.
+            goal: That was asked for.
             result: What it gave.
             saliency: Over all steps.
             seconds: Per phase.
@@ -116,6 +117,7 @@ class Recorder:
             loss_increase=self._loss_increase(measured["metrics"], measured["solution"], variant.seed),
             seconds={**seconds, "evaluate": time.perf_counter() - started},
             stats=dict(result.stats),
+            saving=saving(variant.pruner, self._targets, result.masks),
             masks=self._request.masks_file(variant, goal),
             weights=self._request.weights_file(variant, goal),
             depends=depends,

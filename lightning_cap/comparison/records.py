@@ -14,6 +14,7 @@ from torch import Tensor
 
 from lightning_cap.errors import DataError
 from lightning_cap.export.safetensors import save_plain_weights
+from lightning_cap.trainer.records import Saving
 from lightning_cap.utilities.bits import pack_bits, unpack_bits
 from lightning_cap.utilities.records import Plain, Record
 
@@ -37,16 +38,17 @@ class GridPoint:
 
 @dataclass(frozen=True, kw_only=True)
 class ComparisonRecord(Record):
-    """What a pruner with a seed gave at a sparsity; or the model as it was.
+    """What a pruner with a seed gave at a goal; or the model as it was.
 
     Attributes:
         pruner: Its name; ``"unpruned"`` for the model as it was, whose ``seed`` is None and whose ``predicted_loss`` is 0.
         label: The name, and what was changed for a grid; of a model that was sparse, how much.
         grid: What was changed, None for the pruner as given.
         seed: Key of the calibration samples.
-        goal: Sparsity that was asked for.
+        goal: Sparsity that was asked for, or share to save of what else the pruner's goals count.
         sparsity: Measured: zeros over all weights of the targets.
         sparsities: Measured, per target.
+        saving: What is saved of what goals count; None where that is zeros, and for the model as it was.
         metrics: What the module logs in validation.
         predicted_loss: Predicted increase of the loss, None where the pruner predicts none.
         loss_increase: Measured increase on the ``validation`` and on ``calibration`` data, None where it is not known.
@@ -63,7 +65,7 @@ class ComparisonRecord(Record):
     """
 
     kind: ClassVar[str] = "comparison"
-    version: ClassVar[int] = 2
+    version: ClassVar[int] = 3
 
     pruner: str
     label: str
@@ -72,6 +74,7 @@ class ComparisonRecord(Record):
     goal: float
     sparsity: float
     sparsities: Mapping[str, float]
+    saving: Saving | None = None
     metrics: Mapping[str, float]
     predicted_loss: float | None
     loss_increase: Mapping[str, float | None] = field(default_factory=dict)
@@ -89,6 +92,16 @@ class ComparisonRecord(Record):
     def place(self) -> tuple[str, int | None, float]:
         """What no two records of a comparison share."""
         return (self.pruner if self.pruner == UNPRUNED else self.label), self.seed, self.goal
+
+    @property
+    def counted(self) -> str:
+        """What the goal counts, such as ``"sparsity"`` or ``"flops"``."""
+        return "sparsity" if self.saving is None else self.saving.cost
+
+    @property
+    def reached(self) -> float:
+        """How much there is of that."""
+        return self.sparsity if self.saving is None else self.saving.share
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,9 @@ from lightning_cap.comparison.records import MASKS, UNPRUNED, ComparisonRecord
 from lightning_cap.comparison.surface import LossSurface
 from lightning_cap.comparison.variants import Grids, Variant, check_sparsities, file_name, make_variants
 from lightning_cap.errors import ConfigError
-from lightning_cap.export.safetensors import sparsity_stem
+from lightning_cap.export.safetensors import goal_stem
 from lightning_cap.pruners.base import Pruner
+from lightning_cap.trainer.saving import goal_name
 from lightning_cap.utilities.arguments import (
     require_flag,
     require_instance,
@@ -60,7 +61,7 @@ class Request:
 
     def masks_file(self, variant: Variant, goal: float) -> str:
         """Name of the file of masks in the folder, empty without a folder."""
-        return "" if self.folder is None else f"{MASKS}/{variant.slug}-{sparsity_stem(goal)}.safetensors"
+        return "" if self.folder is None else f"{MASKS}/{variant.slug}-{_stem(variant, goal)}.safetensors"
 
     def weights_file(self, variant: Variant, goal: float) -> str:
         """Name of the file of pruned weights in the folder, empty if none is wanted."""
@@ -68,7 +69,11 @@ class Request:
         if place is None or variant.setting is not None or self.folder is None:
             return ""
         several = len({v.seed for v in self.variants}) > 1
-        return f"{place}{f'seed={variant.seed}/' if several else ''}{sparsity_stem(goal)}.safetensors"
+        return f"{place}{f'seed={variant.seed}/' if several else ''}{_stem(variant, goal)}.safetensors"
+
+
+def _stem(variant: Variant, goal: float) -> str:
+    return goal_stem(goal, goal_name(variant.pruner))
 
 
 def make_request(

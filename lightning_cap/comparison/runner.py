@@ -85,6 +85,7 @@ class ComparisonRunner:
             self._draw_surface()
         finally:
             self._targets.restore(self._before)
+        self._recorder.store.discard_stale()
         self._recorder.store.save()
         if self._request.folder is not None and distributed.gather_objects(None):  # when all have come here
             shutil.rmtree(self._request.folder / _WORK, ignore_errors=True)

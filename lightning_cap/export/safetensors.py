@@ -28,18 +28,8 @@ from lightning_cap.utilities.files import atomic
 from lightning_cap.utilities.records import append_record
 
 
-def sparsity_stem(sparsity: float) -> str:
-    """File stem of a sparsity: ``sparsity=0.50``, with more digits where two do not tell it.
-
-    Raises:
-        ConfigError: It is no number in [0, 1].
-    """
-    require_real("sparsity", sparsity, "[0, 1]", example=0.5)
-    return goal_stem(sparsity, "sparsity")
-
-
 def goal_stem(goal: float, name: str) -> str:
-    """The same of a share of anything: ``flops=0.50``.
+    """File stem of a goal: ``sparsity=0.50`` or ``flops=0.50``, with more digits where two do not tell it.
 
     Raises:
         ConfigError: ``goal`` is no number in [0, 1], or ``name`` no text.

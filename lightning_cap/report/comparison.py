@@ -17,6 +17,7 @@ from lightning_cap.report.records import (
     accuracy_name,
     as_given,
     by_label,
+    counted,
     goals_of,
     grid_settings,
     in_grid,
@@ -54,6 +55,8 @@ def report(records: Records, folder: Path) -> list[str]:
 def print_comparison(records: Records, console: Console | None = None) -> None:
     """Print mean accuracies, a line for each pruner; with a single pruner, all metrics, a line for each sparsity.
 
+    Where goals count something else than zeros, that is what the lines are of, with what is left of it as the cost predicts it.
+
     Args:
         records: What `lightning_cap.comparison.compare` returned.
         console: Where to. Default: standard output.
@@ -64,7 +67,7 @@ def print_comparison(records: Records, console: Console | None = None) -> None:
     table = (
         _one_pruner(records)
         if len(labels) == 1
-        else Table(title=Text(f"{accuracy_name(records) or 'no metric'} at each sparsity"), padding=(0, 0))
+        else Table(title=Text(f"{accuracy_name(records) or 'no metric'} at each {counted(records)}"), padding=(0, 0))
     )
     if len(labels) > 1:
         table.add_column("pruner", overflow="fold")
@@ -80,17 +83,31 @@ def _one_pruner(records: Records) -> Table:
     metrics = list(records[0].metrics)
     (label, goals), unpruned = next(iter(by_label(records).items())), unpruned_record(records)
     table = Table(title=Text(f"One-shot pruning by {label}"))
-    for name in ("sparsity", "predicted loss", *metrics):
+    cost = next((record.counted for record in records if record.saving is not None), None)
+    for name in (*(() if cost is None else (cost, "predicted")), "sparsity", "predicted loss", *metrics):
         table.add_column(Text(name), justify="right")
+    whole = next((record.saving.whole for record in records if record.saving is not None), "-")
     for goal, seeds in {**({0.0: [unpruned]} if unpruned else {}), **goals}.items():
-        name = seeds[0].label if goal == 0 else f"{seeds[0].sparsity:.4f}"
+        reached = [f"{seeds[0].sparsity:.4f}"] if cost is None else _saved(seeds[0], whole)
+        if goal == 0:
+            reached[0] = seeds[0].label
         predicted = _number(mean_and_deviation([record.predicted_loss for record in seeds]), ".4g")
-        table.add_row(Text(name), predicted, *(_number(mean_and_deviation(metric_values(seeds, m))) for m in metrics))
+        table.add_row(
+            *map(Text, reached), predicted, *(_number(mean_and_deviation(metric_values(seeds, m))) for m in metrics)
+        )
     return table
 
 
+def _saved(record: ComparisonRecord, whole: str = "-") -> list[str]:
+    """Share saved, what is left as predicted, and zeros; ``whole`` is left of the model as it was, if that was dense."""
+    saving = record.saving
+    if saving is None:
+        return ["-", whole if record.sparsity == 0 else "-", f"{record.sparsity:.4f}"]
+    return [f"{saving.share:.4f}", saving.left, f"{record.sparsity:.4f}"]
+
+
 def markdown(records: Records) -> str:
-    """All results as Markdown: accuracies, losses, seconds, grids, and the settings of every pruner.
+    """All results as Markdown: accuracies, savings, losses, seconds, grids, and the settings of every pruner.
 
     Args:
         records: What `lightning_cap.comparison.compare` returned.
@@ -109,6 +126,7 @@ def markdown(records: Records) -> str:
         if unpruned is None
         else f"{unpruned.label.capitalize()}: {_number(mean_and_deviation(metric_values([unpruned], name)))}.",
         _table(_by_sparsity(records, given, _accuracy(records))),
+        *_savings(records),
         "## Increase of the loss",
         "Predicted by the pruner, where it predicts the loss:",
         _table(_by_sparsity(records, given, _predicted, with_unpruned=False)),
@@ -131,6 +149,17 @@ def markdown(records: Records) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _savings(records: Records) -> list[str]:
+    """A section on what is saved, where any goal counts something else than zeros."""
+    if all(record.saving is None for record in records):
+        return []
+    return [
+        f"## {counted(records).capitalize()}",
+        "Share saved of what goals count, what is left of it as predicted, and the share of zeros:",
+        _table(_by_sparsity(records, records, lambda seeds: ", ".join(_saved(seeds[0])), with_unpruned=False)),
+    ]
+
+
 def _labelled(records: Records, setting: str) -> list[ComparisonRecord]:
     """The records of a grid and of its pruners as given, each with its value in the label, in order."""
     grid = in_grid(records, setting)
@@ -141,11 +170,17 @@ def _labelled(records: Records, setting: str) -> list[ComparisonRecord]:
 
 
 def _by_sparsity(records: Records, chosen: Records, cell: _Cell, with_unpruned: bool = True) -> list[list[str]]:
-    """Header and lines: a line for each label, a column for each sparsity."""
-    goals, unpruned = goals_of(records), unpruned_record(records)
+    """Header and lines: a line for each label, with what its goals count if that differs; a column for each goal."""
+    goals, unpruned, differs = goals_of(records), unpruned_record(records), counted(records) == "goal"
     lines = [["pruner", *(percent(goal) for goal in goals)]]
     for label, found in by_label(chosen).items():
-        lines.append([label, *(cell(found[goal]) if goal in found else "-" for goal in goals)])
+        counts = next(iter(found.values()))[0].counted
+        lines.append(
+            [
+                f"{label} ({counts})" if differs else label,
+                *(cell(found[goal]) if goal in found else "-" for goal in goals),
+            ]
+        )
     if with_unpruned and unpruned is not None:
         lines[0].insert(1, unpruned.label)
         for line in lines[1:]:

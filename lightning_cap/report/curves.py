@@ -16,6 +16,7 @@ from lightning_cap.report.records import (
     accuracy_name,
     as_given,
     by_label,
+    counted,
     goals_of,
     grid_settings,
     in_grid,
@@ -30,6 +31,7 @@ from lightning_cap.report.records import (
 from lightning_cap.report.style import (
     OUTLINE,
     footnote,
+    goal_axis,
     grid,
     legend,
     note,
@@ -37,7 +39,6 @@ from lightning_cap.report.style import (
     plain,
     plain_ticks,
     save,
-    sparsity_axis,
     styles,
 )
 from lightning_cap.utilities.arguments import require_choice
@@ -63,7 +64,7 @@ def plot_accuracy(records: Records, path: Path) -> None:
     looks = styles(list(found))
     lines = {
         label: [
-            (100 * statistics.fmean(record.sparsity for record in seeds), value)
+            (100 * statistics.fmean(record.reached for record in seeds), value)
             for seeds in goals.values()
             if (value := mean_and_deviation(metric_values(seeds, name))) is not None and math.isfinite(value[0])
         ]
@@ -76,7 +77,7 @@ def plot_accuracy(records: Records, path: Path) -> None:
             axes.axhline(start, color="0.5", linewidth=1, linestyle=(0, (4, 3)), label=unpruned.label)
         for label, points in lines.items():
             _line(axes, [x for x, _ in points], [value for _, value in points], label, looks[label])
-        sparsity_axis(axes, goals_of(records))
+        goal_axis(axes, goals_of(records), counted(records))
         axes.set_ylabel(plain(name or "no metric"))
         grid(axes)
     if near is not None:
@@ -166,7 +167,9 @@ def plot_losses(records: Records, path: Path) -> bool:
     axes.set_xlabel("predicted increase of the loss")
     axes.set_ylabel(f"measured increase of the loss ({kind} data)")
     several = len({record.seed for record in shown}) > 1
-    how = "numbers: sparsity in %" + ("; small points: seeds, lines: their geometric means" if several else "")
+    how = f"numbers: {counted(records)} in %" + (
+        "; small points: seeds, lines: their geometric means" if several else ""
+    )
     footnote(figure, how, _left_out(records, known, shown))
     grid(axes)
     legend(figure, axes)
@@ -237,7 +240,7 @@ def plot_grid(records: Records, setting: str, path: Path) -> None:
             axes.set_xscale("log")
         axes.set_xticks(list(positions.values()), [_text(value) for value in values], fontsize=8)
         axes.minorticks_off()
-        axes.set_title(f"{percent(goal)} sparsity{outside}", fontsize=9)
+        axes.set_title(f"{percent(goal)} {counted(records)}{outside}", fontsize=9)
         axes.set_xlabel(setting)
         axes.set_ylabel(plain(name or "no metric"))
         grid(axes)

@@ -13,7 +13,7 @@ from lightning_cap.errors import DataError
 from lightning_cap.report.curves import plot_accuracy, plot_grid, plot_losses
 from lightning_cap.report.heatmaps import plot_fisher_block, plot_surface
 from lightning_cap.report.mask_plots import mask_agreement, plot_agreement, plot_layers, seed_note
-from lightning_cap.report.records import Records, as_given, by_label, grid_settings
+from lightning_cap.report.records import Records, as_given, by_label, counted, grid_settings
 from lightning_cap.report.style import styles
 from lightning_cap.utilities.files import save_json
 from lightning_cap.utilities.records import read_record
@@ -39,7 +39,7 @@ def draw_all(records: Records, folder: Path) -> list[str]:
     agreement = mask_agreement(records, folder)
     if agreement:
         save_json(folder / "iou.json", agreement)
-        plot_agreement(agreement, folder / "iou.png", seed_note(records))
+        plot_agreement(agreement, folder / "iou.png", seed_note(records), counted(records))
         drawn += ["iou.json", "iou.png"]
     for setting in grid_settings(records):
         plot_grid(records, setting, folder / f"grid-{setting}.png")
@@ -52,7 +52,7 @@ def _draw_planes(records: Records, folder: Path) -> list[str]:
     known, drawn = {record.fingerprint for record in records}, []
     surface, block = _surface(folder / SURFACE), folder / "fisher_block.safetensors"
     if surface is not None and known.issuperset(surface.of):
-        plot_surface(surface, folder / "surface.png", styles(list(by_label(as_given(records)))))
+        plot_surface(surface, folder / "surface.png", styles(list(by_label(as_given(records)))), counted(records))
         drawn += [SURFACE, "surface.png"]
     of, blocks = _block(block)
     if of in known:

@@ -21,7 +21,7 @@ _DOUBLINGS = 10  # at most, of the height above the lowest loss, from line to li
 _TOLD = 5e-4  # of a number: what its first four digits tell
 
 
-def plot_surface(surface: SurfaceRecord, path: Path, looks: Looks | None = None) -> None:
+def plot_surface(surface: SurfaceRecord, path: Path, looks: Looks | None = None, counted: str = "sparsity") -> None:
     """Contours of the loss in the plane of the weights before pruning and two pruned ones, the three marked (figure 4).
 
     The height above the lowest loss doubles from line to line, so that the bottom of the basin has lines too; between two lines
@@ -31,6 +31,7 @@ def plot_surface(surface: SurfaceRecord, path: Path, looks: Looks | None = None)
         surface: The record in ``surface.json``.
         path: A ``.png``, ``.svg`` or ``.pdf`` file.
         looks: Colours and markers by the pruners' names. Default: those of a comparison of the two.
+        counted: What the goal counts.
     """
     require_instance("surface", surface, SurfaceRecord, "read_record(path, SurfaceRecord)")
     looks = looks or styles(surface.pruners)
@@ -64,7 +65,7 @@ def plot_surface(surface: SurfaceRecord, path: Path, looks: Looks | None = None)
         axes.annotate(text, (x, y), shift, textcoords="offset points", fontsize=8, zorder=6, ha=side, bbox=box)
     axes.set_xlabel(f"from {UNPRUNED} (0) to {plain(one)} (1)")
     axes.set_ylabel(f"from {UNPRUNED} (0) to {plain(two)} (1)")
-    axes.set_title(f"{percent(surface.sparsity)} sparsity", fontsize=9)
+    axes.set_title(f"{percent(surface.sparsity)} {counted}", fontsize=9)
     axes.set_aspect("equal")
     save(figure, path)
 

@@ -11,7 +11,16 @@ import numpy as np
 from matplotlib.colors import Normalize
 
 from lightning_cap.comparison.records import intersection_over_union, load_masks
-from lightning_cap.report.records import Records, as_given, by_label, first_seed, goals_of, percent, require_records
+from lightning_cap.report.records import (
+    Records,
+    as_given,
+    by_label,
+    counted,
+    first_seed,
+    goals_of,
+    percent,
+    require_records,
+)
 from lightning_cap.report.style import NUM_COLORS, Looks, footnote, grid, legend, panels, plain, save, styles
 
 _MOST_BARS = 120
@@ -29,7 +38,7 @@ def plot_layers(records: Records, path: Path) -> None:
     """
     require_records(records)
     found, every_goal = by_label(first_seed(as_given(records))), goals_of(records)
-    goals = _spread(every_goal)
+    goals, zeros = _spread(every_goal), counted(records) == "sparsity"
     looks = styles(list(found))
     names = list(next(iter(next(iter(found.values())).values()))[0].sparsities)
     width = min(22.0, max(5.0, 1.2 + len(names) * max(0.28, 0.09 * len(found))))
@@ -41,13 +50,14 @@ def plot_layers(records: Records, path: Path) -> None:
             if goal in having
         }
         _layers_of(axes, heights, looks, as_lines=len(names) * len(found) > _MOST_BARS)
-        axes.axhline(100 * goal, color="0.3", linewidth=0.8, linestyle=(0, (4, 3)))
+        if zeros:
+            axes.axhline(100 * goal, color="0.3", linewidth=0.8, linestyle=(0, (4, 3)))
         axes.set_ylim(0, 102)
         axes.set_xlim(-0.7, len(names) - 0.3)
         axes.set_xticks(range(len(names)), [""] * len(names))
         axes.tick_params(axis="x", length=0)
         axes.set_ylabel("sparsity (%)", fontsize=8)
-        axes.set_title(f"model: {percent(goal)}", fontsize=9, loc="left")
+        axes.set_title(f"model: {percent(goal)}" + ("" if zeros else f" {counted(records)}"), fontsize=9, loc="left")
     short = [plain(name.removesuffix(".weight")) for name in _without_common_start(names)]
     every[-1].set_xticks(range(len(names)), short, rotation=90, fontsize=min(8.0, 5 + 60 / len(names)))
     figure.set_figheight(figure.get_figheight() + 0.07 * max(map(len, short)))
@@ -120,13 +130,14 @@ def mask_agreement(records: Records, folder: Path) -> dict[str, Any]:
     return out
 
 
-def plot_agreement(agreement: Mapping[str, Any], path: Path, told: str = "") -> None:
+def plot_agreement(agreement: Mapping[str, Any], path: Path, told: str = "", counted: str = "sparsity") -> None:
     """The matrices of `mask_agreement`, a panel for each sparsity.
 
     Args:
         agreement: What it returned.
         path: A ``.png``, ``.svg`` or ``.pdf`` file.
         told: What to say below.
+        counted: What the goals count. Only of zeros it is known how far masks agree by chance.
     """
     goals = [float(sparsity) for sparsity in agreement]
     chosen = _spread(goals)
@@ -142,8 +153,8 @@ def plot_agreement(agreement: Mapping[str, Any], path: Path, told: str = "") -> 
     for axes, goal in zip(every, chosen, strict=True):
         entry = next(entry for sparsity, entry in agreement.items() if float(sparsity) == goal)
         image = _matrix(axes, 100 * np.array(entry["iou"]), list(map(plain, entry["pruners"])), colors)
-        chance = 100 * (1 - goal) / (1 + goal)
-        axes.set_title(f"{percent(goal)} sparsity (by chance: {chance:.0f})", fontsize=9)
+        chance = f" (by chance: {100 * (1 - goal) / (1 + goal):.0f})" if counted == "sparsity" else ""
+        axes.set_title(f"{percent(goal)} {counted}{chance}", fontsize=9)
     bar = figure.colorbar(image, ax=every, shrink=0.6, aspect=30)
     bar.set_label("intersection over union of the kept weights (%)", fontsize=8)
     bar.ax.tick_params(labelsize=8)

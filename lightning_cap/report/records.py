@@ -57,8 +57,16 @@ def first_seed(records: Records) -> list[ComparisonRecord]:
 
 
 def goals_of(records: Records) -> list[float]:
-    """The sparsities that were asked for, rising."""
+    """The sparsities, or other goals, that were asked for, rising."""
     return sorted({record.goal for record in records if record.pruner != UNPRUNED})
+
+
+def counted(records: Records) -> str:
+    """What the goals count, in words: ``"sparsity"``, ``"saving of flops"``, or ``"goal"`` where pruners count different things."""
+    names = {record.counted for record in records if record.pruner != UNPRUNED}
+    if len(names) > 1:
+        return "goal"
+    return "sparsity" if names <= {"sparsity"} else f"saving of {names.pop()}"
 
 
 def grid_settings(records: Records) -> list[str]:

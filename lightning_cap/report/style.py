@@ -73,13 +73,13 @@ def grid(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def sparsity_axis(axes: Any, goals: Sequence[float]) -> None:
-    """A horizontal axis in per cent with a tick at each sparsity that was asked for."""
+def goal_axis(axes: Any, goals: Sequence[float], counted: str) -> None:
+    """A horizontal axis in per cent of what goals count, with a tick at each one."""
     close = len(goals) > 1 and min(b - a for a, b in itertools.pairwise(goals)) < 0.06 * (goals[-1] - goals[0])
     axes.set_xticks(
         [100 * goal for goal in goals], [f"{100 * goal:.4g}" for goal in goals], rotation=90 if close else 0
     )
-    axes.set_xlabel("sparsity (%)")
+    axes.set_xlabel(f"{counted} (%)")
 
 
 def plain_ticks(axis: Any) -> None:

@@ -30,9 +30,17 @@ class Saving:
     @property
     def left(self) -> str:
         """The price, such as ``12.3 ms`` or ``1.26 G FLOPs``."""
-        sizes = [(size, letter) for size, letter in ((1e9, "G "), (1e6, "M "), (1e3, "k ")) if self.price >= size]
+        return self._shown(self.price)
+
+    @property
+    def whole(self) -> str:
+        """The price of the model with all units, likewise."""
+        return self._shown(self.price / (1 - self.share))
+
+    def _shown(self, price: float) -> str:
+        sizes = [(size, letter) for size, letter in ((1e9, "G "), (1e6, "M "), (1e3, "k ")) if price >= size]
         size, letter = sizes[0] if sizes else (1.0, "")
-        return f"{self.price / size:.3g} {letter}{self.unit}"
+        return f"{price / size:.3g} {letter}{self.unit}"
 
 
 @dataclass(frozen=True, kw_only=True)

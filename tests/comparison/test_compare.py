@@ -14,6 +14,7 @@ from lightning_cap.comparison import LossSurface, compare
 from lightning_cap.comparison.record_store import digest
 from lightning_cap.comparison.records import GridPoint, SurfaceRecord, intersection_over_union, load_masks
 from lightning_cap.errors import ConfigError, DataError, GradientError, PatternError, TargetError
+from lightning_cap.export.records import ExportRecord
 from lightning_cap.pruners import (
     CAPUnits,
     LayerwiseOBS,
@@ -28,12 +29,12 @@ from lightning_cap.report import print_comparison, report
 from lightning_cap.sparsity import Flops
 from lightning_cap.sparsity.allocation import Global, PerTarget, Uniform
 from lightning_cap.sparsity.patterns import NofM
-from lightning_cap.utilities.records import read_record
+from lightning_cap.utilities.records import read_record, read_records
 from tests.support.checkpoints import checkpoint
 from tests.support.comparing import Data, assert_close, collections, comparable, paths, results, run, toy
 from tests.support.distilling import STUDENT_TARGETS, Student
 from tests.support.pruners import METHODS
-from tests.support.toy import Toy, ToyData, cap, trainer
+from tests.support.toy import CLASSES, FEATURES, Toy, ToyData, cap, trainer
 
 
 def test_gradients_are_collected_once_for_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -95,6 +96,35 @@ def test_pruners_of_units_are_compared_with_the_others(tmp_path: Path) -> None:
         assert whole == (record.pruner != "GM")
         zeros = sum(int((~mask).sum()) for mask in masks.values())
         assert zeros == 230 if record.pruner == "GM" else zeros > 100  # of 576; FLOPs are more in the first layers
+
+    by_name = {record.pruner: record for record in records}
+    counted = {name: by_name[name].counted for name in ("CAPUnits", "magnitude", "GM")}
+    assert counted == {"CAPUnits": "parameters", "magnitude": "flops", "GM": "sparsity"}
+    assert by_name["GM"].saving is None
+    assert by_name["GM"].masks == "masks/GM-seed=0-sparsity=0.40.safetensors"
+    assert by_name["magnitude"].masks == "masks/magnitude-seed=0-flops=0.40.safetensors"
+
+
+def test_what_goals_count_names_the_files_and_is_kept_in_the_record(tmp_path: Path) -> None:
+    pruner = MagnitudeUnits(cost=Flops())
+    (dense, half) = run(tmp_path, pruner, [0.4])
+    assert dense.saving is None
+    assert half.weights == "flops=0.40.safetensors"
+    assert half.masks == "masks/MagnitudeUnits-seed=0-flops=0.40.safetensors"
+    assert [r.path for r in read_records(tmp_path / "exports.jsonl", ExportRecord)] == ["flops=0.40.safetensors"]
+    net = toy()
+    net.net.load_state_dict(load_file(tmp_path / half.weights))
+    first, second = (int(net.net[i].weight.any(1).sum()) for i in (0, 4))
+    assert half.saving is not None
+    assert half.saving.price == 2 * (FEATURES * first + first * second + second * CLASSES)
+    whole = 2 * (FEATURES * 16 + 16 * 16 + 16 * CLASSES)
+    assert half.saving.share == half.reached == pytest.approx(1 - half.saving.price / whole)
+    assert 0.4 <= half.reached < 0.45
+    assert half.sparsity != half.reached
+    assert results(tmp_path) == [dense, half]
+    (_, other) = run(tmp_path, MagnitudeUnits(), [0.4])  # another cost of the same pruner takes its place
+    assert other.weights == "parameters=0.40.safetensors"
+    assert [path.name for path in (tmp_path / "masks").iterdir()] == [Path(other.masks).name]
 
 
 def test_the_calibration_loss_is_of_the_first_samples(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from lightning_cap.comparison.records import ComparisonRecord, GridPoint, Surfac
 from lightning_cap.errors import ConfigError, DataError
 from lightning_cap.report import curves, heatmaps, mask_plots, report
 from lightning_cap.report.style import styles
-from tests.support.comparison_records import UNPRUNED, record
+from tests.support.comparison_records import UNPRUNED, record, saved
 
 GOALS = [0.5, 0.6, 0.7, 0.8, 0.9]
 ODD = "[/red] _$x$|\\foo"  # markup of rich, formulas of matplotlib, columns of Markdown
@@ -160,6 +160,20 @@ def test_a_metric_that_is_to_be_small_is_limited_from_the_other_side(drawn: list
     low, high = axes.get_ylim()
     assert low < 0.12
     assert high < 1
+
+
+def test_pictures_say_what_goals_count(drawn: list[Figure]) -> None:
+    some = [UNPRUNED, *(saved(record(name, s, 0, 0.9)) for name in ("A", "B") for s in (0.5, 0.75))]
+    curves.plot_accuracy(some, Path("a.png"))
+    (axes,) = drawn[0].axes
+    assert axes.get_xlabel() == "saving of flops (%)"
+    assert list(axes.lines[-1].get_xdata()) == [50, 75]
+    mask_plots.plot_layers(some, Path("l.png"))
+    assert "model: 50 % saving of flops" in told(drawn[1])
+    agreement = {"0.5": {"pruners": ["A", "B"], "iou": [[1.0, 0.4], [0.4, 1.0]]}}
+    mask_plots.plot_agreement(agreement, Path("i.png"), counted="saving of flops")
+    assert "50 % saving of flops" in told(drawn[2])
+    assert "by chance" not in told(drawn[2])
 
 
 def test_layers_and_agreement_show_every_sparsity(drawn: list[Figure]) -> None:

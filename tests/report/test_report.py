@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from lightning_cap.comparison.records import GridPoint, SurfaceRecord, save_mask
 from lightning_cap.report import curves, markdown, mask_plots, print_comparison, report, style
 from lightning_cap.report import heatmaps as planes
 from lightning_cap.utilities.records import write_records
-from tests.support.comparison_records import UNPRUNED, record
+from tests.support.comparison_records import UNPRUNED, record, saved
 
 
 def records() -> list[Any]:
@@ -82,6 +83,33 @@ def test_the_console_has_a_line_for_each_pruner_or_for_each_sparsity_of_one() ->
     one = printed([UNPRUNED, record("A", 0.5, 0, 0.9), record("A", 0.9, 0, 0.8)])
     assert "One-shot pruning by A" in one
     assert all(word in one for word in ("unpruned", "predicted loss", "val_loss", "0.9000", "0.005"))
+
+
+def test_what_is_saved_is_printed_beside_the_sparsity() -> None:
+    lines = printed([UNPRUNED, *(saved(record("A", s, 0, 0.9)) for s in (0.5, 0.75))]).splitlines()
+    header, dense, half, more = (re.findall(r"[^\s┃│]+(?: [^\s┃│]+)*", lines[i]) for i in (2, 4, 5, 6))
+    assert header == ["flops", "predicted", "sparsity", "predicted loss", "val_loss", "val_acc"]
+    assert dense == ["unpruned", "6 M FLOPs", "0.0000", "0", "0.1000", "0.9900"]
+    assert half == ["0.5000", "3 M FLOPs", "0.3750", "0.005", "0.2000", "0.9000"]
+    assert more[:3] == ["0.7500", "1.5 M FLOPs", "0.6250"]
+    start = replace(UNPRUNED, label="start (40 % sparse)", sparsity=0.4)
+    assert "6 M FLOPs" not in printed([start, saved(record("A", 0.5, 0, 0.9))])  # not known to have all units
+
+
+def test_several_pruners_are_at_what_their_goals_count() -> None:
+    flops = [UNPRUNED, *(saved(record(name, 0.5, 0, 0.9)) for name in ("A", "B"))]
+    assert "val_acc at each saving of flops" in " ".join(printed(flops).split())
+    text = markdown(flops)
+    assert "## Saving of flops" in text
+    assert "| A | 0.5000, 3 M FLOPs, 0.3750 |" in text
+    mixed = [*flops, record("C", 0.5, 0, 0.8)]
+    text = printed(mixed)
+    assert "val_acc at each goal" in text
+    assert "A (flops)" in text
+    assert "C (sparsity)" in text
+    assert "| C (sparsity) | -, -, 0.5000 |" in markdown(mixed)
+    assert "Saving" not in markdown(records())
+    assert "(sparsity)" not in markdown(records()) + printed(records())
 
 
 def test_names_are_printed_as_they_are() -> None:

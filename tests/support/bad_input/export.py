@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cap.errors import ConfigError
-from lightning_cap.export.safetensors import plain_model, save_plain_weights, save_weights, sparsity_stem
+from lightning_cap.export.safetensors import goal_stem, plain_model, save_plain_weights, save_weights
 from lightning_cap.sparsity import Targets
 from tests.support.bad_input.table import NO_NUMBERS, Line, wrong
 
@@ -43,7 +43,8 @@ def meta() -> dict[str, Tensor]:
 
 
 LINES = [
-    *wrong(sparsity_stem, "sparsity", *NO_NUMBERS, -0.1, 1.5),
+    *wrong(goal_stem, "goal", *NO_NUMBERS, -0.1, 1.5, given={"name": "flops"}),
+    *wrong(goal_stem, "name", None, 3, True, "", given={"goal": 0.5}),
     *wrong(save, "path", 3, True, ["w"], "", " ", object, 1.5),
     *wrong(save, "state", 3, "w", [torch.ones(2)], torch.ones(2), MODEL),
     *wrong(save, "metadata", 3, "w", [("a", "b")]),
