@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from lightning_cap.cli.checkpoint_model import CheckpointModel, load_checkpoint_
 from lightning_cap.cli.inputs import real_inputs
 from lightning_cap.cli.messages import near
 from lightning_cap.cli.parsing import CAPParser
-from lightning_cap.errors import ConfigError
+from lightning_cap.errors import CAPError, ConfigError
 from lightning_cap.export import Exporter, ExportRecord
 from lightning_cap.export.benchmark import benchmark, print_benchmark, save_benchmark
 from lightning_cap.export.exporter import MODEL_ARGS, num_bytes
@@ -107,11 +109,13 @@ def export(args: Sequence[str]) -> ExportRecord:
     loaded = load_checkpoint_model(checkpoint, paths["config"], given.module)
     require_writable("--output", str(folder), folder)
     inputs, origin = real_inputs(loaded, paths["config"] is not None, paths["data"], paths["input"])
-    model = _shrunk(checkpoint, loaded, inputs) if given.shrink else loaded.model
+    with _in_words_of_the_command(checkpoint):
+        model = _shrunk(checkpoint, loaded, inputs) if given.shrink else loaded.model
     path = folder / f"{checkpoint.stem}{'-shrunk' if given.shrink else ''}{exporter.suffix}"
     metadata = {} if loaded.model_args is None else {MODEL_ARGS: json.dumps(loaded.model_args, sort_keys=True)}
     size = num_bytes(loaded.model)
-    record = exporter.export(model, path, inputs, dense_bytes=size, shrunk=given.shrink, metadata=metadata)
+    with _in_words_of_the_command(checkpoint), _leaving_no_empty_folder(folder):
+        record = exporter.export(model, path, inputs, dense_bytes=size, shrunk=given.shrink, metadata=metadata)
     for line in describe(record, path, origin):
         print(line)
     if given.benchmark:
@@ -155,6 +159,32 @@ def _shrunk(checkpoint: Path, loaded: CheckpointModel, inputs: Tensor) -> nn.Mod
         )
     units, masks = found
     return shrink(loaded.module, masks, units, inputs[:2]).eval()
+
+
+@contextmanager
+def _in_words_of_the_command(checkpoint: Path) -> Iterator[None]:
+    """What is wrong, by the names that the user has typed."""
+    try:
+        yield
+    except CAPError as error:
+        told, is_state, _ = str(error).partition(" To prune on from its weights, ")
+        told = told.replace(" Resume from another checkpoint.", "")
+        told = re.sub(r"^ckpt_path(?=:)", f"CKPT={shown(str(checkpoint))}", told)
+        told = re.sub(r"^example_input(?=[:=])", "--input", told)
+        raise type(error)(f"{told} Give another checkpoint, or leave --shrink out." if is_state else told) from error
+
+
+@contextmanager
+def _leaving_no_empty_folder(folder: Path) -> Iterator[None]:
+    """Remove what was made of a folder and its parents, if there is nothing in it after a failure."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    try:
+        yield
+    except BaseException:
+        for place in missing:
+            with suppress(OSError):
+                place.rmdir()
+        raise
 
 
 def _benchmark(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lightning_cap.export.compressed import Compressed, load_compressed
+from lightning_cap.export.compressed import Compressed
+from lightning_cap.export.compressed_files import load_compressed
 from lightning_cap.export.coreml import CoreML
 from lightning_cap.export.exporter import Exporter, Runner
 from lightning_cap.export.onnx import ONNX

@@ -204,7 +204,8 @@ class Exporter(ABC):
         """Write, run and read back; what the record says of it."""
         model, inputs = self.prepare(model, example)
         expected = _run_torch(model, inputs)
-        with _telling(f"to={self.format!r}: the model cannot be written in this format"):
+        refused = f"to={self.format!r}: the model cannot be written in this format"
+        with _telling(refused), _finding_full_disk(path, num_bytes(model)):
             self.write(model, path, inputs if len(inputs) > 1 else torch.cat([inputs, inputs]), metadata)
         with _telling(f"to={self.format!r}: the file that was written cannot be read"):
             weights, equal = check_zeros(self.format, model, self.stored(path))
@@ -310,6 +311,21 @@ def _run_torch(model: nn.Module, inputs: Tensor) -> Tensor:
     if not outputs.isfinite().all():
         raise ExportError("model: its outputs are not finite on these inputs. Give a model that works, and its inputs.")
     return outputs
+
+
+@contextmanager
+def _finding_full_disk(path: Path, size: int) -> Iterator[None]:
+    """Writers in C++ do not tell why they fail: where one does after it has begun, try whether the system refuses as much space."""
+    try:
+        yield
+    except (CAPError, OSError):
+        raise
+    except Exception:
+        if path.exists():
+            with path.with_name("space").open("wb") as file:
+                file.write(bytes(size))
+                os.fsync(file.fileno())
+        raise
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -11,10 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_cap.errors import DataError
-from lightning_cap.export.exporter import MODEL_ARGS, WeightsExporter
-from lightning_cap.export.kept_units import STEPS
+from lightning_cap.export.exporter import WeightsExporter
 from lightning_cap.export.safetensors import save_plain_weights
-from lightning_cap.export.shrunk_files import save_shrunk
+from lightning_cap.export.shrunk_files import write_weights
 from lightning_cap.utilities.arguments import require_path, shown
 
 
@@ -30,11 +28,7 @@ class Safetensors(WeightsExporter):
 
     def write(self, model: nn.Module, path: Path, inputs: Tensor, metadata: Mapping[str, str]) -> None:
         """Write the state dict."""
-        if hasattr(model, STEPS):
-            given = metadata.get(MODEL_ARGS)
-            save_shrunk(model, path, None if given is None else json.loads(given))
-        else:
-            save_plain_weights(path, model.state_dict(), metadata)
+        write_weights(model, path, metadata, save_plain_weights)
 
     def stored(self, path: Path | str) -> dict[str, Tensor]:
         """The state dict."""

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -98,6 +101,21 @@ def save_plain_weights(path: Path | str, state: Mapping[str, Tensor], metadata: 
         OSError: The system refuses, as on a full disk; it names the file.
     """
     path = _file(path)
+    check_plain_weights(state, metadata)
+    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
+    with atomic(path) as temporary:
+        with _as_os_error():
+            save_file(tensors, temporary, {"format": "pt", **metadata})
+        _sort_metadata(temporary)
+        temporary.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
+
+
+def check_plain_weights(state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Refuse what a file of safetensors cannot hold.
+
+    Raises:
+        ConfigError: ``state`` has other things than dense tensors by name, or ``metadata`` other things than strings.
+    """
     require_instance("state", state, Mapping, "model.state_dict()")
     require_instance("metadata", metadata, Mapping, '{"sparsity": "0.5"}')
     for name, tensor in state.items():
@@ -111,11 +129,18 @@ def save_plain_weights(path: Path | str, state: Mapping[str, Tensor], metadata: 
             raise ConfigError(
                 f"metadata: {shown(name)} is {shown(text)}. Give strings by name, such as {{'sparsity': '0.5'}}."
             )
-    tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
-    with atomic(path) as temporary:
-        save_file(tensors, temporary, {"format": "pt", **metadata})
-        _sort_metadata(temporary)
-        temporary.chmod(0o666 & ~_umask())  # safetensors writes for the owner alone
+
+
+@contextmanager
+def _as_os_error() -> Iterator[None]:
+    """What the system refuses to safetensors, as Python tells it."""
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1]))) from error
 
 
 def _file(path: object) -> Path:

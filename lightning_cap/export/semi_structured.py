@@ -12,7 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cap.errors import ConfigError, ExportError
-from lightning_cap.export.compressed import Compressed, read_header
+from lightning_cap.export.compressed import Compressed
+from lightning_cap.export.compressed_files import read_header
 from lightning_cap.export.exporter import Runner
 from lightning_cap.sparsity.patterns import NofM
 from lightning_cap.utilities.arguments import require_choice, require_instance, require_path, shown
@@ -82,7 +83,7 @@ def load_semi_structured(model: nn.Module, path: Path | str) -> nn.Module:
     """Put a file of ``lightning-cap export --to semi_structured`` into a model, on the GPU.
 
     Args:
-        model: Of the architecture that was exported; changed in place.
+        model: Of the architecture that was exported, of a shrunk one what `load(path)` gives; changed in place.
         path: The ``.semi_structured.safetensors`` file.
 
     Returns:

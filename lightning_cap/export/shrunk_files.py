@@ -6,7 +6,7 @@ import copy
 import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,6 +15,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lightning_cap.errors import CAPError, ConfigError, DataError
+from lightning_cap.export.compressed_files import COMPRESSED, load_compressed
+from lightning_cap.export.exporter import MODEL_ARGS
 from lightning_cap.export.kept_units import STEPS, ShrinkStep, ShrunkRecord
 from lightning_cap.export.safetensors import save_plain_weights
 from lightning_cap.export.shrunk import default_example, is_close, outputs_of
@@ -24,6 +26,9 @@ from lightning_cap.utilities.compiled import plain_module
 from lightning_cap.utilities.files import atomic
 from lightning_cap.utilities.records import Plain, read_record
 from lightning_cap.utilities.rng import preserved
+
+#: Writes a state dict, with strings for the header, as `save_plain_weights` does.
+SaveWeights = Callable[[Path, Mapping[str, Tensor], Mapping[str, str]], None]
 
 _SUFFIX = ".safetensors"
 _DIGEST = "kept_units"  # in the header of the weights: what the JSON beside them must be
@@ -46,7 +51,32 @@ def save_shrunk(model: nn.Module, path: Path | str, model_args: Mapping[str, Any
     """
     require_instance("model", model, nn.Module, "shrink(model, masks)")
     require_instance("model_args", model_args, Mapping, '{"img_size": 32}', optional=True)
-    path = _weights_file(path)
+    _save_shrunk(model, _weights_file(path), model_args, {}, save_plain_weights)
+
+
+def write_weights(model: nn.Module, path: Path, metadata: Mapping[str, str], save: SaveWeights) -> None:
+    """Write the weights of a model in a way of one's own; of one that `shrink` has made, the kept units beside them.
+
+    Args:
+        model: Any.
+        path: The file.
+        metadata: Strings for its header; `MODEL_ARGS` among them is taken.
+        save: How to write the weights.
+
+    Raises:
+        ConfigError: The `MODEL_ARGS` do not make the model.
+        OSError: The system refuses, as on a full disk; it names the file.
+    """
+    if hasattr(model, STEPS):
+        given = metadata.get(MODEL_ARGS)
+        _save_shrunk(model, path, None if given is None else json.loads(given), metadata, save)
+    else:
+        save(path, model.state_dict(), metadata)
+
+
+def _save_shrunk(
+    model: nn.Module, path: Path, model_args: Mapping[str, Any] | None, metadata: Mapping[str, str], save: SaveWeights
+) -> None:
     small = _made_by_shrink(model)
     architecture = _architecture(small)
     given = dict(model_args) if model_args is not None else _inferred_args(small) if architecture else {}
@@ -57,14 +87,14 @@ def save_shrunk(model: nn.Module, path: Path | str, model_args: Mapping[str, Any
     text = json.dumps(record.to_json(), allow_nan=False) + "\n"
     with atomic(_units_file(path)) as temporary:
         temporary.write_text(text)
-        save_plain_weights(path, state, {"architecture": architecture, _DIGEST: _digest(record)})
+        save(path, state, {**metadata, "architecture": architecture, _DIGEST: _digest(record)})
 
 
 def load(path: Path | str, model: nn.Module | None = None) -> nn.Module:
-    """The smaller model that `save_shrunk` has written. torch-pruning is not needed.
+    """The smaller model that `save_shrunk` or ``lightning-cap export --shrink`` has written. torch-pruning is not needed.
 
     Args:
-        path: The ``.safetensors`` file; its ``.json`` must lie beside it.
+        path: The ``.safetensors`` file, a compressed one too; its ``.json`` must lie beside it.
         model: The dense model, with any weights; it is not changed. Default: what timm makes.
 
     Returns:
@@ -208,6 +238,8 @@ def _read_weights(path: Path) -> tuple[dict[str, Tensor], str]:
     """The weights, and the digest of the units that they belong to."""
     try:
         with safe_open(path, "pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}, (file.metadata() or {}).get(_DIGEST, "")  # noqa: SIM118
+            header: dict[str, str] = file.metadata() or {}
+            held = {} if COMPRESSED in header else {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise DataError(f"{path}: it cannot be read ({error}). Give a file that save_shrunk has written.") from error
+    return load_compressed(path) if COMPRESSED in header else held, header.get(_DIGEST, "")

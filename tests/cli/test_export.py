@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_cap import VisionClassifier
 from lightning_cap.cli import main
+from lightning_cap.errors import ConfigError
 from lightning_cap.export import ExportRecord, Safetensors, load, load_compressed, shrink
 from lightning_cap.export.safetensors import save_plain_weights
 from lightning_cap.sparsity.units import Units
@@ -252,3 +253,27 @@ def test_shrinking_needs_pruned_units(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match=r"--shrink: CKPT=.* is of no run that pruned units"):
         main(["export", saved(tmp_path, classifier()), "--to=safetensors", "--shrink"])
     assert not (tmp_path / "checkpoints/export").exists()
+
+
+@pytest.mark.parametrize("error", [ConfigError("example_input=3: no."), KeyboardInterrupt()])
+def test_a_failure_leaves_no_empty_folder_and_names_what_was_typed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    def fail(self: Safetensors, path: Path, *_: object, **__: object) -> None:
+        (tmp_path / "a/b").mkdir(parents=True)
+        raise error
+
+    monkeypatch.setattr(Safetensors, "export", fail)
+    with pytest.raises(BaseException, match="--input=3: no" if isinstance(error, ConfigError) else None):
+        main(["export", saved(tmp_path, classifier()), "--to=safetensors", f"--output={tmp_path}/a/b"])
+    assert not (tmp_path / "a").exists()
+
+
+def test_a_damaged_state_is_told_without_words_of_training(tmp_path: Path) -> None:
+    path = saved(tmp_path, classifier(), callbacks={"CAP": {"units": {}, "collection_index": 0, "version": 1}})
+    with pytest.raises(
+        SystemExit, match=r"CKPT=.* it has version 1.*Give another checkpoint, or leave --shrink out"
+    ) as e:
+        main(["export", path, "--to=safetensors", "--shrink"])
+    assert "anew" not in str(e.value)
+    assert "ckpt_path" not in str(e.value)

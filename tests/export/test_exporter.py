@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from lightning_cap.errors import ConfigError, ExportError
@@ -65,6 +66,24 @@ class _Full(Safetensors):
         raise OSError(28, "No space left on device")
 
 
+class _FullInRust(Safetensors):
+    def write(self, model: nn.Module, path: Path, inputs: Tensor, metadata: Mapping[str, str]) -> None:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("lightning_cap.export.safetensors.save_file", _refuse)
+            super().write(model, path, inputs, metadata)
+
+
+class _FullInCpp(Safetensors):
+    def write(self, model: nn.Module, path: Path, inputs: Tensor, metadata: Mapping[str, str]) -> None:
+        path.write_bytes(b"half")
+        path.with_name("space").mkdir()  # the system refuses to write there
+        raise RuntimeError("iostream error")
+
+
+def _refuse(*_: object) -> None:
+    raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+
 class _Untraceable(Safetensors):
     def write(self, model: nn.Module, path: Path, inputs: Tensor, metadata: Mapping[str, str]) -> None:
         raise NotImplementedError("this\noperator")
@@ -79,6 +98,8 @@ class _Needing(Safetensors):
     [
         (_OtherOutputs, ExportError, "outputs of the file differ from torch's by .* tolerance=0.0001"),
         (_Full, ConfigError, "cannot be written .No space left on device"),
+        (_FullInRust, ConfigError, "cannot be written .No space left on device"),
+        (_FullInCpp, ConfigError, "cannot be written .Is a directory"),
         (_Untraceable, ExportError, "cannot be written in this format .NotImplementedError: this operator"),
         (_Needing, ConfigError, r"no_such_package, not installed here: pip install 'lightning-cap\[nothing\]'"),
     ],

@@ -8,7 +8,7 @@ from torch import nn
 
 from lightning_cap.errors import ConfigError, DataError, ExportError
 from lightning_cap.export import SemiStructured, load_semi_structured
-from lightning_cap.export.compressed import read_header
+from lightning_cap.export.compressed_files import read_header
 from lightning_cap.export.semi_structured import sparse_layers
 from tests.support.exporting import images
 

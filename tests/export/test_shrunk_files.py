@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cap.errors import ConfigError, DataError
-from lightning_cap.export import load, save_shrunk, shrink
+from lightning_cap.export import Compressed, Exporter, Safetensors, SemiStructured, load, save_shrunk, shrink
 from lightning_cap.sparsity.units import Units
 from tests.support.shrinking import group, shapes_of, unsettle
 
@@ -203,3 +203,20 @@ def test_a_full_disk_leaves_both_old_files(tmp_path: Path, full_disk: Callable[[
 def test_only_what_shrink_made_is_saved(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="model=Sequential: it was not made by shrink"):
         save_shrunk(plain(), tmp_path / "s.safetensors")
+
+
+@pytest.mark.parametrize("kind", [Safetensors, Compressed, SemiStructured])
+def test_a_shrunk_model_comes_back_from_every_file_of_weights(
+    kind: type[Exporter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lightning_cap.export.semi_structured.sparse_layers", lambda model: [])
+    model, path = small_plain(), tmp_path / f"a.b{kind.suffix}"
+    with torch.no_grad():
+        model[0].weight[:, :2] = 0  # type: ignore[index]
+    kind().write(model, path, torch.randn(2, 4), {"note": "x"})
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, path.with_suffix(".json").name}
+    x = torch.randn(3, 4)
+    assert torch.equal(load(path, plain())(x), model(x))
+    path.with_suffix(".json").unlink()
+    with pytest.raises(DataError, match="it cannot be read"):
+        load(path, plain())

@@ -21,7 +21,7 @@ from lightning_cap.export import (
     load_compressed,
     load_semi_structured,
 )
-from lightning_cap.export.compressed import read_header
+from lightning_cap.export.compressed_files import read_header
 from lightning_cap.export.safetensors import save_plain_weights
 from tests.support.bad_input.table import NO_NUMBERS, Command, Line, wrong
 from tests.support.checkpoints import checkpoint
