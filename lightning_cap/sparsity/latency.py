@@ -248,14 +248,14 @@ def build_table(parts: Sequence[Part], units: Units, measured: Measured, conditi
         conditions: Of the measurement.
     """
     sizes = tuple(units.sizes.values())
-    scale = min(1.0, quartiles(measured.overhead)[2])
+    taking = max(0.0, quartiles(measured.overhead)[1]) / len(parts)  # the same for each part, whatever its widths
     alike: dict[str, list[Part]] = {}
     for part in parts:
         alike.setdefault(part.like, []).append(part)
     rows: list[PartTimes] = []
     for like, members in alike.items():
         cells = {
-            cell: scale * max(quartiles(own)[1], 0.0) for (other, cell), own in measured.parts.items() if other == like
+            cell: max(quartiles(own)[1] - taking, 0.0) for (other, cell), own in measured.parts.items() if other == like
         }
         modules, groups = [member.module for member in members], [member.groups for member in members]
         own = tuple(sizes[place] for place in groups[0])

@@ -63,6 +63,25 @@ def test_the_prediction_is_what_the_shrunk_model_takes():
     assert prices.summary([0.5]) == f"{prices.total:.4g} ms dense, {prices.total / 2:.4g} ms at goal 0.5"
 
 
+def test_what_taking_times_takes_is_no_time_of_the_model(monkeypatch):
+    model = SlowNet().eval()
+    units = slow_units(model)
+    plain, hindered = latency(), latency()
+    plain.prepare(model, units, torch.ones(2, 3))
+    mark = latency_timing.Stopwatch.mark
+
+    def slow_mark(stopwatch):
+        CLOCK.now += 3e-6  # a tenth of the whole in all
+        return mark(stopwatch)
+
+    monkeypatch.setattr(latency_timing.Stopwatch, "mark", slow_mark)
+    hindered.prepare(model, units, torch.ones(2, 3))
+    shapes = units.targets(model).shapes
+    for counts in ({}, dict.fromkeys(units, 1)):  # the same of small parts as of large ones
+        wanted = plain.unit_prices(units, shapes).of(counts)
+        assert hindered.unit_prices(units, shapes).of(counts) == pytest.approx(wanted, rel=0.15)
+
+
 def test_the_model_is_left_as_it_is():
     model = SlowNet().train()
     state, hooks = copy.deepcopy(model.state_dict()), [len(m._forward_hooks) for m in model.modules()]
