@@ -52,7 +52,7 @@ INTS, FLOATS, BOOLS = settings_of(int), settings_of(float), settings_of(bool)
 
 def test_there_are_settings_to_try() -> None:
     assert min(len(INTS), len(FLOATS)) >= 15
-    assert {kind.__name__ for kind, _ in BOOLS} == {"CAP", "WoodFisher", "SparsitySteps"}
+    assert {kind.__name__ for kind, _ in BOOLS} == {"CAP", "CAPUnits", "WoodFisher", "SparsitySteps"}
 
 
 @pytest.mark.parametrize(("kind", "name"), INTS, ids=str)
