@@ -45,6 +45,7 @@ TORCHS = {  # private names of torch's and argparse's, which this is not about
     "_python_dispatch",
     "_replace",  # of named tuples
     "_reversed_padding_repeated_twice",
+    "_saved_dim",
     "_saved_pad",
     "_saved_self_sym_sizes",
     "_scaled_dot_product_flash_attention_for_cpu",
