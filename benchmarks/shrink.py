@@ -66,7 +66,7 @@ CASES = {
     ),
     "resnet20": Case(
         ResNet20, "resnet20_cifar10", "cifar10",
-        2048, 10000, 64, 3, 2e-3, True,
+        1024, 10000, 64, 3, 2e-3, True,
     ),
 }  # fmt: skip
 
