@@ -297,7 +297,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {
         "machine": machine(),
-        "settings": {k: str(v) for k, v in vars(args).items()},
+        "settings": {k: str(v) for k, v in vars(args).items() if not isinstance(v, Path)},
         "models": {},
     }
     for name in args.models:
