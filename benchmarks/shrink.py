@@ -2,7 +2,7 @@
 
     python benchmarks/shrink.py --data ../shared/data                    # everything
     python benchmarks/shrink.py --data ../shared/data --models resnet20  # one model
-    python benchmarks/shrink.py --data ../shared/data --measure-only     # times again, of models that are in --work
+    python benchmarks/shrink.py --data ../shared/data --stages measure   # times again, of models that are in --work
 
 ``--data`` is a folder with ``imagenet1k-sample``, ``cifar10`` and ``weights``. Each method prunes the same model to the first
 budget and goes on from there to the next. "one-shot" is the accuracy right then, without training; "tuned" that after a few
@@ -41,6 +41,7 @@ from lightning_cap.utilities.files import save_json
 
 GOALS = (0.25, 0.5)  # of the MACs saved
 EVAL_BATCH = 100
+STAGES = ("prune", "tune", "measure")
 INPUTS = 512  # samples whose layer inputs and losses are taken
 
 
@@ -212,18 +213,25 @@ def run(name: str, case: Case, images: Images, dense: nn.Module, args: argparse.
             with torch.inference_mode():
                 before, after = model(example), small(example)
             accuracy, loss = evaluate(small, images.val)
-            tuned = evaluate(tune(small, dense, case, images), images.val)[0] if args.tune else None
             rows.append(
                 Row(
                     name, method, 1 - goal, flops(small, example[:1]) / flops(dense, example[:1]),
                     sum(p.numel() for p in small.parameters()) / sum(p.numel() for p in dense.parameters()),
-                    accuracy, loss, tuned, seconds, float((before - after).abs().max() / before.abs().max()),
+                    accuracy, loss, None, seconds, float((before - after).abs().max() / before.abs().max()),
                 )
             )  # fmt: skip
             torch.save((result.masks, small), work / f"{name}-{method}-{1 - goal:g}.pt")
             print(rows[-1], flush=True)
             started = time.perf_counter()
     return rows
+
+
+def tune_all(name: str, case: Case, rows: list[Row], images: Images, dense: nn.Module, work: Path) -> None:
+    """Accuracy of each shrunk model after fine-tuning."""
+    for row in rows:
+        _, small = torch.load(work / f"{name}-{row.method}-{row.budget:g}.pt", weights_only=False)
+        row.tuned = evaluate(tune(small, dense, case, images), images.val)[0]
+        print(f"{row.method} {row.budget:g}: {row.tuned:.2f} after tuning", flush=True)
 
 
 def measure(name: str, rows: list[Row], images: Images, dense: nn.Module, args: argparse.Namespace, work: Path) -> None:
@@ -284,11 +292,10 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
     parser.add_argument("--goals", nargs="+", type=float, default=list(GOALS), help="shares of the MACs to save")
     parser.add_argument("--steps", type=int, default=2, help="collections of gradients on the way to each budget")
-    parser.add_argument("--no-tune", dest="tune", action="store_false")
     parser.add_argument(
-        "--batch-sizes", nargs="*", type=int, default=[1, 32], help="to measure; none at all measures nothing"
+        "--stages", nargs="+", default=STAGES, choices=STAGES, help="those left out are as --work has them"
     )
-    parser.add_argument("--measure-only", action="store_true", help="times of the models that --work has from before")
+    parser.add_argument("--batch-sizes", nargs="+", type=int, default=[1, 32], help="to measure")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--work", type=Path, default=Path("shrink-work"), help="folder of the shrunk models")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "shrink.json")
@@ -307,15 +314,16 @@ def main() -> None:
         dense.load_state_dict(load_file(args.data / "weights" / f"{case.weights}.safetensors"))
         dense.eval()
         held = args.work / f"{name}.json"
-        if args.measure_only:
+        if "prune" in args.stages:
+            accuracy, rows = evaluate(dense, images.val), run(name, case, images, dense, args, args.work)
+        else:
             saved = json.loads(held.read_text())
             accuracy, rows = saved["dense"], [Row(**row) for row in saved["rows"]]
-        else:
-            accuracy, rows = evaluate(dense, images.val), []
-            rows = run(name, case, images, dense, args, args.work)
-        save_json(held, {"dense": accuracy, "rows": [asdict(row) for row in rows]})
-        if args.batch_sizes:
+        if "tune" in args.stages:
+            tune_all(name, case, rows, images, dense, args.work)
+        if "measure" in args.stages:
             measure(name, rows, images, dense, args, args.work)
+        save_json(held, {"dense": accuracy, "rows": [asdict(row) for row in rows]})
         print(report(name, accuracy, rows), flush=True)
         results["models"][name] = {"dense": accuracy, "rows": [asdict(row) for row in rows]}
     save_json(args.out, results)
