@@ -6,7 +6,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 
-from lightning_cap.callbacks.cycle import Cycle, CycleRecord
+from lightning_cap.callbacks.cycle import Cycle
 from lightning_cap.callbacks.run import Run
 from lightning_cap.callbacks.settings import describe_settings
 from lightning_cap.callbacks.state import Restored, RunState, decode_state, encode_state, load_masks, load_pruner
@@ -15,6 +15,7 @@ from lightning_cap.pruners import Pruner
 from lightning_cap.schedules import SparsitySchedule
 from lightning_cap.sparsity.ends import PENDING
 from lightning_cap.sparsity.masks import MaskSet
+from lightning_cap.trainer.run_records import CycleRecord
 from lightning_cap.utilities import distributed, rng
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import torch
@@ -15,9 +15,8 @@ from lightning_cap.callbacks.run_files import RunFiles
 from lightning_cap.export.safetensors import save_weights
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.trainer.compat import averaged_models
-from lightning_cap.trainer.records import Saving
+from lightning_cap.trainer.run_records import CycleRecord
 from lightning_cap.utilities import distributed
-from lightning_cap.utilities.records import Record
 
 
 @dataclass
@@ -46,37 +45,10 @@ class Cycle:
         return True
 
 
-@dataclass(frozen=True)
-class CycleRecord(Record):
-    """A line of the final table: the model before the first event, or the end or the best epoch of a cycle.
-
-    Attributes:
-        goal: Sparsity, or share of what else goals count, that was asked for; 0 for the model before the first event.
-        epochs: Trained when the weights were so; an event at the start of epoch 3 finds 3 of them.
-        value: Of the monitored metric, None if it is not known.
-        sparsity: Measured: zeros over all weights of the targets.
-        best: Whether this is the best epoch of the cycle instead of its end.
-        checkpoint: Path of the Lightning checkpoint, empty if none was written.
-        weights: Path of the ``.safetensors`` file, empty if none was written.
-        saving: What is saved of what goals count; None where that is zeros.
-    """
-
-    kind: ClassVar[str] = "cycle"
-    version: ClassVar[int] = 3
-
-    goal: float
-    epochs: int
-    value: float | None
-    sparsity: float
-    best: bool = False
-    checkpoint: str = ""
-    weights: str = ""
-    saving: Saving | None = None
-
-    def with_files(self, files: RunFiles) -> CycleRecord:
-        """The same, with the names of its files."""
-        checkpoint, weights = files.of_cycle(self.goal, self.best)
-        return replace(self, checkpoint=str(checkpoint), weights=str(weights))
+def with_files(record: CycleRecord, files: RunFiles) -> CycleRecord:
+    """The record with the names of its files."""
+    checkpoint, weights = files.of_cycle(record.goal, record.best)
+    return replace(record, checkpoint=str(checkpoint), weights=str(weights))
 
 
 def monitored(metrics: Mapping[str, Any], monitor: str | None) -> tuple[str | None, float | None]:

@@ -8,11 +8,12 @@ from typing import Any, Literal
 import lightning.pytorch as pl
 
 from lightning_cap.callbacks.checkpointed import CheckpointedRun
-from lightning_cap.callbacks.cycle import CycleRecord, monitored, save_cycle
+from lightning_cap.callbacks.cycle import monitored, save_cycle, with_files
 from lightning_cap.callbacks.run import is_dry
 from lightning_cap.callbacks.run_files import RunFiles
 from lightning_cap.sparsity.targets import measured_sparsity
 from lightning_cap.trainer.evaluation import evaluate
+from lightning_cap.trainer.run_records import CycleRecord
 from lightning_cap.trainer.saving import saving
 from lightning_cap.utilities import distributed
 
@@ -65,7 +66,7 @@ class SavingRun(CheckpointedRun):
             return
         writes = not is_dry(trainer) and self.save in (("best", "both") if best else ("last", "both"))
         record = self._line(goal, epoch + 1, metrics, best)
-        record = record.with_files(self._active.files) if writes else record
+        record = with_files(record, self._active.files) if writes else record
         self._state.history = [r for r in self._state.history if (r.goal, r.best) != (goal, best)] + [record]
         if writes:
             save_cycle(trainer, module, self._active.targets, record)

@@ -10,13 +10,14 @@ from typing import Any, TypeGuard
 
 from torch import Tensor
 
-from lightning_cap.callbacks.cycle import Cycle, CycleRecord
+from lightning_cap.callbacks.cycle import Cycle
 from lightning_cap.callbacks.run_files import RunFiles, unused_files
 from lightning_cap.errors import CAPError, ConfigError, DataError
 from lightning_cap.pruners import Pruner
 from lightning_cap.sparsity.ends import Ends
 from lightning_cap.sparsity.masks import MaskSet, unpack_masks
 from lightning_cap.sparsity.units import Units
+from lightning_cap.trainer.run_records import CycleRecord
 from lightning_cap.utilities.arguments import is_real, is_whole, shown
 
 _VERSION = 3  # of the fields; a state of another version is refused, but for the one before

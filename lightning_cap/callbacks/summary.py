@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from lightning_cap.callbacks.cycle import CycleRecord
+from lightning_cap.trainer.run_records import CycleRecord
 
 
 def print_table(history: Sequence[CycleRecord], metric: str | None, console: Console | None = None) -> None:

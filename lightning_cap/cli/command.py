@@ -229,7 +229,7 @@ class CAPCLI(LightningCLI):
 
 
 def main(args: list[str] | None = None) -> None:
-    """Entry point of the console script. A mistake of the user's ends it with one line; the rest keeps its traceback.
+    """Entry point of the console script. A user's mistake ends it with one line and exit code 2; the rest keeps its traceback.
 
     Args:
         args: Command line, None for that of the process.
@@ -247,7 +247,10 @@ def main(args: list[str] | None = None) -> None:
         mistake = _mistake(error)
         if mistake is None:
             raise
-        sys.exit(f"lightning-cap: error: {' '.join(str(mistake).split())}")
+        told = SystemExit(f"lightning-cap: error: {' '.join(str(mistake).split())}")
+        print(told, file=sys.stderr)
+        told.code = 2  # as argparse's own mistakes
+        raise told from None
 
 
 def _mistake(error: BaseException | None) -> BaseException | None:

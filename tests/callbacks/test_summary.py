@@ -4,9 +4,9 @@ from io import StringIO
 
 from rich.console import Console
 
-from lightning_cap.callbacks.cycle import CycleRecord
 from lightning_cap.callbacks.summary import print_table
 from lightning_cap.trainer.records import Saving
+from lightning_cap.trainer.run_records import CycleRecord
 
 
 def test_names_are_printed_as_they_are() -> None:

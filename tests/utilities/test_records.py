@@ -9,12 +9,13 @@ from typing import Any, ClassVar
 
 import pytest
 
-from lightning_cap.callbacks.cycle import CycleRecord
+from lightning_cap.callbacks.cycle import with_files
 from lightning_cap.callbacks.run_files import RunFiles
 from lightning_cap.comparison.records import ComparisonRecord, GridPoint, SurfaceRecord
 from lightning_cap.errors import DataError
 from lightning_cap.export.records import ExportRecord
 from lightning_cap.trainer.records import EventRecord
+from lightning_cap.trainer.run_records import CycleRecord
 from lightning_cap.utilities.records import (
     Plain,
     Record,
@@ -190,7 +191,7 @@ EVENT = EventRecord(
 RECORDS: list[Record] = [
     EVENT,
     ExportRecord(format="safetensors", path="a.safetensors", goal=0.5, sparsity=0.5, architecture="", bytes=10),
-    CycleRecord(0.5, 3, None, 0.5).with_files(RunFiles(Path("folder"))),
+    with_files(CycleRecord(0.5, 3, None, 0.5), RunFiles(Path("folder"))),
     SurfaceRecord(pruners=("a", "b"), sparsity=0.5, axis=(0.0,), loss=((1.0,),), corners={"unpruned": 1.0}, of=("f",)),
     ComparisonRecord(
         pruner="CAP", label="CAP damp=1", grid=GridPoint("damp", 1), seed=0, goal=0.5, sparsity=0.5, sparsities={"w": 0.5},

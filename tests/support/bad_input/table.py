@@ -119,7 +119,7 @@ class Command:
         args = [argument.replace("{folder}", str(work)) for argument in self.args]
         code, told = in_fresh_process(folder, run_command, str(work), args, dict(self.environment))
         lines = [line for line in told.splitlines() if line.strip()]
-        assert code not in (0, None), f"accepted: {told}"
+        assert code == 2, f"ended with {code}: {told}"
         assert len(lines) == 1, told
         assert lines[0].startswith("lightning-cap: error: ")
         for word in self.words:
@@ -142,9 +142,6 @@ def run_command(folder: str, args: list[str], environment: Mapping[str, str | No
             main()
         except SystemExit as end:
             code = end.code
-            if isinstance(code, str):  # what Python does with it
-                print(code, file=told)
-                code = 1
     return code, told.getvalue()
 
 
