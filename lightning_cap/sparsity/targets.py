@@ -35,6 +35,7 @@ class Targets(Mapping[str, Tensor]):
 
     Attributes:
         ends: The first and last layers that were left out; None where they were not asked for.
+        dense: Why each other weight of a layer is left dense, as ``{"head.weight": "last"}``; empty if not by `from_model`.
         units: What is pruned together, where units are pruned (see `Units.targets`); else None.
         summary: What is pruned and what is left dense, and why, in one line; empty if not made by `from_model`.
 
@@ -64,6 +65,7 @@ class Targets(Mapping[str, Tensor]):
         self._paths = {name: paths[name] if paths else name for name in weights}
         self.ends: Ends | None = None
         self.units: Units | None = None
+        self.dense: dict[str, str] = {}
         self.summary = ""
 
     @classmethod
@@ -120,7 +122,8 @@ class Targets(Mapping[str, Tensor]):
         if ends is not PENDING:  # else a tied head may be among them
             _refuse_frozen_and_tied(model, parameters, names)
         targets = cls({name: parameters[name][1] for name in names}, {name: parameters[name][0] for name in names})
-        targets.ends, targets.summary = ends, _summary(model, targets, dense, ends)
+        targets.ends, targets.dense = ends, dense
+        targets.summary = _summary(model, targets, dense, ends)
         return targets
 
     def __getitem__(self, name: str) -> Tensor:

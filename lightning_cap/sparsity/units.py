@@ -149,6 +149,8 @@ class Units(Mapping[str, UnitGroup]):
         ordered = [name for name in found if name in names]
         targets = Targets({n: found[n][1] for n in ordered}, {n: found[n][0] for n in ordered})
         targets.units = self
+        left = {f"{layer}.weight": why for layer, why in self.skipped.items()}
+        targets.dense = {name: why for name, why in left.items() if name in found and name not in targets}
         counts, _, rest = self.summary.partition("; ")
         targets.summary = f"{counts}; {targets.numel} weights belong to them" + (f"; {rest}" if rest else "")
         return targets

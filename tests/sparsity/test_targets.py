@@ -165,6 +165,20 @@ def test_what_is_pruned_is_summed_up(tiny_vit: nn.Module, tiny_cnn: nn.Module) -
     assert Targets({"w": torch.ones(2)}).summary == ""
 
 
+def test_every_dense_layer_has_a_reason(tiny_vit: nn.Module) -> None:
+    ends = Ends(("patch_embed.proj.weight",), ("head.weight",))
+    assert Targets.from_model(tiny_vit, exclude=["blocks.0.attn.*"], ends=ends).dense == {
+        "patch_embed.proj.weight": "first",
+        "blocks.0.attn.qkv.weight": "excluded",
+        "blocks.0.attn.proj.weight": "excluded",
+        "head.weight": "last",
+    }
+    named = Targets.from_model(tiny_vit, include=["*.fc1.weight"])
+    assert set(named.dense.values()) == {"not in include"}
+    assert not set(named.dense) & set(named)
+    assert Targets({"w": torch.ones(2)}).dense == {}
+
+
 def _spectral(layer: nn.Module) -> nn.Module:
     return nn.utils.spectral_norm(layer)
 

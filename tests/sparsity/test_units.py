@@ -84,6 +84,12 @@ def test_another_model_is_refused() -> None:
         _units().targets(nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(3, 2)))
 
 
+def test_layers_without_units_are_dense() -> None:
+    one = Units([_units()["0"]], (), 90, {"2": "attention", "4": "output"})
+    targets = one.targets(_model())
+    assert targets.dense == {"4.weight": "output"}  # columns of 2.weight are pruned with the units of 0
+
+
 def test_parameters_count_zeros() -> None:
     targets = _units().targets(_model())
     prices = Parameters().unit_prices(_units(), targets.shapes)
