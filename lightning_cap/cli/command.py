@@ -13,6 +13,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_cap.cli.bases import with_bases
 from lightning_cap.cli.export import SUMMARY, export, export_parser
 from lightning_cap.cli.files import check_files
 from lightning_cap.cli.leftovers import folders_to_come, log_folders, remove_unused
@@ -166,9 +167,14 @@ class CAPCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Look at files first; hide ``ckpt_path``: Lightning would let hyperparameters in it change the configured model."""
-        if args is None or isinstance(args, list):
-            check_files(sys.argv[1:] if args is None else args)
-        super().parse_arguments(parser, args)
+        if args is None:
+            check_files(sys.argv[1:])
+            self.config = parser.parse_args(with_bases(sys.argv[1:]))
+        else:
+            if isinstance(args, list):
+                check_files(args)
+                args = with_bases(args)
+            super().parse_arguments(parser, args)
         command = self.config.get("subcommand") or ""
         if command == "export":
             raise ConfigError("export: write it first, as in lightning-cap export CKPT --to onnx.")

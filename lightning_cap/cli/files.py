@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import yaml
 from lightning_cap.errors import ConfigError
 from lightning_cap.utilities.arguments import shown
 
-_CONFIG = ("--config", "-c")
+CONFIG = ("--config", "-c")
 _NUMBERS = ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
 _ENDINGS = (".yaml", ".yml", ".json")
 
@@ -27,14 +28,14 @@ def check_files(args: Sequence[str]) -> None:
     """
     for option, value in _options(args):
         path = Path(value)
-        if option in _CONFIG and not value.strip():
+        if option in CONFIG and not value.strip():
             raise ConfigError(f"{option}={shown(value)}: give a YAML file.")
-        if option in _CONFIG and "://" not in value and not any(c in value for c in "{\n") and not path.exists():
+        if option in CONFIG and "://" not in value and not any(c in value for c in "{\n") and not os.path.exists(path):
             raise ConfigError(f"{option} {shown(value)}: there is no such file.")
-        if option in _CONFIG and path.is_dir():
+        if option in CONFIG and os.path.isdir(path):
             raise ConfigError(f"{option} {shown(value)}: this is a folder. Give a file in it.")
-        if path.is_file() and (option in _CONFIG or path.suffix in _ENDINGS):
-            _check_file(path)
+        if os.path.isfile(path) and (option in CONFIG or path.suffix in _ENDINGS):
+            check_file(path)
         elif "{" in value:
             _refuse_twice(value, option)
 
@@ -51,7 +52,15 @@ def _options(args: Sequence[str]) -> Iterator[tuple[str, str]]:
             yield option, args[place + 1]
 
 
-def _check_file(path: Path) -> None:
+def check_file(path: Path) -> None:
+    """Refuse a configuration file that cannot be read, holds no settings, or has a key twice.
+
+    Args:
+        path: Of a file that exists.
+
+    Raises:
+        ConfigError: Names the file, the line and what is wrong.
+    """
     named = shown(str(path))
     try:
         text = path.read_bytes().decode("utf-8")

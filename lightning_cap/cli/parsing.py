@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 from lightning.pytorch.cli import LightningArgumentParser
 
+from lightning_cap.cli.bases import without_base
 from lightning_cap.cli.messages import near, one_line
 from lightning_cap.errors import ConfigError
 
@@ -41,6 +42,12 @@ class CAPParser(LightningArgumentParser):
         for name, (parser, summary) in self.others.items():
             action.add_subcommand(name, parser, help=summary)
         return action
+
+    def parse_string(self, *args: Any, **kwargs: Any) -> Any:
+        """The text of a configuration file; what it builds on is on the command line already (`bases.with_bases`)."""
+        args = (*map(without_base, args[:1]), *args[1:])
+        kwargs |= {name: without_base(kwargs[name]) for name in ("content", "cfg_str") if name in kwargs}
+        return super().parse_string(*args, **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """Tell a mistake; within a class, add what may be meant and leave the rest to the parser of the command line."""

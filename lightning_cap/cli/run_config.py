@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib
 import inspect
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
 import yaml
 
+from lightning_cap.cli.bases import config_files, read_settings
 from lightning_cap.cli.files import check_files
 from lightning_cap.cli.messages import one_line
 from lightning_cap.cli.parsing import CAPParser
@@ -38,18 +40,17 @@ class RunConfig:
     def __init__(self, path: Path) -> None:
         check_files(["--config", str(path)])
         self.path = path
-        held: dict[str, Any] = yaml.safe_load(path.read_text())
-        self._held = held
+        self._parts = [read_settings(file) for file in config_files(path)]
 
     @property
     def has_model(self) -> bool:
         """Whether it says which model."""
-        return self._held.get("model") is not None
+        return any(part.get("model") is not None for part in self._parts)
 
     @property
     def has_data(self) -> bool:
         """Whether it says which data."""
-        return self._held.get("data") is not None
+        return any(part.get("data") is not None for part in self._parts)
 
     def make_model(self) -> pl.LightningModule:
         """The module, with fresh weights.
@@ -57,11 +58,7 @@ class RunConfig:
         Raises:
             ConfigError: It cannot be made of these settings.
         """
-        given = self._held["model"]
-        if isinstance(given, dict) and isinstance(given.get("init_args"), dict):  # weights are to come from elsewhere
-            left_out = ("pretrained", "checkpoint")
-            given = {**given, "init_args": {k: v for k, v in given["init_args"].items() if k not in left_out}}
-        module: pl.LightningModule = self._made(pl.LightningModule, "model", given)
+        module: pl.LightningModule = self._made(pl.LightningModule, "model", _without_weights)
         return module
 
     def make_data(self) -> pl.LightningDataModule:
@@ -70,19 +67,32 @@ class RunConfig:
         Raises:
             ConfigError: It cannot be made of these settings.
         """
-        data: pl.LightningDataModule = self._made(pl.LightningDataModule, "data", self._held["data"])
+        data: pl.LightningDataModule = self._made(pl.LightningDataModule, "data")
         return data
 
-    def _made(self, kind: type[Any], name: str, given: Any) -> Any:
+    def _made(self, kind: type[Any], name: str, changed: Callable[[Any], Any] = lambda given: given) -> Any:
         parser = CAPParser(exit_on_error=False)
+        parser.add_argument("--config", action="config")
         parser.add_lightning_class_args(kind, name, subclass_mode=True)
+        parts = [_without_default_classes(changed(part[name])) for part in self._parts if part.get(name) is not None]
         try:
-            return parser.instantiate(parser.parse_object({name: _without_default_classes(given)}))[name]
+            given = parser.parse_args([f"--config={yaml.safe_dump({name: part})}" for part in parts])
+            return parser.instantiate(given)[name]
         except ConfigError:
             raise
         except Exception as error:  # jsonargparse, or a class of the user's
             cause = error.__cause__ if isinstance(error.__cause__, ConfigError) else error
             raise ConfigError(f"{self.path}: {name}: {one_line(str(cause))}") from error
+
+
+def _without_weights(given: Any) -> Any:
+    """Settings of a model but for its weights, which are to come from elsewhere."""
+    if not isinstance(given, dict) or not isinstance(given.get("init_args"), dict):
+        return given
+    return {
+        **given,
+        "init_args": {k: v for k, v in given["init_args"].items() if k not in ("pretrained", "checkpoint")},
+    }
 
 
 def _without_default_classes(given: Any) -> Any:
