@@ -3,6 +3,7 @@
 from lightning_cap.sparsity.allocation import ERK, Allocation, Global, PerTarget, Uniform
 from lightning_cap.sparsity.cost import Cost, Flops, Parameters
 from lightning_cap.sparsity.ends import Ends, find_ends
+from lightning_cap.sparsity.flops import ModelFlops, model_flops, zero_shares
 from lightning_cap.sparsity.latency import Latency
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.patterns import BlockOf, NofM, OutputRows, Pattern, Unstructured, check_pattern
@@ -19,6 +20,7 @@ __all__ = [
     "Global",
     "Latency",
     "MaskSet",
+    "ModelFlops",
     "NofM",
     "OutputRows",
     "Parameters",
@@ -31,4 +33,6 @@ __all__ = [
     "Unstructured",
     "check_pattern",
     "find_ends",
+    "model_flops",
+    "zero_shares",
 ]

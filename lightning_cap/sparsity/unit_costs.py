@@ -5,27 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from lightning_cap.sparsity.unit_group import Layer, UnitGroup, Width
+from lightning_cap.utilities.flops import flop_counter
 
 _LAYERS = (nn.Linear, nn.modules.conv._ConvNd)
-_Shape = tuple[int, ...]
-
-
-def _fused_attention(query: _Shape, key: _Shape, value: _Shape, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query, key, value))
-
-
-#: What torch 2.6 does not count by itself: fused attention on CPUs.
-_ALSO_COUNTED = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _fused_attention}
 
 
 def own_flops(model: nn.Module, forward: Callable[[], Any]) -> tuple[Any, dict[str, int], int]:
     """What ``forward`` returns, the FLOPs of each module less those of modules inside, and all FLOPs (2 for each multiply-add)."""
-    with FlopCounterMode(display=False, custom_mapping=_ALSO_COUNTED) as counter:
+    with flop_counter() as counter:
         output = forward()
     counts = {name: sum(by_operation.values()) for name, by_operation in counter.get_flop_counts().items()}
     root = type(model).__name__
