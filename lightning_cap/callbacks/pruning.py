@@ -217,6 +217,9 @@ class CAPPruningCallback(SavingRun):
             folder = None if files is None else files.folder
             prepare_cost(trainer, module, self.pruner.cost, targets.units, self.seed, folder)
             self.pruner.check(targets)
+            prices = self.pruner.cost.unit_prices(targets.units, targets.shapes)
+            goals = dict.fromkeys(self._active.events.values())
+            rank_zero_info(f"Goals count {goal_name(self.pruner)}: {prices.summary(list(goals))}")
 
     # ----------------------------------------------------------------- events
 

@@ -62,6 +62,11 @@ def is_dry(trainer: pl.Trainer) -> bool:
     return bool(getattr(trainer, "fast_dev_run", False))
 
 
+def writes_files(trainer: pl.Trainer) -> bool:
+    """Whether a run may leave files: neither in a ``fast_dev_run`` nor in a plan, whose Trainer has ``plans = True``."""
+    return not is_dry(trainer) and not getattr(trainer, "plans", False)
+
+
 def cycle_starts(events: Mapping[int, float], pruner: Pruner) -> list[int]:
     """Epochs of the events that begin a cycle: all; with a pruner that regrows, those that change the goal."""
     epochs = list(events)

@@ -9,7 +9,7 @@ import lightning.pytorch as pl
 
 from lightning_cap.callbacks.checkpointed import CheckpointedRun
 from lightning_cap.callbacks.cycle import monitored, save_cycle, with_files
-from lightning_cap.callbacks.run import is_dry
+from lightning_cap.callbacks.run import writes_files
 from lightning_cap.callbacks.run_files import RunFiles
 from lightning_cap.sparsity.targets import measured_sparsity
 from lightning_cap.trainer.evaluation import evaluate
@@ -64,7 +64,7 @@ class SavingRun(CheckpointedRun):
     ) -> None:
         if self.save_sparsities is not None and goal not in self.save_sparsities:
             return
-        writes = not is_dry(trainer) and self.save in (("best", "both") if best else ("last", "both"))
+        writes = writes_files(trainer) and self.save in (("best", "both") if best else ("last", "both"))
         record = self._line(goal, epoch + 1, metrics, best)
         record = with_files(record, self._active.files) if writes else record
         self._state.history = [r for r in self._state.history if (r.goal, r.best) != (goal, best)] + [record]
@@ -84,4 +84,4 @@ class SavingRun(CheckpointedRun):
         return value
 
     def _log_files(self, trainer: pl.Trainer) -> RunFiles | None:
-        return None if is_dry(trainer) or self.save == "none" else self._active.files
+        return self._active.files if writes_files(trainer) and self.save != "none" else None

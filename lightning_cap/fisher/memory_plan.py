@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import astuple, dataclass, field, replace
 
 import torch
@@ -86,6 +88,48 @@ class MemoryPlan:
         passes = f", in {self.passes} passes" if self.passes > 1 else ""
         host = f", {format_bytes(self.host_bytes)} of main memory" if self.host_bytes else ""
         return f"Fisher {where}{passes}, {format_bytes(self.peak_bytes)}{host}"
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where an event is to run, to plan for it on another machine.
+
+    Args:
+        device: Of the weights; it need not be there.
+        device_bytes: Free there for each process before the event; None for no limit that is known.
+        host_bytes: Main memory that is free for each process; None for no limit that is known.
+        processes: That share the work.
+
+    Raises:
+        ConfigError: An argument is of the wrong kind.
+    """
+
+    device: torch.device
+    device_bytes: int | None = None
+    host_bytes: int | None = None
+    processes: int = 1
+
+    def __post_init__(self) -> None:
+        require_instance("device", self.device, torch.device, "torch.device('cuda')")
+        require_counts(processes=self.processes)
+        for name in ("device_bytes", "host_bytes"):
+            if getattr(self, name) is not None:
+                require_counts(**{name: getattr(self, name)})
+
+
+#: What plans are made for in the body of `planned_for`; else this machine, with the processes that there are.
+_machine: ContextVar[Machine | None] = ContextVar("machine", default=None)
+
+
+@contextmanager
+def planned_for(machine: Machine | None) -> Iterator[None]:
+    """Inside, `plan_event` and `plan_reading` plan for another machine; None for this one. Such plans cannot be carried out."""
+    require_instance("machine", machine, Machine, "Machine(torch.device('cuda'), 80 * 10**9)", optional=True)
+    token = _machine.set(machine)
+    try:
+        yield
+    finally:
+        _machine.reset(token)
 
 
 @dataclass(frozen=True)
@@ -197,6 +241,7 @@ def plan_event(model: MemoryModel, blocks: Tensor, device: torch.device, max_mem
     if max_memory is not None:
         require_counts(max_memory=max_memory)
     argument = "block_size" if max_memory is None else "max_memory"
+    model, device = _elsewhere(model, device)
     source, free, host = _of_all_ranks(model.source, device)
     limit = free if max_memory is None else max_memory
     by_rank = blocks.tensor_split(model.ranks)
@@ -237,9 +282,11 @@ def plan_reading(device: torch.device, source: SourceMemory, held: int, temporar
     Raises:
         ConfigError: It does not fit.
     """
+    machine = _machine.get()
+    device = device if machine is None else machine.device
     source, limit, _ = _of_all_ranks(source, device)
     for rows in _halves(source.most, 1):
-        single = distributed.world_size() == 1
+        single = (distributed.world_size() if machine is None else machine.processes) == 1
         handed = (source.row + temporary) * (rows if single else source.batch)
         computing = source.computing(rows) + (0 if single else source.row * source.batch)
         plan = MemoryPlan(device, max(held + max(computing, handed), after), limit, "include", rows=rows)
@@ -256,8 +303,21 @@ def _halves(most: int, fewest: int) -> Iterator[int]:
     yield max(most, fewest)
 
 
+def _elsewhere(model: MemoryModel, device: torch.device) -> tuple[MemoryModel, torch.device]:
+    """The model and the device on the machine that is planned for."""
+    machine = _machine.get()
+    if machine is None:
+        return model, device
+    backend = "torch" if model.backend == "numba" and machine.device.type != "cpu" else model.backend
+    return replace(model, ranks=machine.processes, backend=backend), machine.device
+
+
 def _of_all_ranks(source: SourceMemory, device: torch.device) -> tuple[SourceMemory, int | None, int | None]:
     """The largest source, and the least that may be used of ``device`` and of the host."""
+    machine = _machine.get()
+    if machine is not None:
+        most = (None if free is None else int(_SHARE * free) for free in (machine.device_bytes, machine.host_bytes))
+        return source, *most  # type: ignore[return-value]
     sources, *free = zip(*distributed.gather_objects((astuple(source), _may_use(device), _may_use(CPU))), strict=True)
     on_device, on_host = (None if None in values else min(values) for values in free)
     return SourceMemory(*map(max, zip(*sources, strict=True))), on_device, on_host

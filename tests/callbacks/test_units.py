@@ -38,6 +38,7 @@ def test_a_gradual_run(tmp_path: Path, name: str, caplog: pytest.LogCaptureFixtu
         t = trainer(tmp_path, cb, holds, max_epochs=5)
         t.fit(module, **loaders())
     assert "Pruning 16 neurons in 1 group, 16 channels in 1 group" in caplog.text
+    assert "Goals count flops: 1024 FLOPs dense, 716.8 FLOPs at goal 0.3, 512 FLOPs at goal 0.5" in caplog.text
     first, second = read_records(tmp_path / "events.jsonl", EventRecord)
     for record, goal in ((first, 0.3), (second, 0.5)):
         assert record.saving is not None

@@ -8,7 +8,7 @@ import torch
 from lightning_cap.calibration.sources import SourceMemory
 from lightning_cap.errors import ConfigError
 from lightning_cap.fisher import memory_plan as planning
-from lightning_cap.fisher.memory_plan import MemoryModel, MemoryPlan, plan_event, plan_reading
+from lightning_cap.fisher.memory_plan import Machine, MemoryModel, MemoryPlan, plan_event, plan_reading, planned_for
 from lightning_cap.pruners import CAP, Magnitude
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities.memory import free_memory
@@ -56,6 +56,25 @@ def test_a_large_fisher_goes_to_the_host_and_then_into_passes(monkeypatch: pytes
     assert (plan.storage_device, plan.passes) == (CUDA, 3)
     assert plan.peak_bytes <= 80_000 * MB
     assert torch.equal(torch.cat(plan.groups), blocks)
+
+
+def test_another_machine_is_planned_for() -> None:
+    """Its processes, its device and its memory, which need not be here."""
+    sizes = MemoryModel(192, 10**5, 32, "auto", "numba", SourceMemory(0, 80 * MB, 80 * MB, 10))
+    blocks = torch.arange(10**5)
+    with planned_for(Machine(CUDA, 10_000 * MB, 100_000 * MB, processes=4)):
+        plan = plan_event(sizes, blocks, CPU)
+        few = plan_event(sizes, blocks, CPU, max_memory=2_000 * MB)
+        assert plan_reading(CPU, SourceMemory(0, MB, MB, 10), 0, 0).limit == 8_000 * MB
+    assert (plan.device, plan.storage_device, plan.limit) == (CUDA, CUDA, 8_000 * MB)
+    assert [len(share) for share in plan.shares[0]] == [25_000] * 4
+    assert plan.passes == 1
+    assert few.storage_device == CPU
+    here = plan_event(sizes, blocks, CPU)
+    assert here.device == CPU
+    assert len(here.shares[0]) == 1
+    with planned_for(Machine(CUDA)):
+        assert plan_event(sizes, blocks, CPU).limit is None
 
 
 def test_passes_on_the_cpu_keep_the_limit() -> None:

@@ -19,7 +19,7 @@ from lightning_cap.calibration import (
 from lightning_cap.errors import ConfigError
 from lightning_cap.fisher.blocks import EmpiricalFisher
 from lightning_cap.fisher.matrix_free import GradientRows
-from lightning_cap.fisher.memory_plan import MemoryModel, plan_event
+from lightning_cap.fisher.memory_plan import Machine, MemoryModel, plan_event, planned_for
 from lightning_cap.pruners import CAP, MFAC
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities.memory import parse_bytes
@@ -31,6 +31,11 @@ CPU = torch.device("cpu")
 LINEAR = nn.Linear(6, 4)
 nn.init.ones_(LINEAR.weight)  # shown in names, which are the same in every process
 LAYOUT = Targets.from_model(LINEAR, include=["weight"]).blocks(8)
+
+
+def entered(machine: object) -> None:
+    with planned_for(machine):  # type: ignore[arg-type]
+        pass
 
 
 def loss(model: nn.Module, batch: Any) -> torch.Tensor:
@@ -117,6 +122,14 @@ def fisher() -> list[Line]:
         *wrong(plan_event, "blocks", "x", None, 3, [0, 1], given=plan),
         *wrong(plan_event, "device", "cpu", None, 0, given=plan),
         *wrong(plan_event, "max_memory", "1GB", True, 1.5, 0, given=plan),
+        *wrong(Machine, "device", "cuda", None, 0),
+        *(
+            entry
+            for name in ("device_bytes", "host_bytes")
+            for entry in wrong(Machine, name, "80GB", True, 1.5, 0, -1, given={"device": CPU})
+        ),
+        *wrong(Machine, "processes", *NO_COUNTS, given={"device": CPU}),
+        *wrong(entered, "machine", "cuda", 8, [1], object()),
         *[
             Line(
                 f"parse_bytes({value!r})",
