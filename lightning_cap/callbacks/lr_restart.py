@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_cap.errors import ConfigError, ScheduleError
+from lightning_cap.schedules.learning_rate import CosineLR
 
 
 def restart_schedulers(
@@ -28,6 +29,8 @@ def restart_schedulers(
         ConfigError: The length of the last cycle cannot be told.
     """
     for config in trainer.lr_scheduler_configs:
+        if isinstance(config.scheduler, CosineLR):  # once over the whole run, whatever is pruned
+            continue
         restart = getattr(config.scheduler, "restart", None)
         if only_new and getattr(config.scheduler, "period", 1) is not None:
             continue

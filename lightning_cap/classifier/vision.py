@@ -25,7 +25,7 @@ from lightning_cap.classifier.agreement import (
 from lightning_cap.classifier.making import check_given_module, create_timm, number_of_classes, with_recipe
 from lightning_cap.classifier.weights import load_weights
 from lightning_cap.errors import ConfigError
-from lightning_cap.schedules.learning_rate import CyclicLinearLR
+from lightning_cap.schedules.learning_rate import CosineLR, CyclicLinearLR
 from lightning_cap.utilities.arguments import require_flag, require_instance, require_path, require_whole, shown
 from lightning_cap.utilities.compiled import plain_module
 
@@ -203,21 +203,26 @@ class VisionClassifier(LightningModule):
         self.clip_gradients(optimizer, value, gradient_clip_algorithm)
 
     def on_train_start(self) -> None:
-        """Give a cyclic scheduler whose period nobody set (no pruning callback) the whole run as its one cycle.
+        """Give a scheduler whose length nobody set (no pruning callback, or a cosine) the whole run.
 
         Raises:
             ConfigError: If the length of the run is not known.
         """
         for config in self.trainer.lr_scheduler_configs:
-            scheduler = config.scheduler
+            scheduler: Any = config.scheduler
             if isinstance(scheduler, CyclicLinearLR) and scheduler.period is None:
-                steps = self.trainer.estimated_stepping_batches
-                if not 1 <= steps < float("inf"):
-                    raise ConfigError(
-                        f"period=None of CyclicLinearLR cannot be set to the length of the run, which is unknown "
-                        f"({steps} steps); give period=, or the Trainer max_epochs or max_steps"
-                    )
-                scheduler.restart(int(steps))
+                scheduler.restart(self._steps_of_run("period=None of CyclicLinearLR"))
+            elif isinstance(scheduler, CosineLR) and scheduler.steps is None:
+                scheduler.span(self._steps_of_run("steps=None of CosineLR"))
+
+    def _steps_of_run(self, setting: str) -> int:
+        steps = self.trainer.estimated_stepping_batches
+        if not 1 <= steps < float("inf"):
+            raise ConfigError(
+                f"{setting} cannot be set to the length of the run, which is unknown ({steps} steps); give "
+                f"{setting.split('=')[0]}=, or the Trainer max_epochs or max_steps"
+            )
+        return int(steps)
 
 
 def _accuracies(num_classes: int, prefix: str) -> MetricCollection:

@@ -1,7 +1,8 @@
-"""Cyclic learning rate: one linear decay per pruning cycle (Kuznedelev et al. 2023, equation 8)."""
+"""Learning rates of the paper: a linear decay per pruning cycle (Kuznedelev et al. 2023, equation 8), a cosine over the run."""
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -41,26 +42,15 @@ class CyclicLinearLR(LRScheduler):
     def __init__(
         self, optimizer: Optimizer, min_lr: float = 0.0, period: int | None = None, last_epoch: int = -1
     ) -> None:
-        require_instance("optimizer", optimizer, Optimizer, "torch.optim.AdamW(model.parameters())")
-        require_real("min_lr", min_lr, "[0, inf)", example=1e-5)
-        _require_period(period)
-        require_whole("last_epoch", last_epoch, at_least=-1)
-        if last_epoch >= 0 and not all("initial_lr" in group for group in optimizer.param_groups):
-            raise ConfigError(
-                f"last_epoch={last_epoch}: no scheduler has driven the optimizer before (it has no 'initial_lr'). Leave it at -1."
-            )
+        _check(optimizer, min_lr, last_epoch)
+        _require_whole_or_none("period", period)
         self.min_lr = plain_float(min_lr)
         self.auto_period = period is None
         self._period = None if period is None else int(period)
         self._cycle_start = 0
         self._warned = False
         super().__init__(optimizer, last_epoch)  # takes the initial step
-        lowest = min(float(lr) for lr in self.base_lrs)
-        if lowest < self.min_lr:
-            raise ConfigError(
-                f"min_lr={min_lr!r}: it is above the learning rate of a parameter group ({lowest!r}), from which the decay "
-                "starts. Lower min_lr, or raise the optimizer's lr."
-            )
+        _check_lowest(self)
 
     @property
     def period(self) -> int | None:
@@ -82,10 +72,10 @@ class CyclicLinearLR(LRScheduler):
             ConfigError: ``period`` is not a whole number of at least 1.
         """
         if period is not None:
-            _require_period(period)
+            _require_whole_or_none("period", period)
             self._period = int(period)
         self._cycle_start = self.last_epoch
-        self._write_lrs()
+        _write_lrs(self)
 
     def get_lr(self) -> list[float | torch.Tensor]:
         """The learning rate of each parameter group at the present step (equation 8)."""
@@ -147,19 +137,120 @@ class CyclicLinearLR(LRScheduler):
         self._period = state_dict["period"]
         self.auto_period = state_dict["auto_period"]
         self._cycle_start = state_dict["cycle_start"]
-        self._write_lrs()
-
-    def _write_lrs(self) -> None:
-        """Put the present learning rates into the optimizer, outside of :meth:`step`."""
-        lrs = self.get_lr()
-        for group, lr in zip(self.optimizer.param_groups, lrs, strict=True):
-            if isinstance(group["lr"], torch.Tensor):
-                group["lr"].fill_(lr)
-            else:
-                group["lr"] = lr
-        self._last_lr = lrs
+        _write_lrs(self)
 
 
-def _require_period(period: int | None) -> None:
-    if period is not None:
-        require_whole("period", period, example=1000)
+class CosineLR(LRScheduler):
+    """Raise the learning rate linearly, then lower it along half a cosine, once over the whole run.
+
+    With ``T`` steps, ``w`` of them to warm up: ``lr = min + (max - min) * t / w`` for ``t < w``, after that
+    ``lr = min + (max - min) * (1 + cos(pi * (t - w) / (T - w))) / 2``. ``max`` is the learning rate each parameter group had at the
+    start. Pruning events do not restart it.
+
+    Args:
+        optimizer: The optimizer whose parameter groups are driven; their own ``lr`` is the maximum.
+        min_lr: The value at the end, and at the beginning of a warm-up; at most every group's ``lr``.
+        warmup: Share of the steps in which the learning rate rises, in ``[0, 1)``.
+        steps: ``T``, in calls of :meth:`step`. ``None`` leaves it to `VisionClassifier`, which sets it to the length of the run; in
+            a module of your own, ``int(self.trainer.estimated_stepping_batches)``.
+        last_epoch: As in every torch scheduler: the index of the last call of :meth:`step`, -1 for a new run.
+
+    Attributes:
+        steps: ``T``; ``None`` until somebody sets it.
+
+    Raises:
+        ConfigError: ``optimizer`` is none, ``min_lr`` is negative, not finite or above a group's learning rate, ``warmup`` is not
+            in ``[0, 1)``, ``steps`` is not a whole number of at least 1, or ``last_epoch`` not one of at least -1.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        min_lr: float = 0.0,
+        warmup: float = 0.0,
+        steps: int | None = None,
+        last_epoch: int = -1,
+    ) -> None:
+        _check(optimizer, min_lr, last_epoch)
+        require_real("warmup", warmup, "[0, 1)", example=0.05)
+        _require_whole_or_none("steps", steps)
+        self.min_lr, self.warmup = plain_float(min_lr), plain_float(warmup)
+        self.steps = None if steps is None else int(steps)
+        self._warned = False
+        super().__init__(optimizer, last_epoch)  # takes the initial step
+        _check_lowest(self)
+
+    def span(self, steps: int) -> None:
+        """Set the length of the run, and the learning rates to what they are at the present step of it.
+
+        Args:
+            steps: ``T``, in calls of :meth:`step`.
+
+        Raises:
+            ConfigError: It is not a whole number of at least 1.
+        """
+        require_whole("steps", steps, example=1000)
+        self.steps = int(steps)
+        _write_lrs(self)
+
+    def get_lr(self) -> list[float | torch.Tensor]:
+        """The learning rate of each parameter group at the present step."""
+        height = 1.0 if self.steps is None else self._height(self.last_epoch, self.steps)
+        return [self.min_lr + (float(top) - self.min_lr) * height for top in self.base_lrs]
+
+    def step(self, epoch: int | None = None) -> None:
+        """Advance by one step and set the learning rates.
+
+        Args:
+            epoch: torch's deprecated way to jump to a step; leave it out.
+        """
+        if self.steps is None and self.last_epoch >= 0 and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "steps=None: CosineLR stays at its maximum until the length of the run is known; give steps=, or call span(steps)",
+                stacklevel=2,
+            )
+        super().step(epoch)
+
+    def _height(self, step: int, steps: int) -> float:
+        """Between the minimum, 0, and the maximum, 1."""
+        rise = round(self.warmup * steps)
+        if step < rise:
+            return step / rise
+        return (1 + math.cos(math.pi * min(1.0, (step - rise) / max(1, steps - rise)))) / 2
+
+
+def _check(optimizer: object, min_lr: object, last_epoch: int) -> None:
+    """Refuse what no scheduler of these takes."""
+    require_instance("optimizer", optimizer, Optimizer, "torch.optim.AdamW(model.parameters())")
+    require_real("min_lr", min_lr, "[0, inf)", example=1e-5)
+    require_whole("last_epoch", last_epoch, at_least=-1)
+    if last_epoch >= 0 and not all("initial_lr" in group for group in optimizer.param_groups):  # type: ignore[attr-defined]
+        raise ConfigError(
+            f"last_epoch={last_epoch}: no scheduler has driven the optimizer before (it has no 'initial_lr'). Leave it at -1."
+        )
+
+
+def _check_lowest(scheduler: CyclicLinearLR | CosineLR) -> None:
+    lowest = min(float(lr) for lr in scheduler.base_lrs)
+    if lowest < scheduler.min_lr:
+        raise ConfigError(
+            f"min_lr={scheduler.min_lr!r}: it is above the learning rate of a parameter group ({lowest!r}), from which the decay "
+            "starts. Lower min_lr, or raise the optimizer's lr."
+        )
+
+
+def _require_whole_or_none(name: str, value: object) -> None:
+    if value is not None:
+        require_whole(name, value, example=1000)
+
+
+def _write_lrs(scheduler: CyclicLinearLR | CosineLR) -> None:
+    """Put the present learning rates into the optimizer, outside of ``step``."""
+    lrs = scheduler.get_lr()
+    for group, lr in zip(scheduler.optimizer.param_groups, lrs, strict=True):
+        if isinstance(group["lr"], torch.Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
+    scheduler._last_lr = lrs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from timm.models.vision_transformer import VisionTransformer
 
+from lightning_cap import CAPPruningCallback
 from lightning_cap.classifier import VisionClassifier
 from lightning_cap.errors import ConfigError
-from lightning_cap.schedules.learning_rate import CyclicLinearLR
+from lightning_cap.pruners import Magnitude
+from lightning_cap.schedules import OneShot
+from lightning_cap.schedules.learning_rate import CosineLR, CyclicLinearLR
 from tests.support.classifying import NAME, SMALL, loader, same_weights, trainer, vit
 
 pytestmark = pytest.mark.filterwarnings(
@@ -41,6 +45,28 @@ def test_fit_logs_and_gives_the_scheduler_the_whole_run(tmp_path: Path) -> None:
     assert scheduler.period == 4
     assert scheduler.last_epoch == 4
     assert watch.rates == pytest.approx([1e-5 + 49e-5 * left for left in (1, 0.75, 0.5, 0.25)])
+
+
+def test_a_cosine_is_given_the_whole_run_and_pruning_does_not_restart_it(tmp_path: Path) -> None:
+    class Watch(Callback):
+        rates: tuple[float, ...] = ()
+
+        def on_train_batch_start(self, trainer: Trainer, *args: Any) -> None:
+            self.rates += (trainer.optimizers[0].param_groups[0]["lr"],)
+
+    module = VisionClassifier(vit(), lr_scheduler=lambda optimizer: CosineLR(optimizer, min_lr=1e-5, warmup=0.25))
+    pruning = CAPPruningCallback(OneShot(0.5, epoch=1), Magnitude(), dirpath=str(tmp_path), evaluate=False)
+    watch = Watch()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*no restart")
+        trainer(tmp_path, max_epochs=2, callbacks=[watch, pruning]).fit(module, loader(), loader())
+    assert watch.rates == pytest.approx([1e-5, 5e-4, 1e-5 + 49e-5 * 0.75, 1e-5 + 49e-5 * 0.25])
+
+
+def test_unlimited_run_with_a_cosine_is_refused(tmp_path: Path) -> None:
+    module = VisionClassifier(vit(), lr_scheduler=lambda optimizer: CosineLR(optimizer))
+    with pytest.raises(ConfigError, match=r"steps=None of CosineLR .*unknown .*give steps="):
+        trainer(tmp_path, max_epochs=-1).fit(module, loader())
 
 
 def test_test_metrics_are_those_of_all_samples(tmp_path: Path) -> None:

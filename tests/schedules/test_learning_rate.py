@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import warnings
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_cap.errors import ConfigError
-from lightning_cap.schedules.learning_rate import CyclicLinearLR
+from lightning_cap.schedules.learning_rate import CosineLR, CyclicLinearLR
 
 
 def make(lr: float | torch.Tensor = 1.0, second: float | None = None) -> torch.optim.Optimizer:
@@ -17,7 +18,7 @@ def make(lr: float | torch.Tensor = 1.0, second: float | None = None) -> torch.o
     return torch.optim.SGD(groups, lr=lr)
 
 
-def advance(scheduler: CyclicLinearLR, steps: int) -> list[float]:
+def advance(scheduler: CyclicLinearLR | CosineLR, steps: int) -> list[float]:
     """The learning rate of group 0 in force during each of the next steps."""
     seen = []
     for _ in range(steps):
@@ -163,3 +164,45 @@ def test_refuses_min_lr_above_any_group() -> None:
     with pytest.raises(ConfigError, match=r"min_lr=0\.1: it is above .*0\.05.*Lower min_lr"):
         CyclicLinearLR(make(1.0, second=0.05), min_lr=0.1, period=3)
     CyclicLinearLR(make(0.1), min_lr=0.1, period=3)  # equal is a constant rate
+
+
+def cosine(t: int, top: float, low: float, steps: int, rise: int) -> float:
+    if t < rise:
+        return low + (top - low) * t / rise
+    return low + (top - low) * (1 + math.cos(math.pi * (t - rise) / (steps - rise))) / 2
+
+
+def test_cosine_after_a_linear_rise() -> None:
+    seen = advance(CosineLR(make(0.5), min_lr=0.1, warmup=0.3, steps=10), 10)
+    assert seen == pytest.approx([cosine(t, 0.5, 0.1, 10, 3) for t in range(10)])
+    assert (seen[0], seen[3]) == (0.1, 0.5)
+
+
+def test_cosine_stays_at_the_minimum_after_the_end() -> None:
+    seen = advance(CosineLR(make(0.5), min_lr=0.1, steps=4), 7)
+    assert seen[0] == 0.5
+    assert seen[4:] == [0.1, 0.1, 0.1]
+    assert seen[2] == pytest.approx(0.3)
+
+
+def test_cosine_of_unknown_length_warns_and_takes_it_later() -> None:
+    scheduler = CosineLR(make(1.0, second=0.5), min_lr=0.1, warmup=0.5)
+    with pytest.warns(UserWarning, match=r"steps=None: CosineLR .* call span"):
+        assert advance(scheduler, 2) == [1.0, 1.0]
+    scheduler.span(8)
+    assert [g["lr"] for g in scheduler.optimizer.param_groups] == pytest.approx([0.55, 0.3])
+    assert scheduler.get_last_lr() == pytest.approx([0.55, 0.3])
+
+
+def test_cosine_goes_on_after_a_restore() -> None:
+    whole = CosineLR(make(), min_lr=0.01, warmup=0.2)
+    whole.span(20)
+    expected = advance(whole, 20)
+    first = CosineLR(make(), min_lr=0.01, warmup=0.2)
+    first.span(20)
+    advance(first, 7)
+    optimizer = make()
+    second = CosineLR(optimizer, min_lr=0.01, warmup=0.2)
+    optimizer.load_state_dict(first.optimizer.state_dict())
+    second.load_state_dict(first.state_dict())
+    assert advance(second, 13) == expected[7:]

@@ -1,4 +1,4 @@
-"""Bad input to the cyclic learning rate."""
+"""Bad input to the learning rates."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lightning_cap import CyclicLinearLR
+from lightning_cap import CosineLR, CyclicLinearLR
 from lightning_cap.errors import ConfigError
 from tests.support.bad_input.table import NO_COUNTS, NO_NUMBERS, Line, wrong
 
@@ -20,6 +20,18 @@ def optimizer() -> torch.optim.Optimizer:
 def cyclic(**given: Any) -> CyclicLinearLR:
     """Named as the class, with an optimizer."""
     return CyclicLinearLR(**{"optimizer": optimizer(), **given})
+
+
+def cosine(**given: Any) -> CosineLR:
+    """Named as the class, with an optimizer."""
+    return CosineLR(**{"optimizer": optimizer(), **given})
+
+
+def span(value: Any) -> Line:
+    def run(_: Path) -> None:
+        CosineLR(optimizer()).span(value)
+
+    return Line(f"CosineLR.span({value!r})", run, ConfigError, ("steps=", "whole number"))
 
 
 def restart(value: Any) -> Line:
@@ -46,5 +58,11 @@ LINES = [
     *wrong(cyclic, "min_lr", *NO_NUMBERS, -1.0, 0.2),
     *wrong(cyclic, "period", *(value for value in NO_COUNTS if value is not None)),
     *wrong(cyclic, "last_epoch", "0", None, True, 1.0, -2, 0, 10),
+    *wrong(CosineLR, "optimizer", None, "adam", [0.1]),
+    *wrong(cosine, "min_lr", *NO_NUMBERS, -1.0, 0.2),
+    *wrong(cosine, "warmup", *NO_NUMBERS, -0.1, 1.0),
+    *wrong(cosine, "steps", *(value for value in NO_COUNTS if value is not None)),
+    *wrong(cosine, "last_epoch", "0", None, True, 1.0, -2, 0, 10),
+    *(span(value) for value in ("3", True, 2.5, 0, [3], None)),
     *(restart(value) for value in ("3", True, 2.5, 0, [3])),
 ]
