@@ -18,6 +18,7 @@ from lightning_cap.pruners import Pruner
 from lightning_cap.pruners.base import refuse_splitting
 from lightning_cap.schedules import SparsitySchedule
 from lightning_cap.trainer.records import EventRecord
+from lightning_cap.trainer.run_records import CycleRecord, RunRecord
 from lightning_cap.utilities import distributed
 from lightning_cap.utilities.arguments import (
     require_choice,
@@ -171,6 +172,8 @@ def refuse_foreign_records(trainer: pl.Trainer, files: RunFiles | None) -> None:
     with distributed.raise_on_all_ranks("Reading the records of earlier runs"):
         if trainer.is_global_zero and files is not None:
             known_records(files.events, EventRecord)
+            known_records(files.runs, RunRecord)
+            known_records(files.cycles, CycleRecord)
             known_records(files.folder / EXPORTS, ExportRecord)
 
 

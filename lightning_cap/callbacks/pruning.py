@@ -125,7 +125,8 @@ class CAPPruningCallback(SavingRun):
     # ------------------------------------------------------------------ start
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave no folder of logs behind of what was refused before the first step."""
+        """Record that the run was stopped; leave no folder of logs behind of what was refused before the first step."""
+        self._log.stop()
         if isinstance(exception, CAPError) and not self._stepped:
             remove_empty_logs(trainer, self._made)
 
@@ -201,14 +202,11 @@ class CAPPruningCallback(SavingRun):
         refuse_beyond_max_steps(trainer, list(due))
         goals = list(due.values())
         validate_steps(self.pruner, self.schedule, run.targets, run.masks, goals, self.num_recomputations)
-        if due:
-            for pruner in pruners_of(self.pruner, self.schedule, run.events):
-                self._event(trainer, pl_module, pruner).dry_run(self._state.collection_index)
+        pruners = pruners_of(self.pruner, self.schedule, run.events) if due else []
+        run.plans = [self._event(trainer, pl_module, one).dry_run(self._state.collection_index) for one in pruners]
+        self._begin_log(trainer, pl_module)
         if self._restored is not None and compat.restarted_mid_epoch(trainer):
             restore_random_state(self._restored.rng)
-        files = self._log_files(trainer)
-        if files is not None and trainer.is_global_zero:
-            files.reserve()
 
     def _price_units(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Measure what goals count, where that is to be measured; refuse units that have no price."""
@@ -244,6 +242,7 @@ class CAPPruningCallback(SavingRun):
             end_cycles(trainer, module, epoch - 1, known)
         if not self._state.history:
             self._state.history.append(self._line(0.0, epoch, known))
+            self._log.keep(self._state.history, self._state.metric)
         steps = plan_steps(self.pruner, self.schedule, run.targets, run.masks, goal, epoch, self.num_recomputations)
         if steps is None:
             self._state.done.append(epoch)
@@ -326,10 +325,12 @@ class CAPPruningCallback(SavingRun):
         missed = self._active.missed(self._state.done)
         if trainer.max_epochs in missed and self._restored is not None:
             self._price_units(trainer, pl_module)
+            self._begin_log(trainer, pl_module)
             self.on_train_end(trainer, pl_module)  # of a run that was stopped in this event: nothing is left to train
         elif self._active.begins is None:  # no on_train_start, no on_train_end
             self._active.warn_of_missed(self._state.done)
         self._restored = None
+        self._log.finish()
         if trainer.is_global_zero and self._state.history:
             end_bar(trainer, pl_module)
             print_table(self._state.history, self._state.metric)

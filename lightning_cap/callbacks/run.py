@@ -9,6 +9,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_cap.calibration.sources import Trial
 from lightning_cap.callbacks.run_files import RunFiles
+from lightning_cap.fisher.memory_plan import MemoryPlan
 from lightning_cap.pruners import Pruner
 from lightning_cap.schedules import SparsitySchedule
 from lightning_cap.sparsity.masks import MaskSet
@@ -21,6 +22,7 @@ class Run:
     Attributes:
         begins: The first epoch whose start this ``fit`` comes to, None before it trains.
         trials: What the dry run has found out about calibration; see `PruningEvent`.
+        plans: Of the memory of the events to come, one for each of their pruners; none before they are made.
         starts: Epochs of the events that begin a cycle.
         phases: Epochs of the events that begin a sparse phase; see `sparse_phases`.
     """
@@ -37,6 +39,7 @@ class Run:
         self.targets, self.masks, self.events, self.files = targets, masks, events, files
         self.begins: int | None = None
         self.trials: dict[str, Trial] = {}
+        self.plans: list[MemoryPlan] = []
         self.starts = cycle_starts(events, pruner)
         self.phases = sparse_phases(events, schedule)
 

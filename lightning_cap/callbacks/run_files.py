@@ -11,6 +11,7 @@ import lightning.pytorch as pl
 
 from lightning_cap.export.safetensors import goal_stem
 from lightning_cap.trainer.records import EVENTS
+from lightning_cap.trainer.run_records import CYCLES, RUN
 from lightning_cap.utilities import distributed
 
 
@@ -31,7 +32,20 @@ class RunFiles:
     @property
     def events(self) -> Path:
         """The records of the pruning events."""
-        return self.folder / f"{Path(EVENTS).stem}{self.suffix}{Path(EVENTS).suffix}"
+        return self._named(EVENTS)
+
+    @property
+    def runs(self) -> Path:
+        """The records of the starts of the run."""
+        return self._named(RUN)
+
+    @property
+    def cycles(self) -> Path:
+        """The records of what its cycles ended with."""
+        return self._named(CYCLES)
+
+    def _named(self, name: str) -> Path:
+        return self.folder / f"{Path(name).stem}{self.suffix}{Path(name).suffix}"
 
     def of_cycle(self, goal: float, best: bool) -> tuple[Path, Path]:
         """The checkpoint and the plain weights of a cycle's end, or of its best epoch."""
@@ -41,7 +55,7 @@ class RunFiles:
     def used(self, goals: Iterable[float]) -> bool:
         """Whether one of its files is there."""
         names = [path for goal in goals for best in (False, True) for path in self.of_cycle(goal, best)]
-        return any(path.exists() for path in (self.events, *names))
+        return any(path.exists() for path in (self.events, self.runs, self.cycles, *names))
 
     def reserve(self) -> None:
         """Make the file of the events, so that no other run takes these names. Call it on rank 0 alone."""

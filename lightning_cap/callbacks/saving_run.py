@@ -11,11 +11,13 @@ from lightning_cap.callbacks.checkpointed import CheckpointedRun
 from lightning_cap.callbacks.cycle import monitored, save_cycle, with_files
 from lightning_cap.callbacks.run import writes_files
 from lightning_cap.callbacks.run_files import RunFiles
+from lightning_cap.callbacks.run_log import RunLog, run_record
 from lightning_cap.sparsity.targets import measured_sparsity
 from lightning_cap.trainer.evaluation import evaluate
 from lightning_cap.trainer.run_records import CycleRecord
-from lightning_cap.trainer.saving import saving
+from lightning_cap.trainer.saving import goal_name, saving
 from lightning_cap.utilities import distributed
+from lightning_cap.utilities.arguments import shown
 
 
 class SavingRun(CheckpointedRun):
@@ -26,10 +28,14 @@ class SavingRun(CheckpointedRun):
     monitor: str | None
     mode: Literal["min", "max"]
     evaluate: bool
+    include: list[str] | None
+    exclude: list[str] | None
+    existing_zeros: bool
 
     def __init__(self) -> None:
         super().__init__()
         self._validated = -1  # the last epoch that was
+        self._log = RunLog()
 
     def end_cycle(
         self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int, metrics: Mapping[str, Any] | None = None
@@ -70,12 +76,23 @@ class SavingRun(CheckpointedRun):
         self._state.history = [r for r in self._state.history if (r.goal, r.best) != (goal, best)] + [record]
         if writes:
             save_cycle(trainer, module, self._active.targets, record)
+        self._log.keep(self._state.history, self._state.metric)
 
     def _line(self, goal: float, epochs: int, metrics: Mapping[str, Any], best: bool = False) -> CycleRecord:
         """The model as it is now, in the table."""
         targets = self._active.targets
         saved = saving(self.pruner, targets, self.masks)
         return CycleRecord(goal, epochs, self._value(metrics), measured_sparsity(targets), best, saving=saved)
+
+    def _begin_log(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Write down that the run begins, and on what."""
+        run = self._active
+        own = ("include", "exclude", "existing_zeros", "evaluate", "save", "save_sparsities", "monitor")
+        settings = {**self._settings(run), **{name: shown(getattr(self, name)) for name in own}}
+        metric = self.monitor or self._state.metric
+        mode = self.mode if self.monitor else None
+        record = run_record(trainer, module, run, goal_name(self.pruner), metric, mode, settings)
+        self._log.begin(self._log_files(trainer), record, self._state.history)
 
     def _value(self, metrics: Mapping[str, Any]) -> float | None:
         """Of the monitored metric, whose name is kept for the table."""

@@ -191,7 +191,7 @@ class PruningEvent:
         self.report.seconds["collect"] += collecting
         self.report.seconds[phase] += time.perf_counter() - started - collecting
 
-    def dry_run(self, collection_index: int) -> None:
+    def dry_run(self, collection_index: int) -> MemoryPlan:
         """Compute a few gradients that are thrown away, and plan: what cannot work is to fail before training begins."""
         with distributed.fail_together("The plan of the pruning events"), self._calibrating():
             refuse_broken_weights(self._trainer, self._targets)
@@ -199,6 +199,7 @@ class PruningEvent:
                 self._refuse_broken_loss(collection_index)
             plan = self._plan(self.collector(collection_index), self._masks)
         rank_zero_info(f"Pruning events: {plan}")
+        return plan
 
     def collector(self, collection_index: int) -> Collector | None:
         """The source of what the pruner reads, at a collection index; None if that is nothing."""

@@ -30,8 +30,7 @@ def test_checkpoints_table_and_plain_weights(tmp_path: Path, capsys: pytest.Capt
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
     stems = ("sparsity=0.50", "sparsity=0.75")
     assert names == [
-        "events.jsonl",
-        "exports.jsonl",
+        *("cycles.jsonl", "events.jsonl", "exports.jsonl", "run.jsonl"),
         *(f"{stem}.{end}" for stem in stems for end in ("ckpt", "safetensors")),
     ]
     for stem, sparsity in zip(stems, (0.5, 0.75), strict=True):

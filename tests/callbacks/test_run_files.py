@@ -20,15 +20,17 @@ def fit(folder: Path, sparsity: float = 0.5, ckpt_path: str | None = None, epoch
 def test_a_second_run_leaves_the_files_of_the_first(tmp_path: Path) -> None:
     fit(tmp_path)
     before = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir() if path.name != "exports.jsonl"}
-    assert before.keys() == {"events.jsonl", "sparsity=0.50.ckpt", "sparsity=0.50.safetensors"}
+    records = {"cycles.jsonl", "events.jsonl", "run.jsonl"}
+    assert before.keys() == {*records, "sparsity=0.50.ckpt", "sparsity=0.50.safetensors"}
     fit(tmp_path)
     fit(tmp_path, 0.75)
     after = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
     assert all(after[name] == content for name, content in before.items())
     assert after.keys() - before.keys() == {
         "exports.jsonl",
-        *("events-v1.jsonl", "sparsity=0.50-v1.ckpt", "sparsity=0.50-v1.safetensors"),
-        *("events-v2.jsonl", "sparsity=0.75-v2.ckpt", "sparsity=0.75-v2.safetensors"),
+        *(name.replace(".", f"-v{i}.") for name in records for i in (1, 2)),
+        *("sparsity=0.50-v1.ckpt", "sparsity=0.50-v1.safetensors"),
+        *("sparsity=0.75-v2.ckpt", "sparsity=0.75-v2.safetensors"),
     }
 
 

@@ -12,6 +12,7 @@ from safetensors import safe_open
 
 from lightning_cap.export.records import EXPORTS, ExportRecord
 from lightning_cap.trainer.records import EVENTS, EventRecord
+from lightning_cap.trainer.run_records import CYCLES, RUN, CycleRecord, RunRecord
 from lightning_cap.utilities.bits import unpack_bits
 from lightning_cap.utilities.records import read_records
 from tests.support.crash_run import SCHEDULE, run_trial
@@ -91,6 +92,11 @@ def check_files(folder: Path, schedule: dict[int, float] = SCHEDULE) -> None:
                 names = [record.path for record in read_records(path, ExportRecord)]
                 assert len(set(names)) == len(names)
                 assert all((path.parent / name).is_file() for name in names)
+            elif path.name == RUN:
+                assert read_records(path, RunRecord)
+            elif path.name == CYCLES:
+                lines = read_records(path, CycleRecord)
+                assert all(Path(line.checkpoint).is_file() for line in lines if line.checkpoint)
             else:
                 records = read_records(path, EventRecord)
                 epochs = [record.epoch for record in records if record.saving is None]
@@ -142,6 +148,13 @@ def events(folder: Path) -> list[EventRecord]:
     return [replace(record, seconds={}) for record in read_records(folder / "pruned" / EVENTS, EventRecord)]
 
 
+def cycles(folder: Path) -> list[Any]:
+    """Those of units and those of weights, each in order: which of the two wrote last is no matter."""
+    lines = read_records(folder / "pruned" / CYCLES, CycleRecord)
+    ordered = sorted(lines, key=lambda line: line.saving is None)
+    return without_folder([line.to_json() for line in ordered], folder)  # type: ignore[no-any-return]
+
+
 def exports(folder: Path) -> list[ExportRecord]:
     return read_records(folder / "pruned" / EXPORTS, ExportRecord)
 
@@ -156,6 +169,8 @@ def check_same_end(expected: Path, folder: Path, ranks: int = 1) -> None:
         assert batches[0][len(batches[0]) - len(batches[1]) :] == batches[1]  # fewer if little was left to train
     assert events(expected) == events(folder)
     assert exports(expected) == exports(folder)
+    assert cycles(expected) == cycles(folder)
+    assert read_records(folder / "pruned" / RUN, RunRecord)[-1].state == "finished"
     for path in [expected / "last.ckpt", *(expected / "pruned").glob("*.ckpt")]:
         same(load(path, expected), load(folder / path.relative_to(expected), folder), path.name)
     for path in (expected / "pruned").glob("*.safetensors"):
