@@ -19,6 +19,7 @@ from lightning_cap.cli.files import check_files
 from lightning_cap.cli.leftovers import folders_to_come, log_folders, remove_unused
 from lightning_cap.cli.messages import is_tree, one_line
 from lightning_cap.cli.parsing import CAPParser, find_callbacks_by_setting
+from lightning_cap.cli.run_config import make_readable
 from lightning_cap.comparison import LossSurface, compare
 from lightning_cap.comparison.records import RESULTS
 from lightning_cap.errors import CAPError, ConfigError
@@ -127,8 +128,12 @@ class _SaveConfig(SaveConfigCallback):
         self._save(trainer, pl_module, "predict")
 
     def _save(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        if trainer.loggers:
-            super().setup(trainer, pl_module, stage)
+        if not trainer.loggers or self.already_saved:
+            return
+        super().setup(trainer, pl_module, stage)
+        folder = trainer.log_dir  # every process must ask for it
+        if trainer.is_global_zero and folder is not None:
+            make_readable(Path(folder) / self.config_filename)
 
 
 class CAPCLI(LightningCLI):

@@ -16,6 +16,7 @@ from lightning_cap.cli.files import check_files
 from lightning_cap.cli.messages import one_line
 from lightning_cap.cli.parsing import CAPParser
 from lightning_cap.errors import ConfigError
+from lightning_cap.utilities.files import atomic
 
 _FILE = "config.yaml"
 _PARENTS = 2  # checkpoints are in a folder beside it, or in the same
@@ -74,7 +75,7 @@ class RunConfig:
         parser = CAPParser(exit_on_error=False)
         parser.add_argument("--config", action="config")
         parser.add_lightning_class_args(kind, name, subclass_mode=True)
-        parts = [_without_default_classes(changed(part[name])) for part in self._parts if part.get(name) is not None]
+        parts = [without_default_classes(changed(part[name])) for part in self._parts if part.get(name) is not None]
         try:
             given = parser.parse_args([f"--config={yaml.safe_dump({name: part})}" for part in parts])
             return parser.instantiate(given)[name]
@@ -95,15 +96,30 @@ def _without_weights(given: Any) -> Any:
     }
 
 
-def _without_default_classes(given: Any) -> Any:
+def without_default_classes(given: Any) -> Any:
     """Settings without those that are a class, as by default: jsonargparse writes its path, and reads it as an instance."""
+    if isinstance(given, list):
+        return [without_default_classes(entry) for entry in given]
     if not isinstance(given, dict):
         return given
-    plain = {name: _without_default_classes(value) for name, value in given.items()}
+    plain = {name: without_default_classes(value) for name, value in given.items()}
     if isinstance(plain.get("class_path"), str) and isinstance(plain.get("init_args"), dict):
         defaults = _default_classes(plain["class_path"])
         plain["init_args"] = {n: v for n, v in plain["init_args"].items() if not _is_class(v, defaults.get(n))}
     return plain
+
+
+def make_readable(path: Path) -> None:
+    """Leave out of a file that jsonargparse has written what it cannot read again; comments on top stay.
+
+    Args:
+        path: The ``config.yaml`` of a run.
+    """
+    text = path.read_text()
+    header = "".join(line for line in text.splitlines(keepends=True) if line.startswith("#"))
+    held = without_default_classes(yaml.safe_load(text))
+    with atomic(path) as temporary:
+        temporary.write_text(header + yaml.safe_dump(held, sort_keys=False, default_flow_style=False))
 
 
 def _default_classes(class_path: str) -> dict[str, type]:
