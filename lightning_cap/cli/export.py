@@ -52,7 +52,7 @@ def formats() -> dict[str, type[Exporter]]:
 def export_parser(**kwargs: Any) -> CAPParser:
     """The options of ``lightning-cap export``."""
     parser = CAPParser(prog="lightning-cap export", description=_DESCRIPTION, **kwargs)
-    parser.where_to_give = "Give them, as in lightning-cap export CKPT --to onnx"
+    parser.example = "lightning-cap export CKPT --to onnx"
     parser.add_argument(
         "ckpt",
         metavar="CKPT",

@@ -25,11 +25,11 @@ class CAPParser(LightningArgumentParser):
     """Ends with one line that tells the mistake, without the usage of all options.
 
     Attributes:
-        where_to_give: Told where something is missing.
+        example: A command line with what must be given; empty where a file may say it.
         others: Subcommands that are no methods of the Trainer: ``{name: (parser, what it does)}``.
     """
 
-    where_to_give = "Give them on the command line or in a file, --config FILE"
+    example = ""
     others: Mapping[str, tuple[CAPParser, str]] = MappingProxyType({})
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -58,7 +58,8 @@ class CAPParser(LightningArgumentParser):
 
     def _meant(self, message: str) -> str:
         if message.startswith("the following arguments are required"):
-            return f". {self.where_to_give}" if self.exit_on_error else ""
+            where = f"as in {self.example}" if self.example else "on the command line or in a file, --config FILE"
+            return f". Give them {where}" if self.exit_on_error else ""
         if message.startswith("unrecognized arguments: "):
             option = message.split(": ", 1)[1].split("=")[0].split()[0]
             own = {
