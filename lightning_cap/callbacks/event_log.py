@@ -46,6 +46,7 @@ def event_record(
         skipped=report.skipped,
         grown_back=report.grown,
         peak_bytes=report.peak_bytes,
+        measured_bytes=report.measured_bytes,
         seconds=report.seconds,
         stats=report.stats,
         before=before,

@@ -16,6 +16,7 @@ from lightning_cap._version import __version__
 from lightning_cap.callbacks.run import Run
 from lightning_cap.callbacks.run_files import RunFiles
 from lightning_cap.fisher.memory_plan import MemoryPlan
+from lightning_cap.sparsity.flops import ModelFlops
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.trainer.run_records import CYCLES, RUN, CycleRecord, LayerRecord, PlanRecord, RunRecord
 from lightning_cap.trainer.units import inner_model
@@ -37,17 +38,21 @@ class RunLog:
         self._files: RunFiles | None = None
         self._record: RunRecord | None = None
 
-    def begin(self, files: RunFiles | None, record: RunRecord, history: Sequence[CycleRecord]) -> None:
+    def close(self) -> None:
+        """Write nothing from now on. For any rank alone."""
+        self._files = self._record = None
+
+    def begin(self, files: RunFiles, record: RunRecord, history: Sequence[CycleRecord]) -> None:
         """Write that the run begins, and what is known of its cycles: a run that goes on may have lost the last lines.
 
         Args:
-            files: Of the run; None to write nothing, now and later.
+            files: Of the run.
             record: Of this start.
             history: Of its cycles.
         """
-        self._files = self._record = None
+        self.close()
         with distributed.raise_on_all_ranks(f"Writing {RUN}"):
-            if files is not None and distributed.rank() == 0:
+            if distributed.rank() == 0:
                 self._files = files
                 files.reserve()
                 self._put(record)
@@ -99,6 +104,7 @@ def run_record(
     trainer: pl.Trainer,
     module: pl.LightningModule,
     run: Run,
+    flops: ModelFlops | None,
     counted: str,
     metric: str | None,
     mode: str | None,
@@ -110,6 +116,7 @@ def run_record(
         trainer: In ``fit``.
         module: Its LightningModule.
         run: Its targets, events and plans.
+        flops: Of the model; None if they could not be counted.
         counted: What its goals count.
         metric: Of the table, if it is known.
         mode: Whether more or less of it is better; None to guess by the name of the metric.
@@ -128,7 +135,8 @@ def run_record(
         mode=mode or _mode(metric, "max"),
         model=architecture if isinstance(architecture, str) else type(inner).__name__,
         weights=sum(p.numel() for p in module.parameters() if not nn.parameter.is_lazy(p)),
-        layers=_layers(module, run.targets),
+        layers=_layers(module, run.targets, {} if flops is None else flops.layers),
+        flops=None if flops is None else flops.total,
         plan=_plan(run.plans),
         settings=settings,
         environment=_environment(trainer, run.targets.device),
@@ -148,7 +156,7 @@ def _counted(line: CycleRecord) -> str:
     return "sparsity" if line.saving is None else line.saving.cost
 
 
-def _layers(module: nn.Module, targets: Targets) -> tuple[LayerRecord, ...]:
+def _layers(module: nn.Module, targets: Targets, flops: Mapping[str, int]) -> tuple[LayerRecord, ...]:
     """Targets, and what is left dense and why, in the order of the model."""
     layers = {plain_name(path): layer for path, layer in module.named_modules(remove_duplicate=False)}
     order = {plain_name(path): i for i, (path, _) in enumerate(module.named_parameters(remove_duplicate=False))}
@@ -159,7 +167,7 @@ def _layers(module: nn.Module, targets: Targets) -> tuple[LayerRecord, ...]:
             return tuple(getattr(layers[path], attribute).shape)
 
     names = sorted((*targets, *targets.dense), key=lambda name: order.get(name, len(order)))
-    return tuple(LayerRecord(name, shape(name), targets.dense.get(name, "")) for name in names)
+    return tuple(LayerRecord(name, shape(name), targets.dense.get(name, ""), flops.get(name)) for name in names)
 
 
 def _plan(plans: Sequence[MemoryPlan]) -> PlanRecord | None:

@@ -14,6 +14,7 @@ from lightning_cap.callbacks.run_files import RunFiles
 from lightning_cap.callbacks.run_log import RunLog, run_record
 from lightning_cap.sparsity.targets import measured_sparsity
 from lightning_cap.trainer.evaluation import evaluate
+from lightning_cap.trainer.model_flops import count_flops
 from lightning_cap.trainer.run_records import CycleRecord
 from lightning_cap.trainer.saving import goal_name, saving
 from lightning_cap.utilities import distributed
@@ -86,13 +87,17 @@ class SavingRun(CheckpointedRun):
 
     def _begin_log(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Write down that the run begins, and on what."""
-        run = self._active
+        run, files = self._active, self._log_files(trainer)
+        if files is None:
+            self._log.close()
+            return
         own = ("include", "exclude", "existing_zeros", "evaluate", "save", "save_sparsities", "monitor")
         settings = {**self._settings(run), **{name: shown(getattr(self, name)) for name in own}}
         metric = self.monitor or self._state.metric
         mode = self.mode if self.monitor else None
-        record = run_record(trainer, module, run, goal_name(self.pruner), metric, mode, settings)
-        self._log.begin(self._log_files(trainer), record, self._state.history)
+        flops = count_flops(trainer, module, self.seed)
+        record = run_record(trainer, module, run, flops, goal_name(self.pruner), metric, mode, settings)
+        self._log.begin(files, record, self._state.history)
 
     def _value(self, metrics: Mapping[str, Any]) -> float | None:
         """Of the monitored metric, whose name is kept for the table."""

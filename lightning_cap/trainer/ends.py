@@ -62,7 +62,7 @@ def follow_a_batch(
         None if this rank has no batch.
     """
     with calibrating(trainer, module), precision_context(trainer)(), torch.inference_mode(False):
-        batch = next(_batches(trainer, module, seed), None)
+        batch = next(few_samples(trainer, module, seed), None)
         loss = calibration_loss(module)
         if batch is None:
             return None
@@ -97,8 +97,8 @@ def agree_on_ends(model: nn.Module, follow: Callable[[], Flow | None]) -> Ends:
     return Ends.registered(model, why)
 
 
-def _batches(trainer: pl.Trainer, module: pl.LightningModule, seed: int) -> Iterator[Any]:
-    """One batch for each rank."""
+def few_samples(trainer: pl.Trainer, module: pl.LightningModule, seed: int) -> Iterator[Any]:
+    """One small batch for each rank. To be called inside `calibrating`; arguments: see `find_module_ends`."""
     key = (seed, 0)
     source = calibration_source(trainer, module)
     order = sample_order(trainer, source)

@@ -31,6 +31,7 @@ from lightning_cap.trainer.calibration import (
 from lightning_cap.trainer.divergence import refuse_broken_loss, refuse_broken_weights
 from lightning_cap.utilities import distributed
 from lightning_cap.utilities.distributed import check_equal_on_all_ranks
+from lightning_cap.utilities.peak_memory import watch_peak
 from lightning_cap.utilities.progress import Progress
 
 
@@ -47,6 +48,7 @@ class EventReport:
         seconds: Seconds of each phase (plan, collect, solve, apply).
         grown: Weights that grew back.
         peak_bytes: Planned peak extra memory on the device of the weights.
+        measured_bytes: Peak extra memory there, measured, of the process that took most; see `watch_peak`. None if it cannot be.
         stats: The pruner's own numbers, of the last recomputation.
     """
 
@@ -58,6 +60,7 @@ class EventReport:
     grown: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("plan", "collect", "solve", "apply"), 0.0))
     peak_bytes: int = 0
+    measured_bytes: int | None = None
     stats: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -110,6 +113,7 @@ class PruningEvent:
         Raises:
             CAPError: Whatever went wrong; the model and the masks are then as before.
         """
+        peak = watch_peak(self._targets.device)
         before = self._targets.copies()
         masks, saliency = dict(self._masks), 0.0
         try:
@@ -125,6 +129,8 @@ class PruningEvent:
         except BaseException:
             self._targets.restore(before)
             raise
+        peaks = distributed.gather_objects(peak())
+        self.report.measured_bytes = None if None in peaks else max(peaks)
         self.report.sparsity = self._masks.global_sparsity
         self.report.predicted_loss = saliency if sparsities and self._pruner.predicts_loss else None
         self.report.grown = sum(int(back.sum()) for back in self.grown.values())

@@ -58,6 +58,8 @@ class EventRecord(Record):
         skipped: How many were left out as not finite.
         grown_back: Weights that grew back.
         peak_bytes: Planned peak extra memory on the device of the weights.
+        measured_bytes: Peak extra memory there as measured, of the process that took most; None where it cannot be measured. See
+            `lightning_cap.utilities.peak_memory.watch_peak` for what is in it.
         seconds: Seconds per phase: plan, collect, solve, apply.
         stats: The pruner's own numbers, of the last recomputation.
         before: Validation metrics right before the event.
@@ -66,7 +68,7 @@ class EventRecord(Record):
     """
 
     kind: ClassVar[str] = "event"
-    version: ClassVar[int] = 3
+    version: ClassVar[int] = 4
 
     epoch: int
     goal: float
@@ -78,6 +80,7 @@ class EventRecord(Record):
     skipped: int
     grown_back: int
     peak_bytes: int
+    measured_bytes: int | None
     seconds: Mapping[str, float]
     stats: Mapping[str, float]
     before: Mapping[str, float]
@@ -93,6 +96,7 @@ class EventRecord(Record):
             f"{self.unit}_skipped": self.skipped,
             "grown_back": self.grown_back,
             "peak_bytes": self.peak_bytes,
+            "measured_bytes": self.measured_bytes,
             **self.stats,
             **_under("seconds", self.seconds),
             **_under("before", self.before),

@@ -61,6 +61,8 @@ def test_a_run_tells_what_it_is_and_how_far_it_came(tmp_path: Path) -> None:
     assert [(layer.name, layer.shape, layer.dense) for layer in run.layers] == [
         ("net.0.weight", (16, 12), "first"), (TARGET, (16, 16), ""), ("net.6.weight", (4, 16), "last")
     ]  # fmt: skip
+    assert [layer.flops for layer in run.layers] == [2 * 12 * 16, 2 * 16 * 16, 2 * 16 * 4]
+    assert run.flops == 2 * (12 * 16 + 16 * 16 + 16 * 4)
     assert run.plan is not None
     assert run.plan.peak_bytes > 0
     assert run.settings["pruner"] == "CAP"

@@ -145,7 +145,10 @@ def plain(path: Path) -> tuple[Any, Any]:
 
 
 def events(folder: Path) -> list[EventRecord]:
-    return [replace(record, seconds={}) for record in read_records(folder / "pruned" / EVENTS, EventRecord)]
+    return [
+        replace(record, seconds={}, measured_bytes=None)
+        for record in read_records(folder / "pruned" / EVENTS, EventRecord)
+    ]
 
 
 def cycles(folder: Path) -> list[Any]:

@@ -29,6 +29,8 @@ def test_the_first_batch_is_tried_once_and_every_event_is_planned_with_what_it_t
     lines = (tmp_path / "kept" / "events.jsonl").read_text().splitlines()
     assert len(lines) > 1
     assert all('"peak_bytes": 0' not in line for line in lines)
+    known = Path("/proc/self/clear_refs").exists()
+    assert all(('"measured_bytes": null' in line) is not known for line in lines)
 
 
 def test_an_event_that_cannot_fit_is_refused_before_the_first_step(tmp_path: Path) -> None:

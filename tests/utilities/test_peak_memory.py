@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+from pathlib import Path
+
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.func import grad, vmap
 
-from lightning_cap.utilities.peak_memory import measure_peak
+from lightning_cap.utilities import peak_memory
+from lightning_cap.utilities.peak_memory import measure_peak, watch_peak
 
 CPU = torch.device("cpu")
 MB = 2**20
@@ -47,3 +51,20 @@ def test_backward_passes_and_vmap_are_seen() -> None:
     ]
     assert sizes[0] >= 8 * 1.1 * layer.weight.nbytes
     assert 1.9 < sizes[1] / sizes[0] < 2.1
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="this system does not tell")
+def test_the_peak_of_the_process_from_now_on() -> None:
+    torch.ones(64 * MB).sum()  # before, and given back
+    peak = watch_peak(CPU)
+    torch.ones(8 * MB)  # float32
+    torch.ones(2 * MB)
+    assert peak() == pytest.approx(32 * MB, abs=4 * MB)
+
+
+def test_a_peak_that_cannot_be_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert watch_peak(torch.device("mps"))() is None
+    monkeypatch.setattr(peak_memory, "_PROCESS", tmp_path)
+    assert watch_peak(CPU)() is None, "another system"
+    (tmp_path / "clear_refs").mkdir()
+    assert watch_peak(CPU)() is None, "it may not be written to"

@@ -185,7 +185,7 @@ def test_what_is_no_plain_value_is_not_written(tmp_path: Path) -> None:
 
 EVENT = EventRecord(
     epoch=3, goal=0.5, sparsity=0.5, predicted_loss=0.1, unit="gradients", samples=48, skipped=1, grown_back=0,
-    peak_bytes=100, seconds={"plan": 0.1, "solve": 2}, stats={"passes": 1}, before={"val_acc": 0.9},
+    peak_bytes=100, measured_bytes=90, seconds={"plan": 0.1, "solve": 2}, stats={"passes": 1}, before={"val_acc": 0.9},
     after={"val_acc": math.inf}, sparsities={"net.4.weight": 0.5},
 )  # fmt: skip
 RECORDS: list[Record] = [
@@ -217,7 +217,8 @@ def test_kinds_are_told_apart() -> None:
 def test_loggers_get_an_event_under_the_names_that_they_have_always_had() -> None:
     assert EVENT.logged() == {
         "cap/sparsity": 0.5, "cap/predicted_loss": 0.1, "cap/gradients": 48.0, "cap/gradients_skipped": 1.0,
-        "cap/grown_back": 0.0, "cap/peak_bytes": 100.0, "cap/passes": 1.0, "cap/seconds/plan": 0.1, "cap/seconds/solve": 2.0,
+        "cap/grown_back": 0.0, "cap/peak_bytes": 100.0, "cap/measured_bytes": 90.0,
+        "cap/passes": 1.0, "cap/seconds/plan": 0.1, "cap/seconds/solve": 2.0,
         "cap/before/val_acc": 0.9, "cap/after/val_acc": math.inf, "cap/sparsity/net.4.weight": 0.5,
     }  # fmt: skip
     assert {"cap/inputs", "cap/inputs_skipped"} <= replace(EVENT, unit="inputs").logged().keys()
