@@ -14,6 +14,7 @@ from torch import nn
 import lightning_cap.callbacks.pruning as callback_module
 from lightning_cap import CAPPruningCallback
 from lightning_cap.errors import GradientError
+from lightning_cap.fisher.memory_plan import CPU, MemoryPlan
 from lightning_cap.pruners import CAP, Magnitude
 from lightning_cap.schedules import OneShot, PolynomialSchedule, SparsitySteps
 from tests.support.toy import FEATURES, Toy, callback, cap, loaders, trainer, zeros
@@ -46,7 +47,7 @@ def test_a_run_with_a_no_op_event_sees_the_same_batches(tmp_path: Path, monkeypa
     monkeypatch.setattr(
         callback_module.PruningEvent, "run", lambda self, sparsities, collection_index: collection_index
     )
-    monkeypatch.setattr(callback_module.PruningEvent, "dry_run", lambda self, collection_index: None)
+    monkeypatch.setattr(callback_module.PruningEvent, "dry_run", lambda self, collection_index: MemoryPlan(CPU))
     monkeypatch.setattr(callback_module, "evaluate", lambda trainer, module: {})
     plain = run()
     assert zeros(pruned).float().mean() == 0.75
