@@ -30,11 +30,7 @@ def evaluate(trainer: pl.Trainer, module: pl.LightningModule, batches: int | Non
         module: Its LightningModule.
         batches: Stop after so many of each loader. Default: as the Trainer is set.
     """
-    if trainer.val_dataloaders is None and trainer.enable_validation:  # no epoch has been validated yet
-        with in_stage(trainer, RunningStage.VALIDATING):
-            compat.set_up_validation(trainer)
-    loaders = trainer.val_dataloaders
-    if loaders is None or not trainer.limit_val_batches or not trainer.num_val_batches:
+    if not validation_loaders(trainer):
         return {}
     logged = _LoggedValues()
     with (
@@ -51,9 +47,23 @@ def evaluate(trainer: pl.Trainer, module: pl.LightningModule, batches: int | Non
         return logged.results(module.device)
 
 
+def validation_loaders(trainer: pl.Trainer) -> list[Any]:
+    """The loaders over the validation data, made if no epoch has been validated yet; none if there is nothing to validate with.
+
+    Args:
+        trainer: In ``fit`` or ``validate``.
+    """
+    if trainer.val_dataloaders is None and trainer.enable_validation:
+        with in_stage(trainer, RunningStage.VALIDATING):
+            compat.set_up_validation(trainer)
+    if trainer.val_dataloaders is None or not trainer.limit_val_batches or not trainer.num_val_batches:
+        return []
+    return list(CombinedLoader(trainer.val_dataloaders, "sequential").flattened)
+
+
 def _validate(trainer: pl.Trainer, module: pl.LightningModule, logged: _LoggedValues, batches: int | None) -> None:
     """The steps. They do not communicate; what comes after them does."""
-    flat = CombinedLoader(trainer.val_dataloaders, "sequential").flattened
+    flat = validation_loaders(trainer)
     module.on_validation_epoch_start()
     for index, loader in enumerate(flat):
         logged.suffix = f"/dataloader_idx_{index}" if len(flat) > 1 else ""
