@@ -65,6 +65,15 @@ class CheckpointedRun(pl.Callback):
         return epoch in self._active.events and epoch not in self._state.done
 
     @property
+    def run(self) -> Run:
+        """What belongs to the running ``fit``: targets, masks, events.
+
+        Raises:
+            ConfigError: There has been none yet.
+        """
+        return self._active
+
+    @property
     def _active(self) -> Run:
         if self._run is None:
             raise ConfigError(

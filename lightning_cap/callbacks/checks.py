@@ -138,9 +138,18 @@ def refuse_sharding(trainer: pl.Trainer) -> None:
     Raises:
         UnsupportedError: It does.
     """
-    if isinstance(trainer.strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+    refuse_sharding_by(type(trainer.strategy))
+
+
+def refuse_sharding_by(strategy: type) -> None:
+    """The same by the class of a strategy.
+
+    Raises:
+        UnsupportedError: It shards parameters.
+    """
+    if issubclass(strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
         raise UnsupportedError(
-            f"strategy={type(trainer.strategy).__name__}: it shards parameters, and a pruning event needs whole weights. "
+            f"strategy={strategy.__name__}: it shards parameters, and a pruning event needs whole weights. "
             "Use Trainer(strategy='ddp') or a single device."
         )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
@@ -82,15 +82,29 @@ def validate_steps(
         ConfigError: The zeros of an event, or of a step to it, cannot be placed.
         PatternError: The sparsity falls, and weights that come back one by one would break the pruner's pattern.
     """
-    start, present = pruner.reached(targets, masks), dict(masks)
-    for goal in goals:
-        steps = _steps(pruner, schedule, targets, masks, start, goal, num_recomputations)
+    present = dict(masks)
+    for steps in steps_to_come(pruner, schedule, targets, masks, goals, num_recomputations):
         if steps is None:
             continue
         if not steps.sparsities:
             present = {}
         steps.pruner.check_goals(targets, present, steps.sparsities)
-        start = goal
+
+
+def steps_to_come(
+    pruner: Pruner,
+    schedule: SparsitySchedule,
+    targets: Targets,
+    masks: MaskSet,
+    goals: Iterable[float],
+    num_recomputations: int,
+) -> Iterator[PruningSteps | None]:
+    """Those of each event to come, None for one that changes nothing. Arguments and errors as for `validate_steps`."""
+    start = pruner.reached(targets, masks)
+    for goal in goals:
+        steps = _steps(pruner, schedule, targets, masks, start, goal, num_recomputations)
+        start = start if steps is None else goal
+        yield steps
 
 
 def _steps(

@@ -32,6 +32,23 @@ def normalization_of(model: nn.Module) -> Normalization | None:
     return mean, std
 
 
+def input_shape(model: nn.Module) -> tuple[int, ...] | None:
+    """``(channels, height, width)`` of the images that a timm model takes; None for others."""
+    settings: Any = getattr(model, "pretrained_cfg", None)
+    if not isinstance(settings, Mapping) or not settings.get("input_size"):
+        return None
+    channels, *size = settings["input_size"]
+    embed = getattr(model, "patch_embed", None)
+    if isinstance(getattr(embed, "img_size", None), tuple):
+        size = list(embed.img_size)  # type: ignore[union-attr]
+    stem = settings.get("first_conv")
+    layer = dict(model.named_modules()).get(stem if isinstance(stem, str) else "")
+    weight = getattr(layer, "weight", None)
+    if isinstance(weight, torch.Tensor) and isinstance(layer, nn.Conv2d):
+        channels = layer.in_channels
+    return (channels, *size)
+
+
 def check_classes(num_classes: int, data: LightningDataModule) -> None:
     """Refuse data with another number of classes than the model, as far as the data tells it (``num_classes``).
 

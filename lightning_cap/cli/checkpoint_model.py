@@ -13,7 +13,7 @@ import lightning.pytorch as pl
 import timm
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_cap.classifier import VisionClassifier, load_weights
 from lightning_cap.cli.run_config import RunConfig, find_config
@@ -156,20 +156,3 @@ def _create(architecture: str, shapes: Mapping[str, list[int]], given: str | Non
     classes: dict[str, Any] = {} if rows is None else {"num_classes": rows[0]}
     model: nn.Module = timm.create_model(architecture, **classes)
     return model
-
-
-def input_shape(model: nn.Module) -> tuple[int, ...] | None:
-    """``(channels, height, width)`` of the images that a timm model takes; None for others."""
-    settings: Any = getattr(model, "pretrained_cfg", None)
-    if not isinstance(settings, Mapping) or not settings.get("input_size"):
-        return None
-    channels, *size = settings["input_size"]
-    embed = getattr(model, "patch_embed", None)
-    if isinstance(getattr(embed, "img_size", None), tuple):
-        size = list(embed.img_size)  # type: ignore[union-attr]
-    stem = settings.get("first_conv")
-    layer = dict(model.named_modules()).get(stem if isinstance(stem, str) else "")
-    weight = getattr(layer, "weight", None)
-    if isinstance(weight, Tensor) and isinstance(layer, nn.Conv2d):
-        channels = layer.in_channels
-    return (channels, *size)

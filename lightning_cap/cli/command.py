@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from lightning_cap.cli.export import SUMMARY as EXPORT_SUMMARY
@@ -12,8 +12,10 @@ from lightning_cap.cli.export import export, export_parser
 from lightning_cap.cli.lightning_cli import CAPCLI, CAPTrainer, SaveConfig
 from lightning_cap.cli.mistakes import mistake_behind
 from lightning_cap.cli.parsing import CAPParser
+from lightning_cap.cli.plan import SUMMARY as PLAN_SUMMARY
+from lightning_cap.cli.plan import plan, plan_parser
 
-_RUN = {"export": export}
+_RUN: dict[str, Callable[[list[str]], Any]] = {"export": export, "plan": plan}
 
 
 class _Command(CAPCLI):
@@ -21,7 +23,7 @@ class _Command(CAPCLI):
 
     @classmethod
     def others(cls) -> Mapping[str, tuple[CAPParser, str]]:
-        return {"export": (export_parser(), EXPORT_SUMMARY)}
+        return {"export": (export_parser(), EXPORT_SUMMARY), "plan": (plan_parser(), PLAN_SUMMARY)}
 
 
 def main(args: list[str] | None = None) -> None:

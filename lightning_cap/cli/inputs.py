@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from lightning_cap.classifier.agreement import normalization_of
-from lightning_cap.cli.checkpoint_model import CheckpointModel, input_shape
+from lightning_cap.classifier.agreement import input_shape, normalization_of
+from lightning_cap.cli.checkpoint_model import CheckpointModel
 from lightning_cap.data import ImageNetDataModule
 from lightning_cap.errors import CAPError, ConfigError, DataError
 from lightning_cap.utilities.arguments import shown

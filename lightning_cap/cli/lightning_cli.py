@@ -75,36 +75,65 @@ class CAPTrainer(pl.Trainer):
             loss_samples: Calibration samples to measure the loss on, beside the validation data.
             max_rows_memory: Main memory for gradients that pruners share, e.g. 20GB. Default: a quarter of what is free.
         """
-        if (pruner is None) == (pruners is None):
-            given = "both" if pruner is not None else "neither"
-            raise ConfigError(f"pruner/pruners: {given} given. Give pruner, one method, or pruners, several by name.")
-        require_instance("pruner", pruner, Pruner, "CAP()", optional=True)
-        require_path("output_dir", output_dir, "oneshot")
-        if self.is_global_zero:
-            require_writable("output_dir", output_dir, Path(output_dir))
-        records = compare(
-            self,
-            model,
-            pruner if pruner is not None else pruners or {},
-            sparsities,
-            (0,) if seeds is None else seeds,
-            datamodule=datamodule,
-            include=include,
-            exclude=exclude,
-            ckpt_path=ckpt_path,
-            folder=output_dir,
-            num_recomputations=num_recomputations,
+        asked = comparison_arguments(
+            sparsities=sparsities,
+            pruner=pruner,
+            pruners=pruners,
+            seeds=seeds,
             grids=grids,
             surface=surface,
             fisher_block=fisher_block,
+            include=include,
+            exclude=exclude,
+            output_dir=output_dir,
             save_weights=save_weights,
+            num_recomputations=num_recomputations,
             loss_samples=loss_samples,
             max_rows_memory=max_rows_memory,
+            writes=self.is_global_zero,
         )
+        records = compare(self, model, datamodule=datamodule, ckpt_path=ckpt_path, **asked)
         if self.is_global_zero:
             written = report(records, Path(output_dir))
             print_comparison(records)
             rank_zero_info(f"Written to {output_dir}: {RESULTS}, {', '.join(written)}.")
+
+
+def comparison_arguments(
+    *,
+    pruner: Pruner | None = None,
+    pruners: dict[str, Pruner] | None = None,
+    seeds: list[int] | None = None,
+    output_dir: str = "oneshot",
+    writes: bool = True,
+    **others: Any,
+) -> dict[str, Any]:
+    """The arguments of `CAPTrainer.oneshot` as those of `lightning_cap.comparison.compare`.
+
+    Args:
+        pruner: See `CAPTrainer.oneshot`.
+        pruners: Likewise.
+        seeds: Likewise.
+        output_dir: Likewise.
+        writes: Whether this process does.
+        others: Taken over as they are.
+
+    Raises:
+        ConfigError: Not one of ``pruner`` and ``pruners`` is given, or ``output_dir`` cannot be written to.
+    """
+    if (pruner is None) == (pruners is None):
+        given = "both" if pruner is not None else "neither"
+        raise ConfigError(f"pruner/pruners: {given} given. Give pruner, one method, or pruners, several by name.")
+    require_instance("pruner", pruner, Pruner, "CAP()", optional=True)
+    require_path("output_dir", output_dir, "oneshot")
+    if writes:
+        require_writable("output_dir", output_dir, Path(output_dir))
+    return {
+        **others,
+        "pruners": pruner if pruner is not None else pruners or {},
+        "seeds": (0,) if seeds is None else seeds,
+        "folder": output_dir,
+    }
 
 
 class SaveConfig(SaveConfigCallback):
@@ -196,9 +225,17 @@ class CAPCLI(LightningCLI):
         if not isinstance(seed, bool) and seed is not None:
             require_whole("seed_everything", seed, 0, 2**32 - 1)
         self._ckpt_path = given.get("ckpt_path")
-        check_checkpoint(self._ckpt_path, resumes=command == "fit")
+        self.look_at_checkpoint(self._ckpt_path, resumes=command == "fit")
         if self._ckpt_path is not None:
             given["ckpt_path"] = None
+
+    def look_at_checkpoint(self, path: Any, resumes: bool) -> None:
+        """Refuse a checkpoint that cannot be loaded.
+
+        Raises:
+            CAPError: It cannot.
+        """
+        check_checkpoint(path, resumes=resumes)
 
     def before_instantiate_classes(self) -> None:
         """Show ``ckpt_path`` again, for the Trainer."""

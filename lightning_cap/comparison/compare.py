@@ -87,7 +87,7 @@ def compare(
     require_instance("trainer", trainer, pl.Trainer, "lightning.pytorch.Trainer()")
     require_instance("model", getattr(model, "_orig_mod", model), pl.LightningModule, "VisionClassifier(...)")
     require_instance("datamodule", datamodule, pl.LightningDataModule, "DigitsDataModule()", optional=True)
-    _check_validation(getattr(model, "_orig_mod", model), datamodule)
+    check_validation(getattr(model, "_orig_mod", model), datamodule)
     request = make_request(
         pruners=pruners,
         sparsities=sparsities,
@@ -125,7 +125,12 @@ def compare(
     return hook.records
 
 
-def _check_validation(model: pl.LightningModule, datamodule: pl.LightningDataModule | None) -> None:
+def check_validation(model: pl.LightningModule, datamodule: pl.LightningDataModule | None) -> None:
+    """Refuse what a comparison cannot validate.
+
+    Raises:
+        ConfigError: There is no validation step, or no validation data.
+    """
     if not is_overridden("validation_step", model):
         raise ConfigError(
             f"model={type(model).__name__}: a comparison validates every result. Define validation_step() and log metrics in it."

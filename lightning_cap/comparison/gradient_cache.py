@@ -295,9 +295,27 @@ def _room(size: int, folder: Path | None, max_memory: int | str | None) -> str |
         except OSError as error:
             _log.warning("Gradient rows cannot be kept in %s: %s", folder, error)
     every = distributed.gather_objects((in_memory, on_disk))
-    if all(memory for memory, _ in every):
-        return "memory"
-    return "disk" if all(disk for _, disk in every) else None
+    return _place(all(memory for memory, _ in every), all(disk for _, disk in every))
+
+
+def place_of_rows(size: int, free: int | None, free_on_disk: int | None, max_memory: int | str | None) -> str:
+    """Where `share` will keep ``size`` bytes of a process: ``"memory"``, ``"disk"``, or empty for nowhere.
+
+    Args:
+        size: Of the rows of one process.
+        free: Main memory that is free for it; None where that is not known.
+        free_on_disk: Likewise of the folder; None without one.
+        max_memory: As for `share`.
+    """
+    limit = parse_bytes(max_memory, "max_rows_memory")
+    if limit is None and free is not None:
+        limit = int(_MEMORY_SHARE * free)
+    on_disk = free_on_disk is not None and size <= _DISK_SHARE * free_on_disk
+    return _place(limit is None or size <= limit, on_disk) or ""
+
+
+def _place(in_memory: bool, on_disk: bool) -> str | None:
+    return "memory" if in_memory else "disk" if on_disk else None
 
 
 def _file(folder: Path) -> Path:

@@ -54,7 +54,7 @@ class ComparisonRunner:
 
     def __init__(self, trainer: pl.Trainer, module: pl.LightningModule, request: Request) -> None:
         self._trainer, self._module, self._request = trainer, module, request
-        self._targets = _targets(trainer, module, request)
+        self._targets = find_targets(trainer, module, request)
         self._masks = MaskSet(self._targets)
         self._masks.mask_zeros()
         check_targets(request.variants, self._targets, self._masks, request.sparsities)
@@ -250,8 +250,17 @@ class ComparisonRunner:
         return lambda: evaluate(self._trainer, self._module, batches)[name]
 
 
-def _targets(trainer: pl.Trainer, module: pl.LightningModule, request: Request) -> Targets:
-    """Weights, or where any pruner takes units, all weights of units, for the others too."""
+def find_targets(trainer: pl.Trainer, module: pl.LightningModule, request: Request) -> Targets:
+    """Weights, or where any pruner takes units, all weights of units, for the others too. Every rank must call it.
+
+    Args:
+        trainer: In ``validate``.
+        module: Its LightningModule.
+        request: What to compare.
+
+    Raises:
+        CAPError: As `Targets.from_model` and `find_module_units`.
+    """
     takers = [variant.pruner for variant in request.variants if variant.pruner.takes_units]
     if takers:
         units = find_module_units(trainer, module, request.include, request.exclude, seed=0)

@@ -55,6 +55,16 @@ class ClassificationDataModule(LightningDataModule, ABC):
     def num_classes(self) -> int:
         """Number of classes."""
 
+    @property
+    def known_classes(self) -> int | None:
+        """Number of classes, as far as it is known without the data; else None."""
+        return None
+
+    @property
+    def known_images(self) -> int | None:
+        """Number of training images, as far as it is known without the data; else None."""
+        return None
+
     @abstractmethod
     def training_set(self, augment: bool) -> Dataset[Any]:
         """Return the training samples, with the training augmentation or with the evaluation transform."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from lightning_cap.data.base import ClassificationDataModule
 from lightning_cap.utilities.arguments import require_real, require_whole
 
 _MEAN, _STD = 4.884, 6.017  # of all pixels, whose values are 0 to 16
+_IMAGES = 1797
 _SPLIT_SEED = 0
 
 
@@ -63,6 +65,16 @@ class DigitsDataModule(ClassificationDataModule):
     def num_classes(self) -> int:
         """Ten."""
         return 10
+
+    @property
+    def known_classes(self) -> int:
+        """Ten."""
+        return self.num_classes
+
+    @property
+    def known_images(self) -> int:
+        """All that are not held out."""
+        return _IMAGES - math.ceil(self.val_fraction * _IMAGES)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:

@@ -175,6 +175,11 @@ class ImageNetDataModule(ClassificationDataModule):
         return len(reader_classes(known))
 
     @property
+    def known_classes(self) -> int | None:
+        """The argument ``num_classes``."""
+        return self._num_classes
+
+    @property
     def image_shape(self) -> tuple[int, int, int]:
         """Of an image in a batch: (3, img_size, img_size)."""
         return 3, self.img_size, self.img_size

@@ -91,7 +91,7 @@ class MemoryPlan:
 
 
 @dataclass(frozen=True)
-class Machine:
+class Deployment:
     """Where an event is to run, to plan for it on another machine.
 
     Args:
@@ -118,13 +118,13 @@ class Machine:
 
 
 #: What plans are made for in the body of `planned_for`; else this machine, with the processes that there are.
-_machine: ContextVar[Machine | None] = ContextVar("machine", default=None)
+_machine: ContextVar[Deployment | None] = ContextVar("deployment", default=None)
 
 
 @contextmanager
-def planned_for(machine: Machine | None) -> Iterator[None]:
+def planned_for(machine: Deployment | None) -> Iterator[None]:
     """Inside, `plan_event` and `plan_reading` plan for another machine; None for this one. Such plans cannot be carried out."""
-    require_instance("machine", machine, Machine, "Machine(torch.device('cuda'), 80 * 10**9)", optional=True)
+    require_instance("machine", machine, Deployment, "Deployment(torch.device('cuda'), 80 * 10**9)", optional=True)
     token = _machine.set(machine)
     try:
         yield

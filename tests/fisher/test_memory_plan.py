@@ -8,7 +8,7 @@ import torch
 from lightning_cap.calibration.sources import SourceMemory
 from lightning_cap.errors import ConfigError
 from lightning_cap.fisher import memory_plan as planning
-from lightning_cap.fisher.memory_plan import Machine, MemoryModel, MemoryPlan, plan_event, plan_reading, planned_for
+from lightning_cap.fisher.memory_plan import Deployment, MemoryModel, MemoryPlan, plan_event, plan_reading, planned_for
 from lightning_cap.pruners import CAP, Magnitude
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities.memory import free_memory
@@ -62,7 +62,7 @@ def test_another_machine_is_planned_for() -> None:
     """Its processes, its device and its memory, which need not be here."""
     sizes = MemoryModel(192, 10**5, 32, "auto", "numba", SourceMemory(0, 80 * MB, 80 * MB, 10))
     blocks = torch.arange(10**5)
-    with planned_for(Machine(CUDA, 10_000 * MB, 100_000 * MB, processes=4)):
+    with planned_for(Deployment(CUDA, 10_000 * MB, 100_000 * MB, processes=4)):
         plan = plan_event(sizes, blocks, CPU)
         few = plan_event(sizes, blocks, CPU, max_memory=2_000 * MB)
         assert plan_reading(CPU, SourceMemory(0, MB, MB, 10), 0, 0).limit == 8_000 * MB
@@ -73,7 +73,7 @@ def test_another_machine_is_planned_for() -> None:
     here = plan_event(sizes, blocks, CPU)
     assert here.device == CPU
     assert len(here.shares[0]) == 1
-    with planned_for(Machine(CUDA)):
+    with planned_for(Deployment(CUDA)):
         assert plan_event(sizes, blocks, CPU).limit is None
 
 

@@ -19,7 +19,7 @@ from lightning_cap.calibration import (
 from lightning_cap.errors import ConfigError
 from lightning_cap.fisher.blocks import EmpiricalFisher
 from lightning_cap.fisher.matrix_free import GradientRows
-from lightning_cap.fisher.memory_plan import Machine, MemoryModel, plan_event, planned_for
+from lightning_cap.fisher.memory_plan import Deployment, MemoryModel, plan_event, planned_for
 from lightning_cap.pruners import CAP, MFAC
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities.memory import parse_bytes
@@ -122,13 +122,13 @@ def fisher() -> list[Line]:
         *wrong(plan_event, "blocks", "x", None, 3, [0, 1], given=plan),
         *wrong(plan_event, "device", "cpu", None, 0, given=plan),
         *wrong(plan_event, "max_memory", "1GB", True, 1.5, 0, given=plan),
-        *wrong(Machine, "device", "cuda", None, 0),
+        *wrong(Deployment, "device", "cuda", None, 0),
         *(
             entry
             for name in ("device_bytes", "host_bytes")
-            for entry in wrong(Machine, name, "80GB", True, 1.5, 0, -1, given={"device": CPU})
+            for entry in wrong(Deployment, name, "80GB", True, 1.5, 0, -1, given={"device": CPU})
         ),
-        *wrong(Machine, "processes", *NO_COUNTS, given={"device": CPU}),
+        *wrong(Deployment, "processes", *NO_COUNTS, given={"device": CPU}),
         *wrong(entered, "machine", "cuda", 8, [1], object()),
         *[
             Line(

@@ -39,7 +39,7 @@ def oneshot(name: str, options: list[str], *words: str) -> Command:
     return Command(f"oneshot {name}", args, words)
 
 
-LINES = [
+LINES: list[Command] = [
     Command("no such command", ["fti"], ("'fti'", "'fit'")),
     Command("no command", ["--config", GRADUAL], ("fit,validate",)),
     Command("no configuration", ["fit"], ("fit.model", "--config FILE")),
@@ -115,4 +115,35 @@ LINES = [
     oneshot("no sparsity", ["--sparsities=[]"], "sparsities"),
     oneshot("a sparsity above 1", ["--sparsities=[1.5]"], "1.5"),
     oneshot("no such setting", ["--sparsity=[0.5]"], "did you mean '--sparsities'?"),
+]  # fmt: skip
+
+
+def planned(name: str, options: list[str], *words: str, files: Mapping[str, str | bytes] | None = None) -> Command:
+    """``plan`` of a configuration of a training run."""
+    args = ["plan", "--no_measure", "--json", "--config", "config.yaml" if files else GRADUAL, *options]
+    return Command(f"plan {name}", args, words, files or {})
+
+
+LINES += [
+    Command("plan nothing", ["plan"], ("--config FILE",)),
+    Command("plan a file that is not there", ["plan", "--config", "none.yaml"], ("'none.yaml'", "no such file")),
+    planned("an empty file", [], "is empty", files={"config.yaml": ""}),
+    planned("a foreign file", [], "is no YAML", files={"config.yaml": "trainer:\n\tmax_epochs: 3\n"}),
+    planned("bytes", [], "no UTF-8 text", files={"config.yaml": bytes(range(256))}),
+    planned("a typo in a file", [], "did you mean 'trainer.max_epochs'?",
+            files={"config.yaml": changed("max_epochs:", "max_epoch:")}),
+    planned("a typo in an option", [f"{PRUNER}.dampp=1"], "did you mean 'damp'?"),
+    planned("a schedule longer than the run", ["--trainer.max_epochs=3"], "max_epochs=3"),
+    planned("globs that match nothing", ["--trainer.callbacks.include=['*.fc3.weight']"], "'*.fc3.weight' matches no parameter"),
+    planned("no memory", ["--trainer.callbacks.pruner.max_memory=1kB"], "max_memory: the pruning event needs"),
+    planned("a folder that cannot be", ["--trainer.callbacks.dirpath=/proc/nowhere"], "dirpath='/proc/nowhere'"),
+    planned("an amount of memory", ["--device_memory=much"], "device_memory='much'"),
+    planned("no amount of main memory", ["--host_memory=-1"], "host_memory='-1'"),
+    planned("no number of images", ["--train_images=0"], "train_images=0"),
+    planned("too few images", ["--train_images=4"], "batch_size=128", "4 images"),
+    planned("no devices", ["--trainer.accelerator=gpu", "--trainer.devices=0"], "trainer.devices=0"),
+    planned("a strategy that shards", ["--trainer.accelerator=gpu", "--trainer.strategy=fsdp"], "shards parameters"),
+    planned("no value of an option", ["--device_memory"], "--device_memory", "expected one argument"),
+    Command("plan of a comparison without sparsities",
+            ["plan", "--config", str(ROOT / "configs/digits_oneshot.yaml"), "--sparsities=[]"], ("sparsities=[]",)),
 ]  # fmt: skip
