@@ -47,7 +47,7 @@ class VisionClassifier(LightningModule):
         model: A timm model name, or any module from images to logits (in YAML: its ``class_path``).
         num_classes: The number of classes; ``None`` takes the model's own.
         pretrained: Load timm's published weights of the named model (needs network or a filled cache).
-        checkpoint: A local file to start from, see :func:`load_weights`.
+        checkpoint: A local file to start from, see `load_weights`.
         model_kwargs: Further arguments of ``timm.create_model``.
         recipe: Name of a training recipe whose weight decay, label smoothing, drop path rate and gradient clip apply
             where the arguments below are ``None``.

@@ -24,7 +24,7 @@ def load_weights(model: nn.Module, path: str | Path) -> None:
         model: The model to fill, in place.
         path: A ``.safetensors`` file, or a pickled state dict (loaded with ``weights_only=True``), bare or under
             ``state_dict_ema``, ``model_ema``, ``state_dict`` or ``model`` (the first of these that is there), also a
-            Lightning checkpoint of :class:`VisionClassifier`.
+            Lightning checkpoint of `VisionClassifier`.
 
     Raises:
         ConfigError: If the file does not exist or cannot be read, or if its names or shapes are not the model's.

@@ -29,13 +29,13 @@ from lightning_cap.report.records import (
     unpruned_record,
     value_of,
 )
-from lightning_cap.utilities.arguments import require_instance
+from lightning_cap.utilities.arguments import require_instance, require_path
 from lightning_cap.utilities.files import atomic
 
 _Cell = Callable[[Records], str]
 
 
-def report(records: Records, folder: Path) -> list[str]:
+def report(records: Records, folder: Path | str) -> list[str]:
     """Write ``results.md`` and the pictures of a comparison into the folder that has its ``results.jsonl``.
 
     Args:
@@ -46,7 +46,8 @@ def report(records: Records, folder: Path) -> list[str]:
         The names of the files.
     """
     require_records(records)
-    require_instance("folder", folder, Path, "Path('runs/comparison')")
+    require_path("folder", folder, "runs/comparison")
+    folder = Path(folder)
     with atomic(folder / "results.md") as path:
         path.write_text(markdown(records))
     return ["results.md", *draw_all(records, folder)]

@@ -18,7 +18,7 @@ class SparsitySchedule(ABC):
     """Says at the start of which epochs to prune, and to which sparsity.
 
     A sparsity is the fraction of zeros, those already there included, over all weights of the targets. A subclass of
-    your own implements :meth:`events` and passes what it computed through :func:`check_events`.
+    your own implements `events` and passes what it computed through `check_events`.
     """
 
     @property

@@ -52,7 +52,7 @@ class SparsitySteps(SparsitySchedule):
         return self.allow_decrease
 
     def events(self, max_epochs: int | None) -> dict[int, float]:
-        """The steps themselves; see :meth:`SparsitySchedule.events`."""
+        """The steps themselves; see `SparsitySchedule.events`."""
         return check_events(self.steps, max_epochs, allow_decrease=self.allow_decrease)
 
 
@@ -96,7 +96,7 @@ class PolynomialSchedule(SparsitySchedule):
         return self.final - (self.final - self.initial) * float(left**self.power)
 
     def events(self, max_epochs: int | None) -> dict[int, float]:
-        """The polynomial at every ``frequency`` epochs; see :meth:`SparsitySchedule.events`."""
+        """The polynomial at every ``frequency`` epochs; see `SparsitySchedule.events`."""
         epochs = [*every(self.frequency, self.start_epoch, self.end_epoch), self.end_epoch]
         sparsities = {epoch: self.sparsity_at(epoch) for epoch in epochs}
         return check_events({epoch: s for epoch, s in sparsities.items() if s > 0}, max_epochs)
@@ -139,7 +139,7 @@ class ExponentialSchedule(SparsitySchedule):
         return 1 - (1 - self.initial) * float(((1 - self.final) / (1 - self.initial)) ** done)
 
     def events(self, max_epochs: int | None) -> dict[int, float]:
-        """The curve at every ``frequency`` epochs; see :meth:`SparsitySchedule.events`."""
+        """The curve at every ``frequency`` epochs; see `SparsitySchedule.events`."""
         epochs = [*every(self.frequency, self.start_epoch, self.end_epoch), self.end_epoch]
         sparsities = {epoch: self.sparsity_at(epoch) for epoch in epochs}
         return check_events({epoch: s for epoch, s in sparsities.items() if s > 0}, max_epochs)
@@ -167,7 +167,7 @@ class OneShot(SparsitySchedule):
             require_epoch("epoch", self.epoch)
 
     def events(self, max_epochs: int | None) -> dict[int, float]:
-        """The one event, at ``max_epochs`` if ``epoch`` is ``None``; see :meth:`SparsitySchedule.events`."""
+        """The one event, at ``max_epochs`` if ``epoch`` is ``None``; see `SparsitySchedule.events`."""
         require_max_epochs(max_epochs)
         if self.epoch is not None:
             return check_events({self.epoch: self.sparsity}, max_epochs)

@@ -19,17 +19,17 @@ from lightning_cap.utilities.decimals import plain_float
 class CyclicLinearLR(LRScheduler):
     """Decay the learning rate linearly from its maximum, again and again, once per pruning cycle.
 
-    ``lr = max - (max - min) * (t mod T) / T`` (equation 8), where ``t`` counts the calls of :meth:`step` since the
+    ``lr = max - (max - min) * (t mod T) / T`` (equation 8), where ``t`` counts the calls of `step` since the
     cycle began and ``max`` is the learning rate each parameter group had at the start. The value depends on ``t``
     alone, nothing accumulates, so a restored scheduler continues exactly.
 
     Args:
         optimizer: The optimizer whose parameter groups are driven; their own ``lr`` is the maximum.
         min_lr: The value that the decay runs towards; at most every group's ``lr``.
-        period: ``T``, in calls of :meth:`step`: optimizer steps or epochs, as the ``interval`` of Lightning's
+        period: ``T``, in calls of `step`: optimizer steps or epochs, as the ``interval`` of Lightning's
             scheduler configuration says. ``None`` leaves it to ``CAPPruningCallback``, which sets it to each gap
             between two pruning events.
-        last_epoch: As in every torch scheduler: the index of the last call of :meth:`step`, -1 for a new run.
+        last_epoch: As in every torch scheduler: the index of the last call of `step`, -1 for a new run.
 
     Attributes:
         auto_period: Whether the period was left open, so that whoever restarts the cycle should also set it.
@@ -54,19 +54,19 @@ class CyclicLinearLR(LRScheduler):
 
     @property
     def period(self) -> int | None:
-        """``T``, the length of a cycle in calls of :meth:`step`; ``None`` until somebody sets it."""
+        """``T``, the length of a cycle in calls of `step`; ``None`` until somebody sets it."""
         return self._period
 
     @property
     def cycle_step(self) -> int:
-        """Calls of :meth:`step` since the current cycle began, in ``[0, period)``."""
+        """Calls of `step` since the current cycle began, in ``[0, period)``."""
         return 0 if self._period is None else (self.last_epoch - self._cycle_start) % self._period
 
     def restart(self, period: int | None = None) -> None:
         """Begin a new cycle now: ``t = 0``, and the learning rate is at its maximum at once.
 
         Args:
-            period: The length of the cycles from here on, in calls of :meth:`step`; ``None`` keeps the present one.
+            period: The length of the cycles from here on, in calls of `step`; ``None`` keeps the present one.
 
         Raises:
             ConfigError: ``period`` is not a whole number of at least 1.
@@ -110,7 +110,7 @@ class CyclicLinearLR(LRScheduler):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore what :meth:`state_dict` gave, and set the optimizer's learning rates to it.
+        """Restore what `state_dict` gave, and set the optimizer's learning rates to it.
 
         Args:
             state_dict: The state, of a scheduler with as many parameter groups.
@@ -151,9 +151,9 @@ class CosineLR(LRScheduler):
         optimizer: The optimizer whose parameter groups are driven; their own ``lr`` is the maximum.
         min_lr: The value at the end, and at the beginning of a warm-up; at most every group's ``lr``.
         warmup: Share of the steps in which the learning rate rises, in ``[0, 1)``.
-        steps: ``T``, in calls of :meth:`step`. ``None`` leaves it to `VisionClassifier`, which sets it to the length of the run; in
+        steps: ``T``, in calls of `step`. ``None`` leaves it to `VisionClassifier`, which sets it to the length of the run; in
             a module of your own, ``int(self.trainer.estimated_stepping_batches)``.
-        last_epoch: As in every torch scheduler: the index of the last call of :meth:`step`, -1 for a new run.
+        last_epoch: As in every torch scheduler: the index of the last call of `step`, -1 for a new run.
 
     Attributes:
         steps: ``T``; ``None`` until somebody sets it.
@@ -184,7 +184,7 @@ class CosineLR(LRScheduler):
         """Set the length of the run, and the learning rates to what they are at the present step of it.
 
         Args:
-            steps: ``T``, in calls of :meth:`step`.
+            steps: ``T``, in calls of `step`.
 
         Raises:
             ConfigError: It is not a whole number of at least 1.

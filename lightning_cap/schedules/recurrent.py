@@ -61,7 +61,7 @@ class AlternatingSchedule(SparsitySchedule):
         return True
 
     def events(self, max_epochs: int | None) -> dict[int, float]:
-        """``sparsity`` where a sparse phase begins, 0 where a dense one does; see :meth:`SparsitySchedule.events`."""
+        """``sparsity`` where a sparse phase begins, 0 where a dense one does; see `SparsitySchedule.events`."""
         require_max_epochs(max_epochs)
         if self.end_epoch is None and max_epochs is None:
             raise ScheduleError(
@@ -117,7 +117,7 @@ class RepeatedSchedule(SparsitySchedule):
                 )
 
     def events(self, max_epochs: int | None) -> dict[int, float]:
-        """Every ``frequency`` epochs; see :meth:`SparsitySchedule.events`."""
+        """Every ``frequency`` epochs; see `SparsitySchedule.events`."""
         require_max_epochs(max_epochs)
         if self.end_epoch is None and max_epochs is None:
             raise ScheduleError(
