@@ -17,7 +17,7 @@ import pytest
 import yaml
 
 from lightning_cap import errors
-from lightning_cap.cli import command
+from lightning_cap.cli import command, lightning_cli
 from lightning_cap.cli.export import _with_class_paths
 from tests.support import ROOT
 from tests.support.markdown import Page
@@ -71,20 +71,20 @@ class _ParsedError(Exception):
     pass
 
 
-class _ParseOnly(command.CAPCLI):
+class _ParseOnly(lightning_cli.CAPCLI):
     def before_instantiate_classes(self) -> None:
         raise _ParsedError
 
 
 def _parse(arguments: list[str]) -> None:
     """Let the command line take the arguments, and do nothing."""
-    parser = command.CAPCLI.init_parser(command.CAPCLI.__new__(command.CAPCLI))
-    if arguments[0] in parser.others:
+    others = command._Command.others()
+    if arguments[0] in others:
         named = _with_class_paths(arguments[1:]) if arguments[0] == "export" else arguments[1:]
-        parser.others[arguments[0]][0].parse_args(named)
+        others[arguments[0]][0].parse_args(named)
         return
     with contextlib.redirect_stdout(io.StringIO()), pytest.raises((_ParsedError, SystemExit)) as ended:
-        _ParseOnly(trainer_class=command.CAPTrainer, args=arguments, save_config_callback=None)
+        _ParseOnly(trainer_class=lightning_cli.CAPTrainer, args=arguments, save_config_callback=None)
     assert not getattr(ended.value, "code", None), ended.value  # --print_config ends with 0
 
 
@@ -94,7 +94,7 @@ COMMANDS = {tuple(words): page for page in map(Page, PAGES) for words in page.co
 @pytest.mark.parametrize("arguments", COMMANDS, ids=" ".join)
 def test_commands_are_understood(arguments: tuple[str, ...], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _write_files(COMMANDS[arguments], folder)
-    monkeypatch.setattr(command, "check_checkpoint", lambda *args, **kwargs: None)  # runs/ is not there yet
+    monkeypatch.setattr(lightning_cli, "check_checkpoint", lambda *args, **kwargs: None)  # runs/ is not there yet
     monkeypatch.setattr(sys, "argv", ["lightning-cap"])
     _parse(list(arguments))
 
