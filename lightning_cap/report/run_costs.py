@@ -11,7 +11,6 @@ from lightning_cap.report.run_folder import Run
 from lightning_cap.report.run_numbers import RunNumbers
 from lightning_cap.report.run_plots import bars_plot, loss_plot
 from lightning_cap.report.texts import NOTHING, count, duration, number, share, size
-from lightning_cap.trainer.records import EventRecord
 from lightning_cap.trainer.run_records import PlanRecord
 
 _MOST_BARS = 40  # events
@@ -83,8 +82,8 @@ def cost_section(numbers: RunNumbers, key: str) -> Section:
         )
     unit, name = (1e9, "GB") if max(event.peak_bytes for event in events) >= 1e9 else (1e6, "MB")
     memory = {"planned": [event.peak_bytes / unit for event in shown]}
-    if any(measured_bytes(event) is not None for event in shown):
-        memory["measured"] = [(measured_bytes(event) or 0) / unit for event in shown]
+    if any(event.measured_bytes is not None for event in shown):
+        memory["measured"] = [(event.measured_bytes or 0) / unit for event in shown]
     if any(memory["planned"]):
         caption = "Peak memory that an event takes besides training, on the device of the weights."
         pictures.append(Picture(bars_plot(f"{key}memory", places, memory, f"peak {name}", stacked=False), caption))
@@ -101,18 +100,12 @@ def cost_section(numbers: RunNumbers, key: str) -> Section:
             *(duration(event.seconds.get(phase)) for phase in phases),
             duration(sum(event.seconds.values())),
             size(event.peak_bytes),
-            size(measured_bytes(event)),
+            size(event.measured_bytes),
         ]
         for event in events
     ]
     parts.append(Table(header, rows, title="By event", folded=len(rows) > 8))
     return Section(title, [*parts, *([] if plan is None else [_plan(plan)])])
-
-
-def measured_bytes(event: EventRecord) -> int | None:
-    """TODO the field itself."""
-    found: int | None = getattr(event, "measured_bytes", None)
-    return found
 
 
 def _plan(plan: PlanRecord) -> Facts:

@@ -65,6 +65,7 @@ def event_record(epoch: int, goal: float, **changes: Any) -> EventRecord:
         skipped=0,
         grown_back=0,
         peak_bytes=3_000_000,
+        measured_bytes=2_500_000,
         seconds={"plan": 0.1, "collect": 2.0, "solve": 1.5, "apply": 0.2},
         stats={},
         before={"val/acc": 0.98, "val/loss": 0.1},
