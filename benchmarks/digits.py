@@ -41,7 +41,12 @@ class KeepDense(pl.Callback):
 
 
 def run_seed(seed: int, folder: Path) -> dict[str, Any]:
-    overrides = ["--seed_everything", str(seed), "--trainer.logger=false", "--trainer.enable_progress_bar=false"]
+    overrides = [
+        "--seed_everything",
+        str(seed),
+        f"--trainer.logger.save_dir={folder}",
+        "--trainer.enable_progress_bar=false",
+    ]
     cli = CAPCLI(
         trainer_class=CAPTrainer,
         run=False,

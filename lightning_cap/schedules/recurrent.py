@@ -31,6 +31,7 @@ class AlternatingSchedule(SparsitySchedule):
         dense_epochs: Length of a dense phase.
         end_epoch: Epoch at which the last sparse phase begins at the latest: a dense phase that would end later is left out.
             Default: ``sparse_epochs`` before the end of training.
+        last_dense_epochs: Length of the last dense phase. Default: as the others.
 
     Raises:
         ScheduleError: If a value is out of range, or there is no room for a single dense phase between two sparse ones.
@@ -41,6 +42,7 @@ class AlternatingSchedule(SparsitySchedule):
     sparse_epochs: int
     dense_epochs: int
     end_epoch: int | None = None
+    last_dense_epochs: int | None = None
 
     def __post_init__(self) -> None:
         require_sparsity("sparsity", self.sparsity)
@@ -51,6 +53,8 @@ class AlternatingSchedule(SparsitySchedule):
         require_epoch("start_epoch", self.start_epoch)
         require_whole("sparse_epochs", self.sparse_epochs, example=5, error=ScheduleError)
         require_whole("dense_epochs", self.dense_epochs, example=5, error=ScheduleError)
+        if self.last_dense_epochs is not None:
+            require_whole("last_dense_epochs", self.last_dense_epochs, example=10, error=ScheduleError)
         if self.end_epoch is not None:
             require_epoch("end_epoch", self.end_epoch)
             self._check_room(self.end_epoch)
@@ -70,13 +74,18 @@ class AlternatingSchedule(SparsitySchedule):
             )
         end = self.end_epoch if self.end_epoch is not None else (max_epochs or 0) - self.sparse_epochs
         self._check_room(end)
-        period = self.sparse_epochs + self.dense_epochs
-        sparse = every(period, self.start_epoch, end + 1)
-        dense = {epoch - self.dense_epochs: 0.0 for epoch in sparse[1:]}
+        last_pair = self.sparse_epochs + self._last_dense
+        followed = every(self.sparse_epochs + self.dense_epochs, self.start_epoch, end - last_pair + 1)
+        dense = {epoch + self.sparse_epochs: 0.0 for epoch in followed}
+        sparse = [*followed, followed[-1] + last_pair]
         return check_events({**dict.fromkeys(sparse, self.sparsity), **dense}, max_epochs, allow_decrease=True)
 
+    @property
+    def _last_dense(self) -> int:
+        return self.dense_epochs if self.last_dense_epochs is None else self.last_dense_epochs
+
     def _check_room(self, end: int) -> None:
-        second = self.start_epoch + self.sparse_epochs + self.dense_epochs
+        second = self.start_epoch + self.sparse_epochs + self._last_dense
         if second > end:
             raise ScheduleError(
                 f"end_epoch={self.end_epoch!r}: the second sparse phase would begin at epoch {second}, after epoch {end}, where "

@@ -18,6 +18,7 @@ from lightning_cap.cli import CAPCLI, CAPTrainer, main
 from lightning_cap.comparison import ComparisonRecord
 from lightning_cap.utilities.records import read_records
 from tests.support import ROOT
+from tests.support.configs import whole
 from tests.support.toy import Toy, loaders, trainer
 
 GRADUAL = str(ROOT / "configs/digits_gradual.yaml")
@@ -37,8 +38,8 @@ def _as_from_a_shell(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def shortened(folder: Path) -> list[str]:
     """The gradual config with few epochs, gradients and batches."""
-    config = yaml.safe_load(Path(GRADUAL).read_text())
-    callback = config["trainer"]["callbacks"][0]["init_args"]
+    config = whole(Path(GRADUAL))
+    callback = config["trainer"]["callbacks"][-1]["init_args"]
     callback["schedule"]["init_args"]["steps"] = {1: 0.5, 2: 0.75, 3: 0.9}
     callback["pruner"]["init_args"].update(num_gradients=64, block_size=16)
     config["trainer"].update(max_epochs=4, limit_train_batches=2)
@@ -187,7 +188,7 @@ def test_refusal_leaves_the_logs_of_other_runs(tmp_path: Path) -> None:
 def test_settings_find_their_callback(tmp_path: Path) -> None:
     """jsonargparse gives them to the last of the list."""
     stopping = {"class_path": "lightning.pytorch.callbacks.EarlyStopping", "init_args": {"monitor": "val/loss"}}
-    config = yaml.safe_load(Path(GRADUAL).read_text())
+    config = whole(Path(GRADUAL))
     listed = [stopping, *config["trainer"]["callbacks"], "RichProgressBar"]
     if hasattr(pl.callbacks, "EMAWeightAveraging"):  # it takes any setting, but others name theirs
         listed.append("EMAWeightAveraging")

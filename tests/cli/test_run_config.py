@@ -32,5 +32,5 @@ def test_what_jsonargparse_writes_of_a_timm_model_is_made_readable(
     make_readable(saved)
     assert saved.read_text().startswith("# lightning.pytorch==")
     assert "schedule" in told(*begin)  # all classes were made
-    (callback,) = yaml.safe_load(saved.read_text())["trainer"]["callbacks"]
+    *_, callback = yaml.safe_load(saved.read_text())["trainer"]["callbacks"]
     assert callback["init_args"]["schedule"]["init_args"]["steps"] == {60: 0.5, 80: 0.75, 100: 0.9}

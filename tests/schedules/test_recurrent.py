@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import yaml
 from jsonargparse import ArgumentParser
@@ -53,6 +55,17 @@ def test_phases_alternate_and_the_last_one_is_sparse() -> None:
     assert schedule.events(100) == {10: 0.9, 15: 0.0, 18: 0.9, 23: 0.0, 26: 0.9}
     assert list(schedule.events(100)) == [10, 15, 18, 23, 26]  # 34 would be after the end
     assert AlternatingSchedule(0.9, 10, 5, 3, end_epoch=26).events(27)[26] == 0.9
+
+
+def test_the_last_dense_phase_may_be_longer() -> None:
+    """Appendix L: 7 sparse phases from epoch 150 on and 6 dense ones, of 25 epochs; 50 dense epochs, then 75 sparse ones."""
+    events = AlternatingSchedule(0.75, 150, 25, 25, end_epoch=525, last_dense_epochs=50).events(600)
+    starts = [*events, 600]
+    lengths = [after - before for before, after in pairwise(starts)]
+    assert lengths == [25] * 13 + [50, 75]
+    assert list(events.values()) == [0.75, 0.0] * 7 + [0.75]
+    with pytest.raises(ScheduleError, match="second sparse phase would begin at epoch 225"):
+        AlternatingSchedule(0.75, 150, 25, 25, end_epoch=224, last_dense_epochs=50)
 
 
 def test_phases_end_a_sparse_phase_before_the_run_does() -> None:

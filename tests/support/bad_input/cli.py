@@ -8,7 +8,7 @@ from tests.support import ROOT
 from tests.support.bad_input.table import Command
 
 GRADUAL = str(ROOT / "configs/digits_gradual.yaml")
-TEXT = (ROOT / "configs/digits_gradual.yaml").read_text()
+TEXT = (ROOT / "configs/digits_gradual.yaml").read_text().replace("[parts/", f"[{ROOT}/configs/parts/")
 PRUNER, SCHEDULE = "--trainer.callbacks.pruner", "--trainer.callbacks.schedule"
 
 
@@ -27,6 +27,11 @@ def config(name: str, content: str | bytes, *words: str) -> Command:
 def changed(old: str, new: str) -> str:
     assert old in TEXT
     return TEXT.replace(old, new)
+
+
+def based(base: str) -> str:
+    """The configuration with another ``base``."""
+    return "\n".join(f"base: {base}" if line.startswith("base:") else line for line in TEXT.splitlines())
 
 
 def yaml(name: str, old: str, new: str, *words: str) -> Command:
@@ -94,14 +99,14 @@ LINES: list[Command] = [
     config("a tab", "trainer:\n\tmax_epochs: 3\n", "line 2", "is no YAML"),
     config("a key given twice", changed("  max_epochs: 130", "  max_epochs: 130\n  max_epochs: 3"), "'max_epochs' is given twice"),
     config("an epoch given twice", changed("{60: 0.50, 80:", "{60: 0.50, 60:"), "60 is given twice"),
-    config("base is a number", f"base: 3\n{TEXT}", "base=3: give a list of YAML files"),
-    config("base holds a number", f"base: [3]\n{TEXT}", "base=[3]: 3 is no file"),
-    config("base is not there", f"base: [parts/nowhere.yaml]\n{TEXT}", "base 'parts/nowhere.yaml': there is no such file"),
-    config("base is itself", f"base: [config.yaml]\n{TEXT}", "config.yaml -> config.yaml is a circle"),
-    config("base is a folder", f"base: ['.']\n{TEXT}", "base '.': is a folder"),
+    config("base is a number", based("3"), "base=3: give a list of YAML files"),
+    config("base holds a number", based("[3]"), "base=[3]: 3 is no file"),
+    config("base is not there", based("[parts/nowhere.yaml]"), "base 'parts/nowhere.yaml': there is no such file"),
+    config("base is itself", based("[config.yaml]"), "config.yaml -> config.yaml is a circle"),
+    config("base is a folder", based("['.']"), "base '.': is a folder"),
     config("a configuration in a configuration", f"config: [other.yaml]\n{TEXT}", "'config' in a file is not read", "base"),
     Command("a typo in a base", ["fit", "--config", "config.yaml"], ("did you mean 'trainer.max_epochs'?",),
-            {"config.yaml": f"base: [part.yaml]\n{TEXT}", "part.yaml": "trainer: {max_epoch: 3}\n"}),
+            {"config.yaml": based("[part.yaml]"), "part.yaml": "trainer: {max_epoch: 3}\n"}),
     yaml("a section", "trainer:", "trainr:", "'trainr", "did you mean 'trainer"),
     yaml("a setting of the Trainer", "max_epochs:", "max_epoch:", "did you mean 'trainer.max_epochs'?"),
     yaml("a setting of the pruner", "damp:", "dampp:", "trainer.callbacks", "did you mean 'damp'?"),

@@ -70,6 +70,7 @@ LINES = [
     *wrong(AlternatingSchedule, "start_epoch", *NO_EPOCHS, error=ScheduleError, given=ALTERNATING),
     *wrong(AlternatingSchedule, "sparse_epochs", "3", None, True, 3.0, 0, error=ScheduleError, given=ALTERNATING),
     *wrong(AlternatingSchedule, "dense_epochs", "3", None, True, 1.5, 0, error=ScheduleError, given=ALTERNATING),
+    *wrong(AlternatingSchedule, "last_dense_epochs", "3", True, 1.5, 0, error=ScheduleError, given=ALTERNATING),
     *wrong(AlternatingSchedule, "end_epoch", "9", True, 9.0, -5, 3, error=ScheduleError, given=ALTERNATING),
     *wrong(RepeatedSchedule, "sparsity", "0.5", None, True, 1.0, error=ScheduleError),
     *wrong(RepeatedSchedule, "frequency", *NO_COUNTS, error=ScheduleError, given={"sparsity": 0.5}),
