@@ -14,8 +14,14 @@ from lightning_cap.cli.mistakes import mistake_behind
 from lightning_cap.cli.parsing import CAPParser
 from lightning_cap.cli.plan import SUMMARY as PLAN_SUMMARY
 from lightning_cap.cli.plan import plan, plan_parser
+from lightning_cap.cli.report import SUMMARY as REPORT_SUMMARY
+from lightning_cap.cli.report import report, report_parser
 
-_RUN: dict[str, Callable[[list[str]], Any]] = {"export": export, "plan": plan}
+_RUN: dict[str, Callable[[list[str]], Any]] = {
+    "export": export,
+    "plan": plan,
+    "report": report,
+}
 
 
 class _Command(CAPCLI):
@@ -23,7 +29,11 @@ class _Command(CAPCLI):
 
     @classmethod
     def others(cls) -> Mapping[str, tuple[CAPParser, str]]:
-        return {"export": (export_parser(), EXPORT_SUMMARY), "plan": (plan_parser(), PLAN_SUMMARY)}
+        return {
+            "export": (export_parser(), EXPORT_SUMMARY),
+            "plan": (plan_parser(), PLAN_SUMMARY),
+            "report": (report_parser(), REPORT_SUMMARY),
+        }
 
 
 def main(args: list[str] | None = None) -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -16,6 +16,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from lightning_cap.errors import ConfigError
+from lightning_cap.export.records import BENCHMARKS, BenchmarkRecord
 from lightning_cap.utilities.arguments import (
     require_callable,
     require_instance,
@@ -25,57 +26,15 @@ from lightning_cap.utilities.arguments import (
     shown,
 )
 from lightning_cap.utilities.flops import count_flops
-from lightning_cap.utilities.machine import Machine, this_machine
+from lightning_cap.utilities.machine import this_machine
 from lightning_cap.utilities.progress import Progress
-from lightning_cap.utilities.records import Record, append_record
+from lightning_cap.utilities.records import append_record
 from lightning_cap.utilities.timing import Clock, quartiles, ratios, time_in_turns, torch_threads
-
-BENCHMARKS = "benchmarks.jsonl"
 
 #: What is called a speed-up.
 LEAST_SPEEDUP = 1.05
 
 Models = Mapping[str, Callable[[Tensor], Any]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class BenchmarkRecord(Record):
-    """What one model took at one batch size, beside the dense one.
-
-    Attributes:
-        model: Its name, such as that of its file.
-        dense: Name of the model that it is compared with; its own for that one.
-        batch_size: Samples in one call.
-        milliseconds: Median of a call.
-        speedup: How many times as fast as the dense one, median over pairs of calls that were taken next to each other.
-        speedup_low: Lower quartile of those.
-        speedup_high: Upper quartile.
-        runs: Calls of each model that count.
-        flops: On one sample, zeros counted as other numbers; null where that is not known.
-        bytes: Size of the file, null for none.
-        threads: Of torch on the CPU.
-        device: Of the input.
-        machine: What it was measured on.
-        remark: Why there is no speed-up, or that the times vary too much to tell; empty where there is one.
-    """
-
-    kind: ClassVar[str] = "benchmark"
-    version: ClassVar[int] = 1
-
-    model: str
-    dense: str
-    batch_size: int
-    milliseconds: float
-    speedup: float
-    speedup_low: float
-    speedup_high: float
-    runs: int
-    flops: int | None
-    bytes: int | None
-    threads: int
-    device: str
-    machine: Machine
-    remark: str
 
 
 def benchmark(

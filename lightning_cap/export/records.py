@@ -1,13 +1,15 @@
-"""The record of an export, one line of ``exports.jsonl``."""
+"""The records of an export, one line of ``exports.jsonl``, and of its measured speed, one of ``benchmarks.jsonl``."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
+from lightning_cap.utilities.machine import Machine
 from lightning_cap.utilities.records import Record
 
 EXPORTS = "exports.jsonl"
+BENCHMARKS = "benchmarks.jsonl"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,3 +48,43 @@ class ExportRecord(Record):
     tolerance: float | None = None
     weights: int = 0
     zeros_equal: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkRecord(Record):
+    """What one model took at one batch size, beside the dense one.
+
+    Attributes:
+        model: Its name, such as that of its file.
+        dense: Name of the model that it is compared with; its own for that one.
+        batch_size: Samples in one call.
+        milliseconds: Median of a call.
+        speedup: How many times as fast as the dense one, median over pairs of calls that were taken next to each other.
+        speedup_low: Lower quartile of those.
+        speedup_high: Upper quartile.
+        runs: Calls of each model that count.
+        flops: On one sample, zeros counted as other numbers; null where that is not known.
+        bytes: Size of the file, null for none.
+        threads: Of torch on the CPU.
+        device: Of the input.
+        machine: What it was measured on.
+        remark: Why there is no speed-up, or that the times vary too much to tell; empty where there is one.
+    """
+
+    kind: ClassVar[str] = "benchmark"
+    version: ClassVar[int] = 1
+
+    model: str
+    dense: str
+    batch_size: int
+    milliseconds: float
+    speedup: float
+    speedup_low: float
+    speedup_high: float
+    runs: int
+    flops: int | None
+    bytes: int | None
+    threads: int
+    device: str
+    machine: Machine
+    remark: str

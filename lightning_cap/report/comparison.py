@@ -32,7 +32,7 @@ from lightning_cap.report.records import (
 from lightning_cap.utilities.arguments import require_instance, require_path
 from lightning_cap.utilities.files import atomic
 
-_Cell = Callable[[Records], str]
+Cell = Callable[[Records], str]
 
 
 def report(records: Records, folder: Path | str) -> list[str]:
@@ -72,7 +72,7 @@ def print_comparison(records: Records, console: Console | None = None) -> None:
     )
     if len(labels) > 1:
         table.add_column("pruner", overflow="fold")
-        header, *lines = _by_sparsity(records, records, _mean(records))
+        header, *lines = by_goal(records, records, _mean(records))
         for name in header[1:]:
             table.add_column(Text(name), justify="right", no_wrap=True)
         for line in lines:
@@ -126,23 +126,23 @@ def markdown(records: Records) -> str:
         ""
         if unpruned is None
         else f"{unpruned.label.capitalize()}: {_number(mean_and_deviation(metric_values([unpruned], name)))}.",
-        _table(_by_sparsity(records, given, _accuracy(records))),
+        _table(by_goal(records, given, _accuracy(records))),
         *_savings(records),
         "## Increase of the loss",
         "Predicted by the pruner, where it predicts the loss:",
-        _table(_by_sparsity(records, given, _predicted, with_unpruned=False)),
+        _table(by_goal(records, given, _predicted, with_unpruned=False)),
         "Measured on calibration samples:",
-        _table(_by_sparsity(records, given, _increase("calibration"), with_unpruned=False)),
+        _table(by_goal(records, given, _increase("calibration"), with_unpruned=False)),
         "Measured on the validation data:",
-        _table(_by_sparsity(records, given, _increase("validation"), with_unpruned=False)),
+        _table(by_goal(records, given, _increase("validation"), with_unpruned=False)),
         "## Seconds",
         "To collect gradients (as if each pruner did so by itself) and to solve, then to read one sparsity.",
-        _table(_by_sparsity(records, given, _seconds, with_unpruned=False)),
+        _table(by_goal(records, given, _seconds, with_unpruned=False)),
     ]
     for setting in grid_settings(records):
         parts += [
             f"## Grid over `{setting}`",
-            _table(_by_sparsity(records, _labelled(records, setting), _accuracy(records))),
+            _table(by_goal(records, labelled_by_setting(records, setting), _accuracy(records))),
         ]
     settings = {record.label: record.settings for record in reversed(given)}
     steps = {record.label: record.parameters["num_recomputations"] for record in given}
@@ -157,11 +157,11 @@ def _savings(records: Records) -> list[str]:
     return [
         f"## {counted(records).capitalize()}",
         "Share saved of what goals count, what is left of it as predicted, and the share of zeros:",
-        _table(_by_sparsity(records, records, lambda seeds: ", ".join(_saved(seeds[0])), with_unpruned=False)),
+        _table(by_goal(records, records, lambda seeds: ", ".join(_saved(seeds[0])), with_unpruned=False)),
     ]
 
 
-def _labelled(records: Records, setting: str) -> list[ComparisonRecord]:
+def labelled_by_setting(records: Records, setting: str) -> list[ComparisonRecord]:
     """The records of a grid and of its pruners as given, each with its value in the label, in order."""
     grid = in_grid(records, setting)
     names = list(dict.fromkeys(record.pruner for record in grid))
@@ -170,7 +170,7 @@ def _labelled(records: Records, setting: str) -> list[ComparisonRecord]:
     return [replace(record, label=f"{record.pruner} {setting}={value_of(record, setting)}") for record in every]
 
 
-def _by_sparsity(records: Records, chosen: Records, cell: _Cell, with_unpruned: bool = True) -> list[list[str]]:
+def by_goal(records: Records, chosen: Records, cell: Cell, with_unpruned: bool = True) -> list[list[str]]:
     """Header and lines: a line for each label, with what its goals count if that differs; a column for each goal."""
     goals, unpruned, differs = goals_of(records), unpruned_record(records), counted(records) == "goal"
     lines = [["pruner", *(percent(goal) for goal in goals)]]
@@ -189,12 +189,12 @@ def _by_sparsity(records: Records, chosen: Records, cell: _Cell, with_unpruned: 
     return lines
 
 
-def _accuracy(records: Records) -> _Cell:
+def _accuracy(records: Records) -> Cell:
     name = accuracy_name(records)
     return lambda seeds: _number(mean_and_deviation(metric_values(seeds, name)))
 
 
-def _mean(records: Records) -> _Cell:
+def _mean(records: Records) -> Cell:
     """Short, for the console."""
     name = accuracy_name(records)
     return lambda seeds: "-" if (v := mean_and_deviation(metric_values(seeds, name))) is None else f"{v[0]:.4f}"
@@ -204,7 +204,7 @@ def _predicted(seeds: Records) -> str:
     return _number(mean_and_deviation([record.predicted_loss for record in seeds]), ".3g")
 
 
-def _increase(kind: str) -> _Cell:
+def _increase(kind: str) -> Cell:
     return lambda seeds: _number(mean_and_deviation([record.loss_increase.get(kind) for record in seeds]), ".3g")
 
 

@@ -70,7 +70,7 @@ def plot_accuracy(records: Records, path: Path) -> None:
         ]
         for label, goals in found.items()
     }
-    near = None if start is None else _near(start, [[value for _, value in points] for points in lines.values()])
+    near = None if start is None else near_range(start, [[value for _, value in points] for points in lines.values()])
     figure, every = panels(1 if near is None else 2, 4.8, 3.8)
     for axes in every:
         if unpruned is not None and start is not None:
@@ -95,7 +95,7 @@ def _start(records: Records, name: str | None) -> float | None:
     return None if unpruned is None or name is None else unpruned.metrics.get(name)
 
 
-def _near(start: float, lines: Sequence[Sequence[tuple[float, float]]]) -> tuple[float, float] | None:
+def near_range(start: float, lines: Sequence[Sequence[tuple[float, float]]]) -> tuple[float, float] | None:
     """The range of what comes near to ``start``; None if all values hardly take more.
 
     Near are the nearest at each sparsity, and most of all.

@@ -18,6 +18,8 @@ from lightning_cap.report.style import styles
 from lightning_cap.utilities.files import save_json
 from lightning_cap.utilities.records import read_record
 
+FISHER_BLOCK = "fisher_block.safetensors"
+
 _log = logging.getLogger(__name__)
 
 
@@ -50,18 +52,18 @@ def draw_all(records: Records, folder: Path) -> list[str]:
 def _draw_planes(records: Records, folder: Path) -> list[str]:
     """The loss surface and the Fisher block, if they are there and of these records."""
     known, drawn = {record.fingerprint for record in records}, []
-    surface, block = _surface(folder / SURFACE), folder / "fisher_block.safetensors"
+    surface, block = _surface(folder / SURFACE), folder / FISHER_BLOCK
     if surface is not None and known.issuperset(surface.of):
         plot_surface(surface, folder / "surface.png", styles(list(by_label(as_given(records)))), counted(records))
         drawn += [SURFACE, "surface.png"]
-    of, blocks = _block(block)
+    of, blocks = read_fisher_block(block)
     if of in known:
         plot_fisher_block(blocks, folder / "fisher_block.png")
         drawn += [block.name, "fisher_block.png"]
     return drawn
 
 
-def _block(path: Path) -> tuple[str, dict[str, Tensor]]:
+def read_fisher_block(path: Path) -> tuple[str, dict[str, Tensor]]:
     """What the average blocks are of, and the blocks; nothing of what is no file of them, which is logged."""
     try:
         if path.is_file():

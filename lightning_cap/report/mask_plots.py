@@ -11,6 +11,7 @@ import numpy as np
 from matplotlib.colors import Normalize
 
 from lightning_cap.comparison.records import intersection_over_union, load_masks
+from lightning_cap.report.layer_names import short_names, spread
 from lightning_cap.report.records import (
     Records,
     as_given,
@@ -38,7 +39,7 @@ def plot_layers(records: Records, path: Path) -> None:
     """
     require_records(records)
     found, every_goal = by_label(first_seed(as_given(records))), goals_of(records)
-    goals, zeros = _spread(every_goal), counted(records) == "sparsity"
+    goals, zeros = spread(every_goal, _MOST_PANELS), counted(records) == "sparsity"
     looks = styles(list(found))
     names = list(next(iter(next(iter(found.values())).values()))[0].sparsities)
     width = min(22.0, max(5.0, 1.2 + len(names) * max(0.28, 0.09 * len(found))))
@@ -58,7 +59,7 @@ def plot_layers(records: Records, path: Path) -> None:
         axes.tick_params(axis="x", length=0)
         axes.set_ylabel("sparsity (%)", fontsize=8)
         axes.set_title(f"model: {percent(goal)}" + ("" if zeros else f" {counted(records)}"), fontsize=9, loc="left")
-    short = [plain(name.removesuffix(".weight")) for name in _without_common_start(names)]
+    short = [plain(name) for name in short_names(names)]
     every[-1].set_xticks(range(len(names)), short, rotation=90, fontsize=min(8.0, 5 + 60 / len(names)))
     figure.set_figheight(figure.get_figheight() + 0.07 * max(map(len, short)))
     footnote(figure, _shown_of(goals, every_goal), seed_note(records))
@@ -81,13 +82,6 @@ def _layers_of(axes: Any, heights: Mapping[str, Sequence[float]], looks: Looks, 
     axes.grid(visible=as_lines, axis="x")
 
 
-def _spread(values: Sequence[float]) -> list[float]:
-    """At most `_MOST_PANELS` of them, evenly from the first to the last."""
-    if len(values) <= _MOST_PANELS:
-        return list(values)
-    return [values[round(i * (len(values) - 1) / (_MOST_PANELS - 1))] for i in range(_MOST_PANELS)]
-
-
 def _shown_of(shown: Sequence[float], every: Sequence[float]) -> str:
     left = [percent(goal) for goal in every if goal not in shown]
     if not left:
@@ -99,14 +93,6 @@ def seed_note(records: Records) -> str:
     """Which seed a figure is of, if there is more than one."""
     seeds = list(dict.fromkeys(record.seed for record in as_given(records)))
     return f"of seed {seeds[0]}, the first of {len(seeds)}" if len(seeds) > 1 else ""
-
-
-def _without_common_start(names: Sequence[str]) -> list[str]:
-    parts = [name.split(".") for name in names]
-    common = 0
-    while len(names) > 1 and all(len(p) > common + 1 and p[common] == parts[0][common] for p in parts):
-        common += 1
-    return [".".join(p[common:]) for p in parts]
 
 
 def mask_agreement(records: Records, folder: Path) -> dict[str, Any]:
@@ -140,7 +126,7 @@ def plot_agreement(agreement: Mapping[str, Any], path: Path, told: str = "", cou
         counted: What the goals count. Only of zeros it is known how far masks agree by chance.
     """
     goals = [float(sparsity) for sparsity in agreement]
-    chosen = _spread(goals)
+    chosen = spread(goals, _MOST_PANELS)
     most = max(len(entry["pruners"]) for entry in agreement.values())
     longest = max(len(plain(name)) for entry in agreement.values() for name in entry["pruners"])
     size = 1.0 + 0.46 * most + 0.05 * longest

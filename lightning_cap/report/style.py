@@ -16,7 +16,7 @@ from lightning_cap.utilities.arguments import shown
 
 Looks = Mapping[str, dict[str, Any]]  # of each label, for ``plot``
 
-_COLORS = (
+COLORS = (
     "#0072B2",
     "#D55E00",
     "#009E73",
@@ -26,7 +26,7 @@ _COLORS = (
     "#000000",
     "#A8A116",
 )  # Okabe and Ito's, nearly
-NUM_COLORS = len(_COLORS)
+NUM_COLORS = len(COLORS)
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">")
 _STYLES = ("-", "--", ":")
 _ENDINGS = (".png", ".svg", ".pdf")
@@ -39,9 +39,9 @@ def styles(labels: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Colour, marker and line style of each label, for ``plot``."""
     return {
         label: {
-            "color": _COLORS[i % len(_COLORS)],
+            "color": COLORS[i % len(COLORS)],
             "marker": _MARKERS[i % len(_MARKERS)],
-            "linestyle": _STYLES[i // len(_COLORS) % len(_STYLES)],
+            "linestyle": _STYLES[i // len(COLORS) % len(_STYLES)],
             "markersize": 5,
             "linewidth": 1.6,
         }

@@ -113,14 +113,14 @@ def read_records(path: Path | str, kind: type[R]) -> list[R]:
     Raises:
         DataError: There is no such file, or a line is no record of this kind and version; the message names the line.
     """
-    records, torn = _read(path, kind)
+    records, torn = read_up_to_tear(path, kind)
     if torn:
         _log.warning("%s: the last line is torn, as after a kill or on a full disk; it is left out.", path)
     return records
 
 
-def _read(path: Path | str, kind: type[R]) -> tuple[list[R], bool]:
-    """The records of a file, and whether its last line is torn."""
+def read_up_to_tear(path: Path | str, kind: type[R]) -> tuple[list[R], bool]:
+    """The records of a file as `read_records` gives them, and whether its last line is torn; that is not logged."""
     try:
         lines = Path(path).read_bytes().split(b"\n")
     except OSError as error:
@@ -155,7 +155,7 @@ def read_record(path: Path | str, kind: type[R]) -> R:
     Raises:
         DataError: It does not.
     """
-    found, torn = _read(path, kind)
+    found, torn = read_up_to_tear(path, kind)
     if torn:
         raise RecordError(f"{path}: it is torn, as after a kill or on a full disk", "move the file away.")
     if len(found) != 1:

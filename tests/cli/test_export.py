@@ -164,7 +164,8 @@ def test_it_is_measured_beside_the_dense_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from lightning_cap.cli import export as command
-    from lightning_cap.export.benchmark import BenchmarkRecord, benchmark
+    from lightning_cap.export.benchmark import benchmark
+    from lightning_cap.export.records import BenchmarkRecord
 
     monkeypatch.setattr(command, "benchmark", lambda *args, **given: benchmark(*args, **given, seconds=0.01))
     main(["export", saved(tmp_path, classifier()), "--to=compressed", "--benchmark", "--threads=1"])
@@ -180,7 +181,8 @@ def test_it_is_measured_beside_the_dense_one(
 def test_a_folder_is_measured_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("openvino")
     from lightning_cap.cli import export as command
-    from lightning_cap.export.benchmark import BenchmarkRecord, benchmark
+    from lightning_cap.export.benchmark import benchmark
+    from lightning_cap.export.records import BenchmarkRecord
 
     monkeypatch.setattr(command, "benchmark", lambda *args, **given: benchmark(*args, **given, seconds=0.01))
     main(["export", saved(tmp_path, classifier()), "--to=openvino", "--benchmark", "--threads=1"])

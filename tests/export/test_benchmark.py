@@ -10,7 +10,8 @@ from rich.console import Console
 from torch import nn
 
 from lightning_cap.errors import ConfigError
-from lightning_cap.export.benchmark import BENCHMARKS, BenchmarkRecord, benchmark, print_benchmark, save_benchmark
+from lightning_cap.export.benchmark import benchmark, print_benchmark, save_benchmark
+from lightning_cap.export.records import BENCHMARKS, BenchmarkRecord
 from lightning_cap.utilities.records import read_records
 from tests.support.clocks import FakeClock
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import multiprocessing
+import os
 import re
 import subprocess
 import sys
@@ -221,12 +222,23 @@ def test_says_why_it_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 # Compiled, not run
 
-CASES = [
-    (B, dtype, in_registers)
+Compiled = tuple[bytes, str, int]  # machine code, PTX, bytes of shared memory
+
+CASES = [  # of those that are not slow, one for each kernel, type and GPU
+    pytest.param(B, dtype, in_registers, arch, marks=() if (B, arch) in ((48, 80), (192, 90)) else pytest.mark.slow)
+    for arch in (80, 90)
     for B in (1, 7, 48, 64, 80, 128, 192, 512)
     for dtype in (torch.float32, torch.float64)
     for in_registers in ((None, False) if B == 64 else (None,))
 ]
+
+
+@pytest.fixture(scope="module")
+def compiler() -> Iterator[Callable[..., Compiled]]:
+    """`compiled` in a process of its own: late in a long run of tests, the compiler has taken the whole worker down with it."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield lambda *args: pool.submit(compiled, *args).result()
 
 
 def is_new() -> bool:
@@ -236,8 +248,9 @@ def is_new() -> bool:
     return "constexprs" in inspect.signature(ASTSource).parameters
 
 
-def compiled(launch: Launch, dtype: torch.dtype, arch: int) -> Any:
+def compiled(launch: Launch, dtype: torch.dtype, arch: int, cache: str) -> Compiled:
     """The kernel as `eliminate_triton` has it compiled when a GPU of this ``arch`` is there."""
+    os.environ["TRITON_CACHE_DIR"] = cache
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -261,30 +274,29 @@ def compiled(launch: Launch, dtype: torch.dtype, arch: int) -> Any:
         properties = {"tt.divisibility": [i for (i,) in aligned], "tt.equal_to": []}
         aligned = AttrsDescriptor.from_dict({"arg_properties": properties, "cls": AttrsDescriptor.__name__})
     source = ASTSource(kernel, signature, dict(launch.constants), aligned)
-    return triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    kernel = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return kernel.asm["cubin"], kernel.asm["ptx"], kernel.metadata.shared
 
 
-@pytest.mark.parametrize("arch", [80, 90])
-@pytest.mark.parametrize(("B", "dtype", "in_registers"), CASES, ids=str)
+@pytest.mark.parametrize(("B", "dtype", "in_registers", "arch"), CASES, ids=str)
 def test_compiles_without_spills(
-    B: int, dtype: torch.dtype, in_registers: bool | None, arch: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    compiler: Callable[..., Compiled], B: int, dtype: torch.dtype, in_registers: bool | None, arch: int, tmp_path: Path
 ) -> None:
     triton = pytest.importorskip("triton", reason="triton is not installed")
-    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path / "cache"))
     launch = Launch.choose(B, dtype, in_registers)
-    kernel = compiled(launch, dtype, arch)
-    (tmp_path / "kernel.cubin").write_bytes(kernel.asm["cubin"])
+    cubin, ptx, shared = compiler(launch, dtype, arch, str(tmp_path / "cache"))
+    (tmp_path / "kernel.cubin").write_bytes(cubin)
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     usage = subprocess.run(
         [tool, "-res-usage", "kernel.cubin"], cwd=tmp_path, capture_output=True, text=True, check=True
     )
     found = {name: int(count) for name, count in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage.stdout)}
-    print(launch, f"sm_{arch}", found, f"shared={kernel.metadata.shared}")
+    print(launch, f"sm_{arch}", found, f"shared={shared}")
     most, programs = (0, 2) if is_new() else (16, 1)  # bytes; the older compiler does not quite do it
     assert found["STACK"] + found["LOCAL"] <= most, "registers are spilled"
     assert found["REG"] * launch.num_warps * 32 <= 65536 // programs, "so many programs fit on a multiprocessor"
-    assert kernel.metadata.shared <= 16 * 1024
-    assert ".nc." not in kernel.asm["ptx"], "scratch must not be read through the read-only cache"
+    assert shared <= 16 * 1024
+    assert ".nc." not in ptx, "scratch must not be read through the read-only cache"
 
 
 # On a GPU
