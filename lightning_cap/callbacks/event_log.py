@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import lightning.pytorch as pl
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_cap.callbacks.loggers import log_numbers
 from lightning_cap.callbacks.run_files import RunFiles
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.trainer.event import EventReport
@@ -68,8 +69,7 @@ def log_event(trainer: pl.Trainer, record: EventRecord, shown: str | None, files
         shown: The metric that the console line tells.
         files: Those of the run, None to write none.
     """
-    for logger in trainer.loggers:
-        logger.log_metrics(record.logged(), step=trainer.global_step)
+    log_numbers(trainer, record.logged())
     with distributed.raise_on_all_ranks(f"Writing {EVENTS}"):
         if trainer.is_global_zero and files is not None:
             append_record(files.events, record, lambda old: old.epoch >= record.epoch and _cost(old) == _cost(record))

@@ -24,6 +24,7 @@ from lightning_cap.callbacks.cost import with_cost
 from lightning_cap.callbacks.cycle import Cycle, monitored, save_missing
 from lightning_cap.callbacks.event_log import event_record, log_event
 from lightning_cap.callbacks.leftovers import remove_empty_logs
+from lightning_cap.callbacks.loggers import Pictures
 from lightning_cap.callbacks.lr_restart import refuse_beyond_max_steps, restart_schedulers
 from lightning_cap.callbacks.optimizer_state import sync_optimizer_state
 from lightning_cap.callbacks.resume import begin_epoch_anew, restore_random_state
@@ -117,6 +118,7 @@ class CAPPruningCallback(SavingRun):
         self.pruner = with_cost(self.pruner, cost)
         self._stepped = False
         self._warned: set[str] = set()
+        self._pictures = Pictures()
         self._made = time.time() - 1  # what is older is another run's; file systems round
 
     def __repr__(self) -> str:
@@ -257,6 +259,7 @@ class CAPPruningCallback(SavingRun):
         saved = saving(self.pruner, run.targets, run.masks)
         record = event_record(epoch, goal, report, run.masks, saved, before, after)
         log_event(trainer, record, monitored(known, self.monitor)[0], self._log_files(trainer))
+        self._pictures.log(trainer, record, report.saliency)
         return after
 
     def _run_event(

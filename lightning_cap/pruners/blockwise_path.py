@@ -13,7 +13,7 @@ from lightning_cap.calibration.sources import GradientSource, SourceMemory, chec
 from lightning_cap.errors import GradientError
 from lightning_cap.fisher.memory_plan import MemoryPlan
 from lightning_cap.pruners.base import Pruner
-from lightning_cap.pruners.paths import PruneResult, WeightPath, pack_weights
+from lightning_cap.pruners.paths import PruneResult, WeightPath, pack_weights, some_scores
 from lightning_cap.pruners.zero_gradients import check_zeros
 from lightning_cap.solver import Elimination
 from lightning_cap.solver.ranking import at_group_ends, select
@@ -219,6 +219,10 @@ class BlockwisePath(WeightPath):
         require_list("sparsities", sparsities, "[0.5, 0.75]")
         cuts = [self._cut(sparsity) for sparsity in sparsities]
         return [0.0 if cut is None else self._loss(cut) for cut in cuts]
+
+    def scores(self, most: int) -> Tensor:
+        """What blocks are merged by, of this process's blocks. See `PruningPath.scores`."""
+        return some_scores(self._scores, self._scores.isfinite(), most)
 
     def close(self) -> None:
         """Free the Fisher."""

@@ -15,7 +15,7 @@ from lightning_cap.calibration.statistics import GradientSamples
 from lightning_cap.errors import GradientError
 from lightning_cap.fisher.memory_plan import MemoryPlan, plan_reading
 from lightning_cap.pruners.base import Pruner, check_path_arguments, check_room, require_allocation, require_goals
-from lightning_cap.pruners.paths import PruneResult, WeightPath, pack_weights
+from lightning_cap.pruners.paths import PruneResult, WeightPath, pack_weights, some_scores
 from lightning_cap.pruners.row_mean import RowMean, temporary_bytes
 from lightning_cap.solver.ranking import select, smallest
 from lightning_cap.sparsity.allocation import Allocation, Global
@@ -144,6 +144,10 @@ class DropAndGrowPath(WeightPath):
         """Half the squared norm of what each sparsity drops."""
         require_list("sparsities", sparsities, "[0.5, 0.75]")
         return [self._dropped(self._kept(sparsity)) for sparsity in sparsities]
+
+    def scores(self, most: int) -> Tensor:
+        """Magnitudes. See `PruningPath.scores`."""
+        return some_scores(self._weights, self._alive, most).abs()
 
     def _kept(self, sparsity: float) -> Tensor:
         """``(K, 1)`` bool, exactly ``floor(sparsity·n + 0.5)`` of them False."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -18,7 +19,7 @@ from lightning_cap.sparsity.block_layout import BlockLayout
 from lightning_cap.sparsity.cost import Cost, Parameters
 from lightning_cap.sparsity.masks import check_masks
 from lightning_cap.sparsity.targets import Targets, require_targets
-from lightning_cap.utilities.arguments import shown
+from lightning_cap.utilities.arguments import require_counts, shown
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,18 @@ class PruningPath(ABC):
 
         Of a pruner with ``predicts_loss`` this is the predicted increase of the loss; of another it is not one.
         """
+
+    def scores(self, most: int) -> Tensor | None:
+        """Some of the scores that this process has ranked by what is not pruned yet, for logs: ``(n,)``; None for none.
+
+        Args:
+            most: Of them, at the most; evenly spaced ones, where there are more.
+
+        Raises:
+            ConfigError: ``most`` is no whole number of at least 1.
+        """
+        require_counts(most=most)
+        return None
 
     def close(self) -> None:  # noqa: B027 - optional
         """Free what the path holds (the Fisher). Using it afterwards is an error."""
@@ -181,6 +194,15 @@ class WeightPath(PruningPath):
             sparsity=1 - int(kept.sum()) / self._numel,
             stats=stats,
         )
+
+
+def some_scores(scores: Tensor, ranked: Tensor, most: int) -> Tensor:
+    """At most so many of those scores ``(K, B)`` that are ``ranked``, evenly spaced, so that nothing as large is made."""
+    require_counts(most=most)
+    step = max(1, -(-scores.numel() // most))
+    while math.gcd(step, scores.shape[-1]) > 1 < step:  # else it may meet the same column of every block
+        step += 1
+    return scores.reshape(-1)[::step][ranked.reshape(-1)[::step]]
 
 
 def cast_weight(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:

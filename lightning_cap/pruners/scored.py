@@ -13,7 +13,7 @@ from lightning_cap.calibration.sources import NO_MEMORY, GradientSource, SourceM
 from lightning_cap.errors import GradientError, PatternError
 from lightning_cap.fisher.memory_plan import MemoryPlan, plan_reading
 from lightning_cap.pruners.base import Pruner, check_path_arguments, require_allocation
-from lightning_cap.pruners.paths import PruneResult, WeightPath, pack_weights
+from lightning_cap.pruners.paths import PruneResult, WeightPath, pack_weights, some_scores
 from lightning_cap.pruners.row_mean import temporary_bytes
 from lightning_cap.solver.ranking import select, smallest
 from lightning_cap.sparsity.allocation import Allocation, Global
@@ -142,6 +142,10 @@ class ScoredPath(WeightPath):
         pruned = self._pruned(sparsity)
         weights, chosen = self._solution(pruned)
         return self._result(weights, self._alive & ~chosen, self._sum(pruned), self.stats)
+
+    def scores(self, most: int) -> Tensor:
+        """See `PruningPath.scores`."""
+        return some_scores(self._saliency, self._alive, most)
 
     def curve(self, sparsities: Sequence[float]) -> list[float]:
         """Sums of saliencies. See `PruningPath.curve`."""

@@ -16,7 +16,7 @@ from lightning_cap.sparsity.patterns import Unstructured
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.sparsity.unit_prices import UnitPrices
 from lightning_cap.sparsity.units import units_of
-from lightning_cap.utilities.arguments import require_list
+from lightning_cap.utilities.arguments import require_counts, require_list
 
 
 class UnitSolution:
@@ -129,6 +129,11 @@ class UnitPath(PruningPath):
         """Sums of the losses of the units that go. See `PruningPath.curve`."""
         require_list("sparsities", sparsities, "[0.5, 0.75]")
         return [sum(removal.loss for removal in self._removals[: self._length(s)]) for s in sparsities]
+
+    def scores(self, most: int) -> Tensor:
+        """What each unit costs that can go. See `PruningPath.scores`."""
+        require_counts(most=most)
+        return torch.tensor([removal.loss for removal in self._removals[:: max(1, -(-len(self._removals) // most))]])
 
     def close(self) -> None:
         """Free what the solution holds. Using the path afterwards is an error."""

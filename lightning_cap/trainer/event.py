@@ -29,6 +29,7 @@ from lightning_cap.trainer.calibration import (
     precision_context,
 )
 from lightning_cap.trainer.divergence import refuse_broken_loss, refuse_broken_weights
+from lightning_cap.trainer.saliency import SAMPLE, ScoreHistogram, histogram
 from lightning_cap.utilities import distributed
 from lightning_cap.utilities.distributed import check_equal_on_all_ranks
 from lightning_cap.utilities.peak_memory import watch_peak
@@ -50,6 +51,7 @@ class EventReport:
         peak_bytes: Planned peak extra memory on the device of the weights.
         measured_bytes: Peak extra memory there, measured, of the process that took most; see `watch_peak`. None if it cannot be.
         stats: The pruner's own numbers, of the last recomputation.
+        saliency: What the weights were ranked by in it; None where they were not.
     """
 
     sparsity: float = 0.0
@@ -62,6 +64,7 @@ class EventReport:
     peak_bytes: int = 0
     measured_bytes: int | None = None
     stats: Mapping[str, float] = field(default_factory=dict)
+    saliency: ScoreHistogram | None = None
 
 
 class PruningEvent:
@@ -240,6 +243,7 @@ class PruningEvent:
     def _prune(self, sparsity: float, collection_index: int, masks: Mapping[str, Tensor]) -> PruneResult:
         with self.path(collection_index, masks) as path, self._timed("apply"), torch.inference_mode(False):
             result = path.at(sparsity)
+            self.report.saliency = histogram(path.scores(SAMPLE))
         started = time.perf_counter()
         result.apply(self._targets)
         check_equal_on_all_ranks({"the weights": self._targets.weights(), "the masks": result.masks})

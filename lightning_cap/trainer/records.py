@@ -101,7 +101,7 @@ class EventRecord(Record):
             **_under("seconds", self.seconds),
             **_under("before", self.before),
             **_under("after", self.after),
-            **_under("sparsity", self.sparsities),
+            **_under("layer_sparsity", self.sparsities),
         }
         if self.saving is not None:
             flat |= {self.saving.cost: self.saving.share, f"predicted_{self.saving.cost}": self.saving.price}

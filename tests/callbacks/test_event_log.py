@@ -23,7 +23,7 @@ def test_logs_go_to_every_logger(tmp_path: Path) -> None:
     header = text.splitlines()[0]
     for name in (
         "cap/sparsity",
-        "cap/sparsity/net.4.weight",
+        "cap/layer_sparsity/net.4.weight",
         "cap/predicted_loss",
         "cap/after/val_acc",
         "cap/seconds/solve",

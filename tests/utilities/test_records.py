@@ -219,7 +219,7 @@ def test_loggers_get_an_event_under_the_names_that_they_have_always_had() -> Non
         "cap/sparsity": 0.5, "cap/predicted_loss": 0.1, "cap/gradients": 48.0, "cap/gradients_skipped": 1.0,
         "cap/grown_back": 0.0, "cap/peak_bytes": 100.0, "cap/measured_bytes": 90.0,
         "cap/passes": 1.0, "cap/seconds/plan": 0.1, "cap/seconds/solve": 2.0,
-        "cap/before/val_acc": 0.9, "cap/after/val_acc": math.inf, "cap/sparsity/net.4.weight": 0.5,
+        "cap/before/val_acc": 0.9, "cap/after/val_acc": math.inf, "cap/layer_sparsity/net.4.weight": 0.5,
     }  # fmt: skip
     assert {"cap/inputs", "cap/inputs_skipped"} <= replace(EVENT, unit="inputs").logged().keys()
 

@@ -84,7 +84,7 @@ def named(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def of_paths() -> list[Line]:
-    """What every pruner's ``path``, its ``at`` and its ``curve`` are given."""
+    """What every pruner's ``path``, its ``at``, its ``curve`` and its ``scores`` are given."""
     lines = []
     for pruner in PATHS:
         name = type(pruner).__name__
@@ -98,7 +98,11 @@ def of_paths() -> list[Line]:
         def curve(sparsities: Any, path: Any = path) -> Any:
             return path(targets()).curve(sparsities)
 
+        def scores(most: Any, path: Any = path) -> Any:
+            return path(targets()).scores(most)
+
         path.__name__, at.__name__, curve.__name__ = f"{name}.path", f"{name}.path.at", f"{name}.path.curve"
+        scores.__name__ = f"{name}.path.scores"
         lines += wrong(
             path, "targets", None, nn.Linear(8, 4), {"a": torch.ones(4, 8)}, words=["Targets.from_model(model)"]
         )
@@ -106,6 +110,7 @@ def of_paths() -> list[Line]:
         lines += wrong(path, "progress", "bar", 3, int, print_nothing, given={"targets": targets()})
         lines += wrong(path, "gradients", None, 3, "rows", torch.ones(2), rows()[0], error=GradientError,
                        given={"targets": targets()})  # fmt: skip
+        lines += wrong(scores, "most", *NO_COUNTS)
         lines += wrong(at, "sparsity", *NO_NUMBERS, 1.0, -0.1, 50, error=PatternError, words=["[0, 1)"])
         lines += wrong(
             curve, "sparsities", None, 0.5, "0.5", {0.5: 1}, torch.tensor(0.5), np.array(0.5), words=["give a list"]
