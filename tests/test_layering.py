@@ -12,7 +12,8 @@ ROOT = Path(lightning_cap.__file__).parent
 
 # A room is a folder, or a file at the root. It may import from the rooms named here, and from all that those may import from.
 MAY_IMPORT = {
-    "cli": ["report", "callbacks", "classifier", "planning"],
+    "cli": ["report", "callbacks", "classifier", "planning", "sweep"],
+    "sweep": ["callbacks"],
     "planning": ["callbacks", "comparison", "classifier"],
     "callbacks": ["trainer", "export", "schedules", "_version"],
     "report": ["comparison"],

@@ -9,6 +9,8 @@ from typing import Any
 
 from lightning_cap.cli.export import SUMMARY as EXPORT_SUMMARY
 from lightning_cap.cli.export import export, export_parser
+from lightning_cap.cli.finetune_sweep import SUMMARY as SWEEP_SUMMARY
+from lightning_cap.cli.finetune_sweep import finetune_sweep, finetune_sweep_parser
 from lightning_cap.cli.lightning_cli import CAPCLI, CAPTrainer, SaveConfig
 from lightning_cap.cli.mistakes import mistake_behind
 from lightning_cap.cli.parsing import CAPParser
@@ -19,6 +21,7 @@ from lightning_cap.cli.report import report, report_parser
 
 _RUN: dict[str, Callable[[list[str]], Any]] = {
     "export": export,
+    "finetune-sweep": finetune_sweep,
     "plan": plan,
     "report": report,
 }
@@ -31,6 +34,7 @@ class _Command(CAPCLI):
     def others(cls) -> Mapping[str, tuple[CAPParser, str]]:
         return {
             "export": (export_parser(), EXPORT_SUMMARY),
+            "finetune-sweep": (finetune_sweep_parser(), SWEEP_SUMMARY),
             "plan": (plan_parser(), PLAN_SUMMARY),
             "report": (report_parser(), REPORT_SUMMARY),
         }

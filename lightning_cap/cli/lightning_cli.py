@@ -209,13 +209,11 @@ class CAPCLI(LightningCLI):
 
     def parse_arguments(self, parser: LightningArgumentParser, args: ArgsType) -> None:
         """Look at files first; hide ``ckpt_path``: Lightning would let hyperparameters in it change the configured model."""
-        if args is None:
-            check_files(sys.argv[1:])
-            self.config = parser.parse_args(with_bases(sys.argv[1:]))
+        args = sys.argv[1:] if args is None else args
+        if isinstance(args, list):
+            check_files(args)
+            self.config = parser.parse_args(with_bases(args))
         else:
-            if isinstance(args, list):
-                check_files(args)
-                args = with_bases(args)
             super().parse_arguments(parser, args)
         command = self.config.get("subcommand") or ""
         if command in self.others():
