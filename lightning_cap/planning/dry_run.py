@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -14,12 +15,17 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import GradientAccumulationScheduler, ModelPruning, StochasticWeightAveraging
 from torch import nn
 
+from lightning_cap.calibration.gradients import rows_at_once
+from lightning_cap.calibration.sources import NO_MEMORY, SourceMemory, Trial
+from lightning_cap.calibration.statistics import GradientSamples, Statistic
 from lightning_cap.callbacks.saving_run import SavingRun
 from lightning_cap.errors import UnsupportedError
 from lightning_cap.fisher.memory_plan import Deployment
+from lightning_cap.planning.random_data import RandomData
 from lightning_cap.planning.run_plan import EventPlan, PruningPlan
 from lightning_cap.planning.seconds import Calibration
 from lightning_cap.pruners import Pruner
+from lightning_cap.sparsity.targets import Targets
 from lightning_cap.trainer.calibration import (
     calibrating,
     calibration_loss,
@@ -106,6 +112,42 @@ def memory_notes(deployment: Deployment | None) -> list[str]:
     if deployment is None or deployment.device_bytes is not None:
         return []
     return ["the memory of the devices is not known: give --device_memory, such as 80GB, for passes and offload"]
+
+
+def samples_to_try(pruners: Iterable[Pruner], measure: bool) -> int | None:
+    """Samples of a batch that tell what reading batches takes; None for a whole one.
+
+    What gradient rows take is told by one or two of them: all that a run does with whole batches would take long for large models.
+
+    Args:
+        pruners: Of the run.
+        measure: Whether seconds are measured, so that it need not be the quickest.
+    """
+    kinds = [pruner.statistic for pruner in pruners]
+    if all(kind is None or isinstance(kind, GradientSamples) for kind in kinds):
+        return 2 if measure else 1
+    return None
+
+
+def whole_memory(trial: Trial | None, statistic: Statistic | None, targets: Targets, data: RandomData) -> SourceMemory:
+    """What reading whole batches takes, as a trial of a few samples has told.
+
+    Args:
+        trial: None for no statistic.
+        statistic: Of the pruner.
+        targets: What it prunes.
+        data: Random, with batches as large as those of the run.
+    """
+    if trial is None:
+        return NO_MEMORY
+    if not isinstance(statistic, GradientSamples):
+        return trial.memory
+    batches = statistic.batches(data.train_dataloader(), targets, (0, 0))
+    rows = max(1, batches.batch_size // statistic.per_sample)
+    if trial.vmap:
+        rows = min(rows, rows_at_once(targets))
+        return replace(trial.memory, most=rows, batch=rows)
+    return replace(trial.memory, batch=rows)
 
 
 def pruning_plan(

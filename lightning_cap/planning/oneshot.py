@@ -11,7 +11,7 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from lightning_cap.calibration.sources import NO_MEMORY, Trial
+from lightning_cap.calibration.sources import Trial
 from lightning_cap.callbacks.checks import refuse_sharding
 from lightning_cap.comparison.compare import check_validation
 from lightning_cap.comparison.gradient_cache import place_of_rows
@@ -31,6 +31,8 @@ from lightning_cap.planning.dry_run import (
     pruning_plan,
     quiet,
     run_dry,
+    samples_to_try,
+    whole_memory,
 )
 from lightning_cap.planning.files import tensor_bytes, weight_bytes
 from lightning_cap.planning.machine import Settings, machine_of
@@ -70,6 +72,7 @@ def plan_oneshot(
     check_validation(module, data)
     request = make_request(**given)
     noise, _ = random_data(module, data, max(1, trainer.world_size), settings.train_images)
+    noise.tried = samples_to_try([variant.pruner for variant in request.variants], settings.measure)
     probe = _Probe(trainer, settings, noise, request)
     dry = dry_trainer(trainer, [probe])
     with quiet() as told, probe.stack:
@@ -102,7 +105,7 @@ class _Probe(pl.Callback):
         check_targets(request.variants, targets, masks, request.sparsities)
         batch = to_device(trainer, module, next(iter(self._data.train_dataloader())))
         flops = layer_flops(module, batch[0][:1])
-        work = _Work(trainer, module, request, targets, masks, machine, self._settings)
+        work = _Work(trainer, module, request, targets, masks, machine, self._settings, self._data)
         plans = work.plans(calibration_of(trainer, module, batch))
         on = measured_on(module) if self._settings.measure else ""
         told = MachinePlan(str(machine.device), machine.processes, machine.device_bytes, model_bytes, on)
@@ -130,7 +133,9 @@ class _Work:
         masks: MaskSet,
         machine: Deployment,
         settings: Settings,
+        data: RandomData,
     ) -> None:
+        self._data = data
         self._trainer, self._module, self._request = trainer, module, request
         self._targets, self._masks, self._machine, self._settings = targets, masks, machine, settings
         self._trials: dict[str, Trial] = {}
@@ -177,7 +182,8 @@ class _Work:
             if pruner.statistic is not None and key not in self._trials:
                 event.dry_run(0)
             trial = self._trials.get(key)
-            memory = plan_record(pruner.plan(targets, self._masks, source=NO_MEMORY if trial is None else trial.memory))
+            source = whole_memory(trial, pruner.statistic, targets, self._data)
+            memory = plan_record(pruner.plan(targets, self._masks, source=source))
         seconds = self._seconds(variant, memory, calibration, trial)
         if reads and seconds is not None:
             seconds = {**seconds, "collect": 0.0}

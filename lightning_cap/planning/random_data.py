@@ -34,6 +34,7 @@ class RandomData(pl.LightningDataModule):
         image_shape: As the data tells it, for the model to compare; None if it does not.
         num_classes: Likewise.
         normalization: Likewise.
+        tried: Samples of a batch that is only to be tried; None for as many as in others.
     """
 
     def __init__(self, shape: tuple[int, ...], classes: int, batch_size: int, images: int) -> None:
@@ -42,10 +43,16 @@ class RandomData(pl.LightningDataModule):
         self.image_shape: tuple[int, ...] | None = None
         self.num_classes: int | None = None
         self.normalization: Any = None
+        self.tried: int | None = None
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Shuffled, without the incomplete last batch."""
         return DataLoader(_Noise(self.shape, self.classes, self.images), self.batch_size, shuffle=True, drop_last=True)
+
+    def calibration_dataloader(self) -> DataLoader[Any]:
+        """As for training, in batches that are tried."""
+        batch = self.batch_size if self.tried is None else min(self.batch_size, self.tried)
+        return DataLoader(_Noise(self.shape, self.classes, self.images), batch, shuffle=True)
 
     def val_dataloader(self) -> DataLoader[Any]:
         """One batch."""

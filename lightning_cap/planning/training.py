@@ -11,6 +11,7 @@ from lightning_cap.callbacks.checks import refuse_foreign_records, refuse_shardi
 from lightning_cap.callbacks.companions import cycle_starts
 from lightning_cap.callbacks.pruning import CAPPruningCallback
 from lightning_cap.callbacks.run_files import checkpoint_dir
+from lightning_cap.callbacks.saving_run import SavingRun
 from lightning_cap.callbacks.steps import pruners_of, steps_to_come
 from lightning_cap.fisher.memory_plan import Deployment, planned_for
 from lightning_cap.planning.choice import choice_of, layer_flops
@@ -25,6 +26,8 @@ from lightning_cap.planning.dry_run import (
     pruning_plan,
     quiet,
     run_dry,
+    samples_to_try,
+    whole_memory,
 )
 from lightning_cap.planning.files import (
     checkpoint_bytes,
@@ -68,6 +71,8 @@ def plan_fit(
     settings = Settings() if settings is None else settings
     refuse_sharding(trainer)
     given, known = random_data(module, data, max(1, trainer.world_size), settings.train_images)
+    pruners = [callback.pruner for callback in trainer.callbacks if isinstance(callback, SavingRun)]  # type: ignore[attr-defined]
+    given.tried = samples_to_try(pruners, settings.measure)
     probe = _Probe(trainer, settings, given, known)
     dry = dry_trainer(trainer, [probe, *(c for c in trainer.callbacks if matters(c))])  # type: ignore[attr-defined]
     with quiet() as told, probe:
@@ -169,9 +174,8 @@ class _Probe(pl.Callback):
                 if (step is None and other is pruner) or (step is not None and type(step.pruner) is type(other))
             ]
             trial = run.trials.get(repr(other.statistic))
-            memory = plan_record(
-                other.plan(run.targets, run.masks, **({} if trial is None else {"source": trial.memory}))
-            )
+            source = whole_memory(trial, other.statistic, run.targets, self._data)
+            memory = plan_record(other.plan(run.targets, run.masks, source=source))
             goal = max((goals[epoch] for epoch, _ in own if goals[epoch]), default=0.5)
             seconds = None
             if self._settings.measure:

@@ -25,7 +25,7 @@ from tests.support.planned import QUICK, configured, planned, pruning, small_mod
 
 
 def test_the_plan_is_that_of_the_run(tmp_path: Path) -> None:
-    plan = planned(pruning(dirpath=str(tmp_path)), default_root_dir=str(tmp_path))
+    plan = planned(pruning(dirpath=str(tmp_path)), settings=Settings(), default_root_dir=str(tmp_path))
     assert not list(tmp_path.iterdir()), "nothing is written"
     run = pruning(dirpath=str(tmp_path / "run"), evaluate=False)
     trainer = configured(run, default_root_dir=str(tmp_path), enable_checkpointing=False, enable_model_summary=False)
@@ -157,3 +157,13 @@ def test_model_and_data_that_do_not_fit() -> None:
 def test_weights_are_not_to_be_sharded() -> None:
     with pytest.raises(UnsupportedError, match="strategy=FSDPStrategy: it shards"):
         refuse_sharding_by(FSDPStrategy)
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_memory_is_that_of_whole_batches(samples: int) -> None:
+    """A few samples are tried, and the plan is of as many rows at once as the run computes."""
+    pruner = CAP(block_size=16, num_gradients=64, samples_per_gradient=samples, damp=1e-5)
+    small, large = (planned(pruning(pruner=pruner), batch_size=size).pruning[0].memory for size in (8, 64))
+    rows = {1: (8, 64), 4: (1, 1)}[samples]
+    assert (small.rows, large.rows) == rows
+    assert (large.peak_bytes > small.peak_bytes) == (samples == 1)
