@@ -35,6 +35,14 @@ install_packages() {  # by name, only where that is possible
   DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends "$@"
 }
 
+find_browser() {  # a headless Chromium, for the pages; where none can be installed, tests of them are skipped, which pytest tells
+  local name
+  for name in chromium chromium-browser google-chrome; do
+    if command -v "$name" >/dev/null; then return; fi
+  done
+  (install_packages chromium) || printf 'CI: no chromium: pages are not looked at in a browser\n' >&2
+}
+
 find_python() {  # sets python, a command that will do
   local minor
   if [ -n "${PYTHON:-}" ]; then
