@@ -65,15 +65,15 @@ class Run:
         """The last one; None if there is none."""
         return self.starts[-1] if self.starts else None
 
-    @property
-    def name(self) -> Path:
-        """Of the run: its folder, or that of which its records are the checkpoints."""
-        return self.folder.parent if self.folder.name == CHECKPOINTS else self.folder
-
     def file(self, path: str) -> Path:
-        """A file that a record names, where it is now: beside the record, if the run was moved."""
-        moved = self.folder / Path(path).name
-        return moved if moved.exists() or not Path(path).exists() else Path(path)
+        """A file that a record names, where it is now: by the longest end of its path that is in the folder of the run."""
+        parts = Path(path).parts
+        moved = [
+            base / Path(*parts[-n:])
+            for n in range(min(len(parts), 4), 0, -1)
+            for base in (self.folder, self.folder.parent)
+        ]
+        return next((place for place in moved if place.exists()), Path(path))
 
 
 @dataclass(frozen=True)

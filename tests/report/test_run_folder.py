@@ -115,6 +115,11 @@ def test_files_are_found_where_the_run_was_moved_to(tmp_path: Path) -> None:
     (tmp_path / "before").rename(tmp_path / "after")
     run = one_run(tmp_path / "after")
     assert run.file(run.cycles[1].checkpoint) == tmp_path / "after/checkpoints/sparsity=0.50.ckpt"
+    tuned = tmp_path / "after/finetuned/sparsity=0.50/sparsity=0.50.ckpt"
+    tuned.parent.mkdir(parents=True)
+    tuned.touch()
+    assert run.file("runs/before/finetuned/sparsity=0.50/sparsity=0.50.ckpt") == tuned
+    assert run.file("gone.ckpt") == Path("gone.ckpt")
 
 
 def test_records_of_another_version_are_refused_by_file_and_line(tmp_path: Path) -> None:
