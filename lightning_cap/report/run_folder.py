@@ -185,9 +185,7 @@ def _runs_of(folder: Path, suffix: str, last: bool, alone: bool) -> list[Run]:
             counts,
             [start for start in starts if start.counted == counts],
             sorted((event for event in events if _counted(event) == counts), key=lambda event: event.epoch),
-            sorted(
-                (cycle for cycle in cycles if _counted(cycle) == counts), key=lambda c: (c.epochs, c.goal > 0, c.best)
-            ),
+            _in_order([cycle for cycle in cycles if _counted(cycle) == counts]),
             finetuned,
             exports,
             [record for record in benchmarks if record.model in names or record.model == record.dense],
@@ -197,6 +195,14 @@ def _runs_of(folder: Path, suffix: str, last: bool, alone: bool) -> list[Run]:
         )
         for counts in counted
     ]
+
+
+def _in_order(cycles: list[CycleRecord]) -> list[CycleRecord]:
+    """The model before the first event, then the cycles; of each its end, then its best epoch."""
+    last = {
+        goal: max(cycle.epochs for cycle in cycles if cycle.goal == goal) for goal in {cycle.goal for cycle in cycles}
+    }
+    return sorted(cycles, key=lambda cycle: (cycle.goal > 0, last[cycle.goal], cycle.goal, cycle.best))
 
 
 def _of_suffix(path: str, suffix: str) -> bool:

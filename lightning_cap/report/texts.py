@@ -38,7 +38,7 @@ def change_text(metric: str, change: float | None) -> str:
         return NOTHING
     if not is_share(metric):
         return _minus(f"{change:+.3g}")
-    return _minus(f"{100 * change:+.2f}")
+    return _minus(f"{100 * change:+.2f}") if abs(change) >= 5e-5 else "0.00"
 
 
 def change_unit(metric: str) -> str:

@@ -12,7 +12,7 @@ from lightning_cap.comparison.records import SurfaceRecord
 from lightning_cap.errors import DataError
 from lightning_cap.report.run_folder import Comparison, Run, read_folder
 from lightning_cap.trainer.records import EVENTS, Saving
-from lightning_cap.trainer.run_records import RUN
+from lightning_cap.trainer.run_records import CYCLES, RUN, CycleRecord
 from lightning_cap.utilities.records import write_records
 from tests.support.report_runs import (
     GOALS,
@@ -120,6 +120,14 @@ def test_files_are_found_where_the_run_was_moved_to(tmp_path: Path) -> None:
     tuned.touch()
     assert run.file("runs/before/finetuned/sparsity=0.50/sparsity=0.50.ckpt") == tuned
     assert run.file("gone.ckpt") == Path("gone.ckpt")
+
+
+def test_cycles_come_with_their_ends_before_their_best_epochs(tmp_path: Path) -> None:
+    write_run(tmp_path)
+    best = [CycleRecord(0.5, 3, 0.99, 0.5, best=True), CycleRecord(0.75, 6, 0.99, 0.75, best=True)]
+    write_records(tmp_path / "checkpoints" / CYCLES, [*best, *cycle_records()])
+    found = [(cycle.goal, cycle.best) for cycle in one_run(tmp_path).cycles]
+    assert found == [(0.0, False), (0.5, False), (0.5, True), (0.75, False), (0.75, True)]
 
 
 def test_records_of_another_version_are_refused_by_file_and_line(tmp_path: Path) -> None:
