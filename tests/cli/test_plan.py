@@ -46,7 +46,7 @@ def test_a_comparison(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Non
 def test_a_machine_that_is_not_here(capsys: pytest.CaptureFixture[str]) -> None:
     """Eight processes on GPUs, and weights that would be downloaded."""
     given = ["--device_memory", "16GB", "--model.model=vit_tiny_patch16_224", "--model.model_kwargs={depth: 1}"]
-    found = _planned(capsys, "deit_tiny_imagenet.yaml", *given, "--trainer.callbacks.pruner.num_gradients=8")
+    found = _planned(capsys, "imagenet_deit_tiny_gradual.yaml", *given, "--trainer.callbacks.pruner.num_gradients=8")
     machine = found["machine"]
     assert (machine["device"], machine["processes"]) == ("cuda", 8)  # type: ignore[index]
     assert "nothing is downloaded" in str(found["notes"])
