@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib
 import importlib.util
@@ -17,7 +18,7 @@ import pytest
 import yaml
 
 from lightning_cap import errors
-from lightning_cap.cli import command, lightning_cli
+from lightning_cap.cli import command, lightning_cli, plan
 from lightning_cap.cli.export import _with_class_paths
 from tests.support import ROOT
 from tests.support.markdown import Page
@@ -78,13 +79,20 @@ class _ParseOnly(lightning_cli.CAPCLI):
 
 def _parse(arguments: list[str]) -> None:
     """Let the command line take the arguments, and do nothing."""
-    others = command._Command.others()
-    if arguments[0] in others:
-        named = _with_class_paths(arguments[1:]) if arguments[0] == "export" else arguments[1:]
-        others[arguments[0]][0].parse_args(named)
+    name, *rest = arguments
+    if name in ("export", "report"):
+        parser, _ = command._Command.others()[name]
+        parser.parse_args(_with_class_paths(rest) if name == "export" else rest)
         return
+    if name == "plan":  # its own options among those of a run
+        own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        plan._add_options(own)
+        rest = own.parse_known_args(rest)[1]
+        name = plan._command(rest)
+    elif name == "finetune-sweep":  # a folder, then the options of a run
+        name, rest = "fit", rest[1:]
     with contextlib.redirect_stdout(io.StringIO()), pytest.raises((_ParsedError, SystemExit)) as ended:
-        _ParseOnly(trainer_class=lightning_cli.CAPTrainer, args=arguments, save_config_callback=None)
+        _ParseOnly(trainer_class=lightning_cli.CAPTrainer, args=[name, *rest], save_config_callback=None)
     assert not getattr(ended.value, "code", None), ended.value  # --print_config ends with 0
 
 
@@ -137,11 +145,12 @@ def test_every_page_is_in_the_navigation() -> None:
     assert {name for name in navigation if name not in own and not (ROOT / name).is_file()} == set()
 
 
-@pytest.mark.parametrize(
-    "room", ["", ".pruners", ".sparsity", ".schedules", ".data", ".calibration", ".export", ".comparison", ".report"]
-)
+ROOMS = "pruners sparsity schedules data calibration export comparison report planning sweep"
+
+
+@pytest.mark.parametrize("room", ["lightning_cap", *(f"lightning_cap.{room}" for room in ROOMS.split())])
 def test_every_public_name_is_on_an_api_page(room: str) -> None:
-    module = importlib.import_module(f"lightning_cap{room}")
+    module = importlib.import_module(room)
     shown = set(re.findall(r"^::: lightning_cap\.([\w.]+)$", API, re.MULTILINE))
     last = {name.rpartition(".")[2] for name in shown}
     assert {name for name in module.__all__ if name != "__version__" and name not in last} == set()
