@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
 import shutil
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -151,3 +155,24 @@ def test_what_cannot_be_fine_tuned_is_refused(
     assert end.value.code == 2
     assert told in err
     assert set(run.rglob("*")) == before
+
+
+@pytest.mark.slow
+@pytest.mark.xdist_group("processes")
+def test_on_two_processes_and_after_a_kill(run: Path, config: str) -> None:
+    """Lightning starts the second process itself. Killed in the second checkpoint, the sweep goes on."""
+    options = ["--trainer.strategy=ddp", "--trainer.devices=2", "--trainer.num_sanity_val_steps=0"]
+    command = [sys.executable, "-m", "lightning_cap.cli", "finetune-sweep", str(run), "--config", config, *options]
+    last = run / "finetuned/sparsity=0.75-best/last.ckpt"
+    with subprocess.Popen(command, start_new_session=True) as process:
+        while process.poll() is None and not last.exists():
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGKILL)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Fine-tuned models") == 1
+    records = read_records(run / "checkpoints" / FINETUNED, FinetunedRecord)
+    assert [(record.goal, record.epochs) for record in records] == [(0.5, 2), (0.75, 2)]
+    for record in records:
+        before, after = weights(record.source), weights(record.checkpoint)
+        assert all(torch.equal(value == 0, after[name] == 0) for name, value in before.items() if "qkv.weight" in name)
