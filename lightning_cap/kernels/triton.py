@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+from triton.compiler import ASTSource as ASTSource
 
 
 @triton.jit

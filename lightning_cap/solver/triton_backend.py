@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_cap.kernels.compiling import telling
+
 #: Largest padded block whose ``H`` is kept in registers.
 _REGISTER_BLOCK = 64
 #: Scratch of the programs that share a multiprocessor; all of it together then fits into the L2 cache.
@@ -124,7 +126,7 @@ def eliminate_triton(
     args: list[Any] = [*given[:3], given[3].view(torch.uint8), rank, losses]
     # fusion is spelt out because its default differs between versions of triton
     options = {**launch.constants, "num_warps": launch.num_warps, "num_stages": 1, "enable_fp_fusion": True}
-    with torch.cuda.device_of(inverse):
+    with torch.cuda.device_of(inverse), telling(kernels.ASTSource):
         if launch.in_registers:
             kernels.eliminate_in_registers[(k,)](*args, group, keep, **options)
         else:

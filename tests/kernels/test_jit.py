@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lightning_cap.kernels import compiling
 from lightning_cap.kernels.cpu import jit
 from lightning_cap.kernels.cpu.isotonic import pool_rows
 from tests.support import ROOT, kept_code
@@ -38,6 +39,7 @@ def folder(tmp_path: Path) -> Path:
     for package in (cpu, *list(cpu.parents)[:2]):
         (package / "__init__.py").touch()
     shutil.copy(jit.__file__, cpu)
+    shutil.copy(compiling.__file__, cpu.parent)
     (cpu / "low.py").write_text(LOW.format(1))
     (cpu / "high.py").write_text(HIGH)
     return cpu

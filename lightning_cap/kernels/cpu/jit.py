@@ -16,6 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from numba import njit
+from numba.core import event
+
+from lightning_cap.kernels.compiling import about_to_compile
 
 # no "ninf": infinity marks what may not be pruned; "nnan" only where NaN cannot matter, or the checks for it would be dropped
 _FAST = {"reassoc", "contract", "nsz", "arcp"}
@@ -54,6 +57,20 @@ def _remove_stale(cache: Path) -> None:
             with suppress(OSError):  # another process has removed it, or it is not ours to remove
                 file.unlink()
 
+
+class _Listener(event.Listener):
+    """Hears of what numba compiles; what it loads from its cache is no such event."""
+
+    def on_start(self, event: Any) -> None:
+        function = getattr(event.data.get("dispatcher"), "py_func", None)
+        if getattr(function, "__module__", "").startswith("lightning_cap."):
+            about_to_compile()
+
+    def on_end(self, event: Any) -> None:
+        """Nobody asks for that."""
+
+
+event.register("numba:compile", _Listener())
 
 kernel = _jit(_FAST)
 kernel_without_nan = _jit(_FAST | {"nnan"})
