@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
+from lightning_cap.callbacks.state import Restored, RunState, encode_state
 from lightning_cap.cli import main
+from lightning_cap.trainer.run_records import CycleRecord
 
 MODEL: dict[str, Any] = {
     "class_path": "lightning_cap.VisionClassifier",
@@ -21,7 +24,6 @@ MODEL: dict[str, Any] = {
         "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 0.01}},
     },
 }  # fmt: skip
-TARGETS = 4  # of it, by default
 
 
 def write_config(path: Path, **trainer: Any) -> Path:
@@ -59,3 +61,23 @@ def prune(folder: Path, save: str = "last", schedule: dict[int, float] | None = 
     )
     main(["fit", "--config", str(path)])
     return folder / "run/0" if (folder / "run/0").exists() else next((folder / "run").iterdir())
+
+
+def state(name: str = "sparsity=0.50.ckpt", goal: float = 0.5, **changes: Any) -> dict[str, Any]:
+    """That of a pruning callback, as a checkpoint of this name holds it."""
+    line = CycleRecord(goal, 1, 0.7, goal, best="-best" in name, checkpoint=f"runs/{name}")
+    masks = {"fc.weight": {"shape": [2, 4], "bits": torch.zeros(1, dtype=torch.uint8)}}
+    held = encode_state(RunState(history=[line]), Restored(masks, {}, {}, [], None, None))
+    return {**held, **changes}
+
+
+def checkpoint(folder: Path, name: str = "sparsity=0.50.ckpt", **changes: Any) -> Path:
+    """A file with such a state and the weights of a single layer."""
+    held = {
+        "state_dict": {"fc.weight": torch.zeros(2, 4)},
+        "pytorch-lightning_version": "2.6.1",
+        "callbacks": {"CAPPruningCallback": state(name, **changes)},
+    }
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.save(held, folder / name)
+    return folder / name

@@ -6,15 +6,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lightning_cap.callbacks.fixed_masks import FixedMasks
-from lightning_cap.callbacks.state import Restored, RunState, encode_state
 from lightning_cap.errors import CAPError, ConfigError, DataError
 from lightning_cap.report.sweep import print_sweep
 from lightning_cap.sweep import Finetuning, SweepFolder, find_checkpoints
-from lightning_cap.trainer.run_records import CycleRecord, FinetunedRecord
+from lightning_cap.trainer.run_records import FinetunedRecord
 from tests.support.bad_input.table import Command, Line, wrong
+from tests.support.sweeping import checkpoint, state
 
 RECORD = FinetunedRecord(
     goal=0.5, sparsity=0.5, flops_saved=0.4, metric="val/acc", before=0.7, after=0.8, epochs=1, source="a"
@@ -22,25 +20,6 @@ RECORD = FinetunedRecord(
 CONFIG = (
     "model: {class_path: lightning_cap.VisionClassifier, init_args: {model: resnet10t}}\ntrainer: {logger: false}\n"
 )
-
-
-def state(name: str = "sparsity=0.50.ckpt", **changes: Any) -> dict[str, Any]:
-    """That of a pruning callback, as checkpoints hold it."""
-    line = CycleRecord(goal=0.5, epochs=1, value=0.7, sparsity=0.5, checkpoint=f"runs/{name}")
-    masks = {"fc.weight": {"shape": [2, 4], "bits": torch.zeros(1, dtype=torch.uint8)}}
-    held = encode_state(RunState(history=[line]), Restored(masks, {}, {}, [], None, None))
-    return {**held, **changes}
-
-
-def checkpoint(folder: Path, name: str = "sparsity=0.50.ckpt", **changes: Any) -> Path:
-    held = {
-        "state_dict": {"fc.weight": torch.zeros(2, 4)},
-        "pytorch-lightning_version": "2.6.1",
-        "callbacks": {"CAPPruningCallback": state(name, **changes)},
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    torch.save(held, folder / name)
-    return folder / name
 
 
 def finding(name: str, word: str, prepare: Callable[[Path], Any], error: type[CAPError] = DataError) -> Line:
