@@ -16,7 +16,7 @@ from lightning_cap.report.files import FileLinks
 from lightning_cap.report.heatmaps import plot_fisher_block, plot_surface
 from lightning_cap.report.layer_names import short_names, spread
 from lightning_cap.report.mask_plots import mask_agreement, plot_agreement, seed_note
-from lightning_cap.report.parts import Cell, Chapter, Note, Part, Picture, Pictures, Section, Table
+from lightning_cap.report.parts import Cell, Chapter, Facts, Note, Part, Picture, Pictures, Section, Table
 from lightning_cap.report.records import (
     Records,
     accuracy_name,
@@ -35,7 +35,7 @@ from lightning_cap.report.run_folder import Comparison
 from lightning_cap.report.run_plots import Points, accuracy_plot, layers_plot, loss_plot
 from lightning_cap.report.style import styles
 from lightning_cap.report.svg import inline_svg
-from lightning_cap.report.texts import NOTHING, duration, is_share, number
+from lightning_cap.report.texts import NOTHING, duration, is_share
 
 _MOST_GOALS = 4
 
@@ -92,7 +92,8 @@ def dense_value(records: Records) -> float | None:
 
 
 def _table(lines: list[list[str]], title: str = "", folded: bool = False) -> Table:
-    return Table(lines[0], lines[1:], title=title, folded=folded)
+    rows = [[NOTHING if cell == "-" else cell for cell in line] for line in lines[1:]]
+    return Table(lines[0], rows, title=title, folded=folded)
 
 
 def _mean(value: tuple[float, float] | None, style: str, factor: float = 1.0) -> str:
@@ -153,9 +154,8 @@ def _losses(records: Records, key: str) -> Section:
     parts: list[Part] = []
     if points:
         plot = loss_plot(f"{key}loss", points, f"{kind} data", styles(list(by_label(given))))
-        parts.append(
-            Pictures([Picture(plot, "Numbers: goals in per cent, where there are few pruners; what is above zero.")])
-        )
+        several = len({record.seed for record in given}) > 1
+        parts.append(Pictures([Picture(plot, "Geometric means over the seeds." if several else "")]))
     parts += [
         _losses_table(records, "Predicted increase", lambda record: record.predicted_loss),
         _losses_table(
@@ -265,15 +265,11 @@ def _seconds(records: Records) -> Section:
 
 def _settings(records: Records) -> Section:
     given = {record.label: record for record in reversed(as_given(records))}
-    rows = [
-        [label, record.settings, number(_steps(record.parameters.get("num_recomputations")), "g")]
-        for label, record in given.items()
-    ]
-    return Section("Settings", [Table(["pruner", "settings", "steps"], rows[::-1], words=2)])
-
-
-def _steps(value: object) -> float | None:
-    return float(value) if isinstance(value, (int, float)) else None
+    entries: list[tuple[str, Cell]] = []
+    for label, record in reversed(given.items()):
+        steps = record.parameters.get("num_recomputations", 1)
+        entries.append((label, record.settings if steps == 1 else f"{record.settings}, {steps} steps"))
+    return Section("Settings", [Facts(entries, wide=True)])
 
 
 def _files(comparison: Comparison, links: FileLinks) -> Section:

@@ -111,12 +111,13 @@ class Source:
 
 @dataclass(frozen=True)
 class Facts:
-    """Names and what belongs to them."""
+    """Names and what belongs to them; ``wide`` where that is a long text."""
 
     kind: ClassVar[str] = "facts"
 
     entries: Sequence[tuple[str, Cell]]
     title: str = ""
+    wide: bool = False
 
 
 Part = Facts | Table | Picture | Pictures | Note | Tiles | Source

@@ -109,9 +109,8 @@ def _adapt(element: ElementTree.Element, name: str, colors: dict[str, str]) -> N
             value = _HEX.sub(lambda found: f"var({colors[found[0]]})" if found[0] in colors else found[0], value)
             value = _FONT.sub("", value)
         element.set(short, " ".join(value.split()) if short == "d" else value)
-    element.tail = None
-    if element.tag != "text":
-        element.text = None
+    element.tail = element.tail if (element.tail or "").strip() else None
+    element.text = element.text if (element.text or "").strip() else None
 
 
 def _local(name: str) -> str:

@@ -23,6 +23,7 @@ from tests.support.report_runs import (
     comparison_records,
     event_record,
     run_record,
+    with_planes,
     write_comparison,
     write_run,
 )  # fmt: skip
@@ -295,6 +296,22 @@ def test_a_comparison_has_means_plots_and_settings(tmp_path: Path) -> None:
         "mine.B: B(damp=1e-06)",
     ):
         assert words in found.text
+
+
+def test_a_comparison_shows_its_grids_masks_surface_and_fisher(tmp_path: Path) -> None:
+    folder = write_comparison(tmp_path / "c", with_planes(tmp_path / "c"))
+    found = page(folder)
+    for words in (
+        "Grid over damp",
+        "Agreement of masks",
+        "weight in the block",
+        "from unpruned (0) to A (1)",
+        "A damp=0.1",
+    ):
+        assert words in found.text
+    assert re.search(r"1 0 − \d", found.text)  # powers of ten, which are written in parts
+    (folder / "masks" / "A.safetensors").unlink()
+    assert "1 files of masks are no longer there, such as masks/A.safetensors" in page(folder).text
 
 
 @pytest.mark.usefixtures("undrawn")

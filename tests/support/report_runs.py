@@ -7,7 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lightning_cap.comparison.records import RESULTS, ComparisonRecord
+import torch
+from safetensors.torch import save_file
+
+from lightning_cap.comparison.records import RESULTS, SURFACE, ComparisonRecord, GridPoint, SurfaceRecord, save_masks
 from lightning_cap.export.records import EXPORTS, ExportRecord
 from lightning_cap.trainer.records import EVENTS, EventRecord
 from lightning_cap.trainer.run_records import (
@@ -146,3 +149,19 @@ def write_comparison(folder: Path, records: Sequence[ComparisonRecord] | None = 
     folder.mkdir(parents=True, exist_ok=True)
     write_records(folder / RESULTS, comparison_records() if records is None else records)
     return folder
+
+
+def with_planes(folder: Path) -> list[ComparisonRecord]:
+    """Records of a comparison of one seed with a grid, and its masks, loss surface and average Fisher block in a folder."""
+    given = [record(name, 0.5, 0, 0.9) for name in ("A", "B")]
+    given = [replace(one, masks=f"masks/{one.label}.safetensors") for one in given]
+    for place, one in enumerate(given):
+        save_masks(folder / one.masks, {"w": torch.arange(16) % 2 == place})
+    of = (given[0].fingerprint, given[1].fingerprint)
+    loss = ((1.0, 2.0, 4.0), (2.0, 3.0, 5.0), (4.0, 5.0, 9.0))
+    corners = {"unpruned": 1.0, "A": 2.0, "B": 2.0}
+    surface = SurfaceRecord(pruners=("A", "B"), sparsity=0.5, axis=(0.0, 0.5, 1.0), loss=loss, corners=corners, of=of)
+    write_records(folder / SURFACE, [surface])
+    save_file({"all": torch.eye(4) * 1e-4 + 1e-7}, folder / "fisher_block.safetensors", {"of": of[0]})
+    grid = [record("A", 0.5, 0, 0.8 + value, GridPoint("damp", value)) for value in (0.01, 0.1)]
+    return [UNPRUNED, *given, *grid]
