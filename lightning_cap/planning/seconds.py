@@ -126,11 +126,11 @@ def _read(
         collector = calibration.collector(statistic, targets, samples, trial)
         collector.memory()  # tried before the clock starts
         limit_rows(collector, rows)
-        started, last = time.perf_counter(), None
+        watch, last = _Watch(), None
         for chunk in collector:
             last = chunk
         _wait(targets)
-        return time.perf_counter() - started, last
+        return watch.seconds, last
 
 
 def _of_solving(pruner: Pruner, targets: Targets, goal: float, chunk: Any) -> tuple[float, float]:
@@ -163,14 +163,14 @@ def _part(targets: Targets, weights: int) -> Targets:
 def _solve(pruner: Pruner, targets: Targets, goal: float, chunk: Any) -> tuple[float, float]:
     """Seconds of `Pruner.path` and of `PruningPath.at`, as if all rows had been read."""
     source = _Rows(pruner.statistic, targets, chunk)
-    started = time.perf_counter()
+    watch = _Watch()
     with torch.inference_mode(False), pruner.path(targets, source, None) as path:
         _wait(targets)
-        solving = time.perf_counter() - started - source.taken_in - source.made
-        started = time.perf_counter()
+        solving = max(0.0, watch.seconds - source.taken_in - source.made)
+        watch = _Watch()
         path.at(goal)
         _wait(targets)
-        return solving + source.taken_in * source.share, time.perf_counter() - started
+        return solving + source.taken_in * source.share, watch.seconds
 
 
 class _Rows:
@@ -199,14 +199,14 @@ class _Rows:
     def __iter__(self) -> Iterator[Mapping[str, Tensor]]:
         left = 1 if self._inputs else self._count
         while left > 0:
-            started = time.perf_counter()
+            watch = _Watch()
             rows = min(left, 32)
             left -= rows
             chunk = self._chunk if self._inputs else self._random(rows)
-            made = time.perf_counter()
-            self.made += made - started
+            self.made += watch.seconds
+            watch = _Watch()
             yield chunk
-            self.taken_in += time.perf_counter() - made
+            self.taken_in += watch.seconds
 
     def _random(self, rows: int) -> dict[str, Tensor]:
         return {n: torch.randn(rows, *w.shape, device=w.device) for n, w in self._targets.items()}
@@ -224,7 +224,7 @@ def _of_units(
             collector = calibration.collector(statistic, targets, samples)
             collector.memory()
             source = TimedSource(collector)
-        started = time.perf_counter()
+        watch, started = _Watch(), time.perf_counter()
         with torch.inference_mode(False), pruner.path(targets, source, None) as path:
             _wait(targets)
             solving, before = time.perf_counter() - started - source.seconds, source.seconds
@@ -232,8 +232,26 @@ def _of_units(
             path.at(goal)
             _wait(targets)
             applying = time.perf_counter() - started - (source.seconds - before)
+    own = watch.seconds / max(1e-9, solving + applying + source.seconds)  # the rest was other programs'
     share = 0.0 if statistic is None else statistic.num_samples / samples / processes
-    return {"collect": source.seconds * share, "solve": max(0.0, solving), "apply": max(0.0, applying)}
+    return {
+        "collect": own * source.seconds * share,
+        "solve": own * max(0.0, solving),
+        "apply": own * max(0.0, applying),
+    }
+
+
+class _Watch:
+    """Seconds since it was made, of this process alone: other programs on the CPU do not count."""
+
+    def __init__(self) -> None:
+        self._wall, self._cpu = time.perf_counter(), time.process_time()
+
+    @property
+    def seconds(self) -> float:
+        """By the clock, but no more than the threads of this process were at work together."""
+        wall, cpu = time.perf_counter() - self._wall, time.process_time() - self._cpu
+        return wall if torch.cuda.is_available() else min(wall, cpu)
 
 
 def _wait(targets: Targets) -> None:
