@@ -1,6 +1,6 @@
 """Plan every configuration by the command itself, all in one process: each start of the command takes seconds.
 
-    python .ci/plan_configs.py [configs/digits_gradual.yaml ...]
+python .ci/plan_configs.py [configs/digits_gradual.yaml ...]
 """
 
 from __future__ import annotations
@@ -25,7 +25,10 @@ def plan(path: Path) -> None:
         main(["plan", "--config", str(path), *OPTIONS])
     found = json.loads(out.getvalue())
     events = sum(len(pruner["events"]) for pruner in found["pruning"])
-    print(f"{path}: {found['command']} of {found['model']}, {events} events, {time.perf_counter() - started:.1f} s", flush=True)
+    print(
+        f"{path}: {found['command']} of {found['model']}, {events} events, {time.perf_counter() - started:.1f} s",
+        flush=True,
+    )
 
 
 if __name__ == "__main__":
