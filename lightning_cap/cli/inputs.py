@@ -92,9 +92,11 @@ def _images(model: nn.Module, path: Path) -> pl.LightningDataModule:
         raise DataError(f"--data={shown(str(path))}: there is no such folder or file.")
     mean, std = normalization_of(model) or (None, None)
     has_splits = path.is_dir() and any((path / name).exists() for name in _SPLITS)
+    alone = str(path.absolute())
     return ImageNetDataModule(
         root=str(path) if has_splits else None,
-        val_split="val" if has_splits else str(path.absolute()),
+        train_split="train" if has_splits else alone,  # else whatever "train" is in the working directory
+        val_split="val" if has_splits else alone,
         img_size=shape[-1],
         mean=mean,
         std=std,

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import torch
-from lightning.pytorch.utilities import rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from timm.data.dataset_factory import create_dataset
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -28,8 +28,9 @@ from lightning_cap.data.base import ClassificationDataModule, Collate
 from lightning_cap.data.reading import (
     OnBadImage,
     ReadableImages,
+    check_classes,
     check_name,
-    check_same_classes,
+    has_class_folders,
     is_stream,
     open_reader,
     reader_classes,
@@ -58,7 +59,8 @@ class ImageNetDataModule(ClassificationDataModule):
         name: "" for a folder tree or a tar; else a name for `timm.data.create_dataset` starting with `hfds/`, `hfids/`
             or `wds/`.
         train_split: name of the training split, or its folder or .tar, relative to `root` or absolute.
-        val_split: the same of the validation split, on which testing and prediction run, too.
+        val_split: the same of the validation split, on which testing and prediction run, too. It may lack classes that the
+            training split has: class indices are those of training, where there is a training split.
         num_classes: number of classes; None: that of the class folders. Needed for streams (`wds/`, `hfids/`).
         recipe: `deit` or `light1` (paper, Table 5); each of the next eight arguments takes the recipe's if None.
         label_smoothing: of the soft labels; without mixup and cutmix the loss has to do it.
@@ -91,7 +93,7 @@ class ImageNetDataModule(ClassificationDataModule):
     Raises:
         ConfigError: an argument is unknown or out of range.
         DataError: a package for `name` is missing; in `setup`: a path or split is missing, an archive is damaged, a class
-            is empty, the classes of the splits differ, or an image cannot be decoded.
+            is empty, validation has classes that training lacks, or an image cannot be decoded.
     """
 
     def __init__(
@@ -162,6 +164,7 @@ class ImageNetDataModule(ClassificationDataModule):
         self._crop, self._crop_padding = crop, crop_padding
         self._transform(augment=True)  # a wrong RandAugment string is found here
         self._num_classes = num_classes
+        self._opened: dict[str, Any] = {}
         self._readers: dict[str, Any] = {}
         self._bad: dict[str, Tensor] = {}
 
@@ -207,9 +210,10 @@ class ImageNetDataModule(ClassificationDataModule):
                     "what it cannot decode and logs it. Set on_bad_image='skip' to accept that."
                 )
             return
+        train = self._reader("train_split") if stage == "fit" else None
         val = self._reader("val_split")
-        if stage == "fit":
-            check_same_classes(reader_classes(self._reader("train_split")), reader_classes(val))
+        if train is not None:
+            check_classes(reader_classes(train), reader_classes(val), subset=False)
         for split, reader in self._readers.items():
             found = len(reader_classes(reader))
             if found != self.num_classes:
@@ -250,12 +254,41 @@ class ImageNetDataModule(ClassificationDataModule):
     def _reader(self, split: str) -> Any:
         """Return timm's reader of a split; opened, and if it is small verified, once."""
         if split not in self._readers:
-            reader = open_reader(self.dataset_name, self.root, self.splits[split])
+            reader = self._open(split)
             bad: Tensor = torch.zeros(len(reader), dtype=torch.bool).share_memory_()
             if len(reader) <= self.verify_up_to:
                 verify(ReadableImages(reader, None, self.on_bad_image, bad), self.num_workers)
             self._readers[split], self._bad[split] = reader, bad
         return self._readers[split]
+
+    def _open(self, split: str) -> Any:
+        """Return timm's reader of a split; the validation split with the class indices of the training split."""
+        if split not in self._opened:
+            reader = open_reader(self.dataset_name, self.root, self.splits[split])
+            if split == "val_split" and not self.dataset_name:
+                reader = self._with_training_classes(reader)
+            self._opened[split] = reader
+        return self._opened[split]
+
+    def _with_training_classes(self, val: Any) -> Any:
+        """Return the reader of the validation split, opened anew if it has a subset of the training classes."""
+        own, split = reader_classes(val), self.splits["train_split"]
+        if "train_split" not in self._opened:
+            try:
+                same = has_class_folders(self.root, split, own)
+            except DataError:  # there is no training split
+                return val
+            if same:  # known without reading millions of names
+                return val
+        classes = reader_classes(self._open("train_split"))
+        check_classes(classes, own, subset=True)
+        if len(own) == len(classes):
+            return val
+        rank_zero_info(
+            f"val_split={self.splits['val_split']!r} has {len(own)} of the {len(classes)} training classes; class indices are "
+            "those of training."
+        )
+        return open_reader(self.dataset_name, self.root, self.splits["val_split"], classes)
 
     def _stream(self, split: str, transform: Transform, training: bool) -> Dataset[Any]:
         """Return timm's iterable data set, which shares its shards out over processes and workers."""

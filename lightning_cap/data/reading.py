@@ -65,13 +65,14 @@ def _prefix(name: str) -> str:
     return head.lower() if slash else ""
 
 
-def open_reader(name: str, root: str | None, split: str) -> Any:
+def open_reader(name: str, root: str | None, split: str, classes: dict[str, int] | None = None) -> Any:
     """Return timm's reader (random access) of a split, after checking that every class has images.
 
     Args:
         name: "" for a folder tree or a tar of class folders, or an `hfds/` name, which is passed through.
         root: folder that holds the splits; for `hfds/` the cache folder.
         split: a split's name, or its folder or .tar, relative to `root` or absolute.
+        classes: {class name: index}, of all its classes at least; None: its own, in order.
 
     Raises:
         DataError: the split cannot be found or opened, it is damaged, or a class folder holds no image.
@@ -83,8 +84,9 @@ def open_reader(name: str, root: str | None, split: str) -> Any:
             images = check_tar(Path(path))
         else:
             check_folder(Path(path))
+    given: dict[str, Any] = {} if classes is None else {"class_map": classes}
     try:
-        reader = create_dataset(name, root=path, split=split, search_split=False).reader
+        reader = create_dataset(name, root=path, split=split, search_split=False, **given).reader
     except (OSError, RuntimeError, ValueError, KeyError, AssertionError, UnpicklingError) as error:
         raise DataError(f"split {split!r} of {name or path!r} could not be opened: {error}") from error
     if images not in (None, len(reader)):  # of a large archive timm keeps a list beside it
@@ -101,17 +103,23 @@ def reader_classes(reader: Any) -> dict[str, int]:
     return dict(names if names is not None else reader.class_name_to_idx)
 
 
-def check_same_classes(train: Collection[str], val: Collection[str]) -> None:
-    """Refuse a validation set whose classes are not those of the training set: the class indices would differ.
+def has_class_folders(root: str | None, split: str, classes: Collection[str]) -> bool:
+    """Tell whether a split is a folder of exactly these class folders, without reading what is in them."""
+    path = find_split(root, split)
+    return path.is_dir() and {entry.name for entry in path.iterdir() if entry.is_dir()} == set(classes)
+
+
+def check_classes(train: Collection[str], val: Collection[str], subset: bool) -> None:
+    """Refuse a validation set with classes that the training set lacks or, unless a subset will do, without some that it has.
 
     Raises:
         DataError: names the classes that only one of the two has.
     """
     only_train, only_val = sorted(set(train) - set(val)), sorted(set(val) - set(train))
-    if only_train or only_val:
+    if (only_train and not subset) or only_val:
         raise DataError(
             f"the classes of the splits differ: only in training {some(only_train)}; only in validation "
-            f"{some(only_val)}. Give both splits the same class folders."
+            f"{some(only_val)}. Validation may lack classes, but not have others: take these out."
         )
 
 
