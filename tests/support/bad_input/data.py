@@ -71,6 +71,16 @@ def _cut(folder: Path) -> None:
     tar.write_bytes(tar.read_bytes()[: -10 * 1024])
 
 
+def _other_classes(kind: Callable[[Path, dict[str, bytes]], Path], ending: str, *classes: str) -> Callable[[Path], Any]:
+    """A training split of other classes beside ``val``."""
+
+    def prepare(folder: Path) -> None:
+        kind(folder / f"train{ending}", small_images(("cat", "dog")))
+        kind(folder / f"val{ending}", small_images(classes))
+
+    return prepare
+
+
 def _zeroed(folder: Path) -> None:
     tar = write_tar(folder / "val.tar", small_images())
     content = tar.read_bytes()
@@ -142,6 +152,9 @@ LINES = [
     named("no split in it", _setup(root="."), "split 'validation' is missing", "found nothing"),
     on_disk("a pipe", _with_pipe, ("cat/9.jpg", "no regular file")),
     on_disk("links that go round", _with_loop, ("val/a' is a link to",)),
+    on_disk("a class that training lacks", _other_classes(write_folder, "", "dog", "emu"), ("only in validation emu",)),
+    on_disk("no class of training", _other_classes(write_tar, ".tar", "emu", "fox"), ("only in validation emu, fox",)),
+    on_disk("more classes than num_classes", _other_classes(write_folder, "", "dog"), ("num_classes=1",), num_classes=1),
     on_disk("a tar cut off", _cut, ("val.tar", "no complete .tar archive")),
     on_disk("a tar with a zeroed header", _zeroed, ("val.tar", "damaged")),
     on_disk("an empty tar", lambda folder: (folder / "val.tar").touch(), ("val.tar", "no complete .tar archive")),
