@@ -149,7 +149,7 @@ LINES = [
     *recipes("crop_scale", None, (1, 0.5)),
     *recipes("erasing_count", None, 1.0, -1),
     named("no such root", _setup(root="nowhere"), "root='nowhere' does not exist"),
-    named("no split in it", _setup(root="."), "split 'validation' is missing", "found nothing"),
+    named("no split in it", _setup(root="."), "split 'train' is missing", "found nothing"),
     on_disk("a pipe", _with_pipe, ("cat/9.jpg", "no regular file")),
     on_disk("links that go round", _with_loop, ("val/a' is a link to",)),
     on_disk("a class that training lacks", _other_classes(write_folder, "", "dog", "emu"), ("only in validation emu",)),
