@@ -62,7 +62,9 @@ def plot_surface(surface: SurfaceRecord, path: Path, looks: Looks | None = None,
         text = f"{plain(name)} ({surface.corners[name]:.3g})"
         box = {"facecolor": "white", "alpha": 0.8, "linewidth": 0, "boxstyle": "round,pad=0.2"}
         shift, side = ((-7, 9), "right") if x else ((7, 9), "left")
-        axes.annotate(text, (x, y), shift, textcoords="offset points", fontsize=8, color="black", zorder=6, ha=side, bbox=box)
+        axes.annotate(
+            text, (x, y), shift, textcoords="offset points", fontsize=8, color="black", zorder=6, ha=side, bbox=box
+        )
     axes.set_xlabel(f"from {UNPRUNED} (0) to {plain(one)} (1)")
     axes.set_ylabel(f"from {UNPRUNED} (0) to {plain(two)} (1)")
     axes.set_title(f"{percent(surface.sparsity)} {counted}", fontsize=9)
