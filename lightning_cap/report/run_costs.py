@@ -174,16 +174,17 @@ def _exports(run: Run, links: FileLinks) -> Section:
         )
     parts: list[Part] = [Table(header, rows, words=2)] if rows else []
     if run.benchmarks:
-        header = ["model", "batch", "time of a call", "times as fast", "quartiles", "FLOPs", "device", "remark"]
+        header = ["model", "batch", "time of a call", "times as fast", "quartiles", "FLOPs", "device"]
         lines = [
             [
                 record.model, f"{record.batch_size}", f"{record.milliseconds:.3g} ms", f"{record.speedup:.2f}",
                 f"{record.speedup_low:.2f} to {record.speedup_high:.2f}", count(record.flops),
-                f"{record.device}, {record.threads} threads", record.remark,
+                f"{record.device}, {record.threads} threads",
             ]
             for record in run.benchmarks
         ]  # fmt: skip
         parts.append(Table(header, lines, title="Measured speed"))
+        parts += [Note(f"{r.model}, batch {r.batch_size}: {r.remark}") for r in run.benchmarks if r.remark]
     return Section(title, parts)
 
 

@@ -11,9 +11,11 @@ import pytest
 from markupsafe import Markup
 
 from lightning_cap.errors import ConfigError, DataError
+from lightning_cap.export.records import BENCHMARKS, BenchmarkRecord
 from lightning_cap.report import comparison_sections, run_plots, write_report
 from lightning_cap.trainer.records import EVENTS, Saving
 from lightning_cap.trainer.run_records import CYCLES, RUN, CycleRecord, LayerRecord
+from lightning_cap.utilities.machine import Machine
 from lightning_cap.utilities.records import write_records
 from tests.support.report_runs import (
     LAYERS,
@@ -312,6 +314,21 @@ def test_a_comparison_shows_its_grids_masks_surface_and_fisher(tmp_path: Path) -
     assert re.search(r"1 0 − \d", found.text)  # powers of ten, which are written in parts
     (folder / "masks" / "A.safetensors").unlink()
     assert "1 files of masks are no longer there, such as masks/A.safetensors" in page(folder).text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_measured_speed_comes_with_its_remarks(tmp_path: Path) -> None:
+    folder = write_run(tmp_path)
+    add_export(folder)
+    machine = Machine(name="m", processor="p", accelerator="", torch="2")
+    measured = BenchmarkRecord(
+        model="sparsity=0.75.onnx", dense="dense, onnx", batch_size=1, milliseconds=2.0, speedup=1.0, speedup_low=0.9,
+        speedup_high=1.1, runs=5, flops=None, bytes=None, threads=1, device="cpu", machine=machine, remark="no speed-up here",
+    )  # fmt: skip
+    write_records(folder / "checkpoints" / "export" / BENCHMARKS, [measured])
+    found = page(folder)
+    assert ["sparsity=0.75.onnx", "1", "2 ms", "1.00", "0.90 to 1.10", "–", "cpu, 1 threads"] in found.cells
+    assert "sparsity=0.75.onnx, batch 1: no speed-up here" in found.text
 
 
 @pytest.mark.usefixtures("undrawn")
