@@ -17,11 +17,12 @@ from lightning_cap.callbacks.fixed_masks import FixedMasks, refuse_pruning_callb
 from lightning_cap.cli.lightning_cli import CAPCLI, CAPTrainer, SaveConfig
 from lightning_cap.cli.parsing import CAPParser
 from lightning_cap.cli.run_config import make_readable
-from lightning_cap.errors import ConfigError
+from lightning_cap.errors import ConfigError, UnsupportedError
 from lightning_cap.report.sweep import print_sweep
 from lightning_cap.sweep import Finetuning, PrunedCheckpoint, SweepFolder, find_checkpoints
 from lightning_cap.sweep.checkpoints import describe
 from lightning_cap.trainer.checkpoints import check_checkpoint, naming_mismatch
+from lightning_cap.trainer.compat import spawns_processes
 from lightning_cap.trainer.run_records import FinetunedRecord
 from lightning_cap.utilities.files import require_writable
 
@@ -134,6 +135,11 @@ class _FinetuneCLI(CAPCLI):
             _tell(f"{self._place}: done before")
             return
         refuse_pruning_callbacks(self.trainer)
+        if spawns_processes(self.trainer):
+            raise UnsupportedError(
+                "trainer.strategy: the processes that it starts return nothing, so the sweep would not know what they ended with. "
+                "Use ddp."
+            )
         masks = [FixedMasks(state) for state in self._checkpoint.states]
         model.configure_model()
         with naming_mismatch(self._checkpoint.path, "checkpoint"):

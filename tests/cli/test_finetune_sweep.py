@@ -140,13 +140,15 @@ def test_other_epochs_than_it_was_begun_with_are_refused(
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize("name", ["Model of another width", "CAPPruningCallback"])
+@pytest.mark.parametrize("name", ["Model of another width", "CAPPruningCallback", "ddp_spawn"])
 def test_what_cannot_be_fine_tuned_is_refused(
     run: Path, config: str, name: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before = set(run.rglob("*"))
     if name == "CAPPruningCallback":
         given, told = ["--trainer.callbacks=CAPPruningCallback", "--trainer.callbacks.schedule={0: 0.9}"], "prunes on"
+    elif name == "ddp_spawn":
+        given, told = ["--trainer.strategy=ddp_spawn", "--trainer.devices=2"], "trainer.strategy"
     else:
         given, told = ["--model.init_args.model.init_args.embed_dim=16"], "it is of another model"
     with pytest.raises(SystemExit) as end:
