@@ -160,6 +160,7 @@ def test_every_run_logs_its_learning_rate() -> None:
             assert monitor["init_args"] == {"logging_interval": "epoch"}
 
 
+@pytest.mark.slow  # .ci/run does it from the shell
 def test_dense_then_oneshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The checkpoint that the one file leaves is the one that the other prunes."""
     monkeypatch.chdir(tmp_path)

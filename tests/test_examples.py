@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.support import ROOT
 
 EXAMPLE = ROOT / "examples" / "existing_trainer.py"
@@ -31,6 +33,7 @@ def test_its_module_knows_nothing_of_us() -> None:
     assert "calibration_step" not in EXAMPLE.read_text()
 
 
+@pytest.mark.slow  # .ci/run does it from the shell
 def test_the_example_runs(tmp_path: Path) -> None:
     run = subprocess.run(
         [sys.executable, str(EXAMPLE), "6"], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False

@@ -64,6 +64,7 @@ def test_vit_prunes_the_24_block_weights(oneshot: Any) -> None:
     assert all(name.startswith("blocks.") for name in targets)
 
 
+@pytest.mark.slow
 def test_every_method_is_tuned_and_measured(
     oneshot: Any, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -81,6 +82,7 @@ def test_every_method_is_tuned_and_measured(
     assert "| WoodFisher (damp " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_vit_is_trained_pruned_to_2_of_4_and_fine_tuned(
     oneshot: Any, benchmarks: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -166,6 +168,7 @@ def test_same_seed_gives_the_same_rows(oneshot: Any, data: Path, tmp_path: Path)
     assert first[1:] != other[1:]
 
 
+@pytest.mark.slow
 def test_gradual_config_runs_as_written(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
     monkeypatch.syspath_prepend(str(ROOT))

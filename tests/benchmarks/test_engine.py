@@ -54,7 +54,7 @@ def test_limits_are_plausible(benchmarks: Any) -> None:
     assert 0.5 < found["read_gb_s"]["1"] < 1e4
 
 
-@pytest.mark.parametrize(("kind", "use_float64"), [("well", 0), ("ill", 96)])
+@pytest.mark.parametrize(("kind", "use_float64"), [("well", 0), pytest.param("ill", 96, marks=pytest.mark.slow)])
 def test_both_engines_give_the_same_event(benchmarks: Any, kind: str, use_float64: int) -> None:
     cases = benchmarks("engine_cases")
     common = {"kind": kind, "weights": 96 * 64, "block_size": 64, "num_gradients": 200, "threads": 1}
@@ -88,7 +88,7 @@ def test_the_same_rows_at_every_reading(benchmarks: Any) -> None:
     assert rows.seconds > 0
 
 
-@pytest.mark.parametrize("steps", [12, 16])
+@pytest.mark.parametrize("steps", [12, pytest.param(16, marks=pytest.mark.slow)])
 def test_every_elimination_has_the_same_order(benchmarks: Any, steps: int) -> None:
     found = benchmarks("engine_elimination").run(16, 16, steps, seconds=0.01)
     assert all(way["same_order"] == 1 and way["blocks_s"] > 0 for way in found.values())

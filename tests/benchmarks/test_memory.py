@@ -30,6 +30,7 @@ def test_an_event_is_planned_and_measured(benchmarks: Any, name: str) -> None:
 
 
 @LINUX
+@pytest.mark.slow
 def test_what_cannot_fit_is_refused_and_told(benchmarks: Any) -> None:
     memory = benchmarks("memory")
     found = memory.measure(**one(name="CAP", share=100))

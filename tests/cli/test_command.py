@@ -203,7 +203,7 @@ def test_settings_find_their_callback(tmp_path: Path) -> None:
     ]
     options = [f"--trainer.callbacks.{setting}" for setting in given]
     cli = CAPCLI(trainer_class=CAPTrainer, run=False, args=["--config", str(tmp_path / "config.yaml"), *options])
-    early, pruning, bar = cli.config["trainer"]["callbacks"][:3]
+    early, _, pruning, bar = cli.config["trainer"]["callbacks"][:4]
     assert (early["init_args"]["patience"], early["init_args"]["min_delta"]) == (7, 0.5)
     assert bar["class_path"].endswith("RichProgressBar")
     assert pruning["init_args"]["schedule"]["init_args"]["steps"] == {2: 0.5}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 import shlex
 from dataclasses import dataclass
@@ -56,7 +57,11 @@ class Page:
         """The arguments of each command that calls a program, in blocks of bash."""
         lines = [line for block in self.blocks("bash") for line in block.code.replace("\\\n", " ").splitlines()]
         words = [shlex.split(part, comments=True) for line in lines for part in line.split(" && ")]
-        return [command[1:] for command in words if command[:1] == [program]]
+        return [
+            list(itertools.takewhile(lambda word: word != ">", command[1:]))
+            for command in words
+            if command[:1] == [program]
+        ]
 
     def links(self) -> list[tuple[str, str]]:
         """Path and heading of each link that leads into the repository."""

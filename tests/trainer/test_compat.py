@@ -38,6 +38,7 @@ TORCHS = {  # private names of torch's and argparse's, which this is not about
     "_foreach_mul_",
     "_foreach_zero_",
     "_input_metadata",
+    "_last_lr",  # what get_last_lr of every scheduler gives
     "_modules",
     "_orig_mod",
     "_parameters",

@@ -46,7 +46,7 @@ def oneshot(name: str, options: list[str], *words: str) -> Command:
 
 LINES: list[Command] = [
     Command("no such command", ["fti"], ("'fti'", "'fit'")),
-    Command("no command", ["--config", GRADUAL], ("fit,validate",)),
+    Command("no command", ["--config", GRADUAL], ("export", "fit")),
     Command("no configuration", ["fit"], ("fit.model", "--config FILE")),
     Command("an option of no command", ["fit", "--config", GRADUAL, "--confg", "x"], ("--confg", "did you mean '--config'?")),
     fit("--trainer.max_epoch", ["--trainer.max_epoch=3"], "did you mean '--trainer.max_epochs'?"),
@@ -106,7 +106,7 @@ LINES: list[Command] = [
     config("base is a folder", based("['.']"), "base '.': is a folder"),
     config("a configuration in a configuration", f"config: [other.yaml]\n{TEXT}", "'config' in a file is not read", "base"),
     Command("a typo in a base", ["fit", "--config", "config.yaml"], ("did you mean 'trainer.max_epochs'?",),
-            {"config.yaml": based("[part.yaml]"), "part.yaml": "trainer: {max_epoch: 3}\n"}),
+            {"config.yaml": "base: [part.yaml]\n", "part.yaml": changed("max_epochs:", "max_epoch:")}),
     yaml("a section", "trainer:", "trainr:", "'trainr", "did you mean 'trainer"),
     yaml("a setting of the Trainer", "max_epochs:", "max_epoch:", "did you mean 'trainer.max_epochs'?"),
     yaml("a setting of the pruner", "damp:", "dampp:", "trainer.callbacks", "did you mean 'damp'?"),
