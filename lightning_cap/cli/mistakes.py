@@ -12,7 +12,7 @@ from lightning_cap.errors import CAPError
 def mistake_behind(error: BaseException | None) -> BaseException | None:
     """The exception behind ``error`` that tells of a user's mistake; jsonargparse may have wrapped it."""
     while error is not None and not isinstance(error, (CAPError, MisconfigurationException)):
-        if isinstance(error, ValueError) and _raised_by_lightning(error):
+        if isinstance(error, (ValueError, ModuleNotFoundError)) and _raised_by_lightning(error):
             return error
         error = error.__cause__
     return error

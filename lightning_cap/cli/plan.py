@@ -20,6 +20,7 @@ from lightning_cap.callbacks.checks import refuse_sharding_by
 from lightning_cap.cli.bases import setting_names
 from lightning_cap.cli.files import CONFIG, check_files
 from lightning_cap.cli.lightning_cli import CAPCLI, CAPTrainer, comparison_arguments
+from lightning_cap.cli.messages import near
 from lightning_cap.cli.parsing import CAPParser
 from lightning_cap.errors import ConfigError
 from lightning_cap.planning import RunPlan, plan_fit, plan_oneshot, print_plan
@@ -36,6 +37,7 @@ seconds, measured for about a second here. What fit would refuse is refused here
 """
 _ONESHOT = ("sparsities", "pruner", "pruners")
 _GPUS = ("gpu", "cuda")
+_ELSEWHERE = "If the run is to be on GPUs that are not here, give --device_memory, such as 80GB."
 
 
 class _Options(argparse.ArgumentParser):
@@ -84,7 +86,7 @@ class PlanCLI(CAPCLI):
     plan: RunPlan
 
     def __init__(self, settings: Settings, args: list[str]) -> None:
-        self._given, self._accelerator, self._notes = settings, "", list[str]()
+        self._given, self._accelerator, self._advice, self._notes = settings, "", "", list[str]()
         super().__init__(trainer_class=CAPTrainer, args=args, save_config_callback=None)
 
     def look_at_checkpoint(self, path: Any, resumes: bool) -> None:
@@ -99,8 +101,17 @@ class PlanCLI(CAPCLI):
             self._notes.append("ckpt_path is not loaded: planned for a model without zeros, from epoch 0")
 
     def before_instantiate_classes(self) -> None:
-        """No weights are loaded."""
+        """No weights are loaded, and what is not here is not asked for: the Trainer is of the CPU then."""
         super().before_instantiate_classes()
+        trainer = self._own_config["trainer"]
+        wanted = str(trainer.get("accelerator") or "auto").lower()
+        if not torch.cuda.is_available():
+            if wanted in _GPUS or (wanted == "auto" and self._given.device_memory is not None):
+                self._accelerator = "gpu"
+                _refuse_sharding(trainer.get("strategy"))
+                trainer["accelerator"], trainer["devices"] = "cpu", self._count(trainer.get("devices", "auto"))
+            elif wanted == "auto":
+                self._advice = _ELSEWHERE
         model = self._own_config.get("model")
         given = model.get("init_args") if model is not None else None
         if given is None:
@@ -113,20 +124,14 @@ class PlanCLI(CAPCLI):
             given["checkpoint"] = None
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
-        """On the CPU, where the accelerator is not here; its ``fit`` and ``oneshot`` plan."""
-        given = self._own_config["trainer"]
-        wanted, there = str(given.get("accelerator", "auto")).lower(), torch.cuda.is_available()
-        if not there and (wanted in _GPUS or (wanted == "auto" and self._given.device_memory is not None)):
-            self._accelerator = "gpu"
-            _refuse_sharding(given.get("strategy"))
-            given["accelerator"], given["devices"] = "cpu", self._count(given.get("devices", "auto"))
+        """Its ``fit`` and ``oneshot`` plan."""
         trainer = super().instantiate_trainer(**kwargs)
         vars(trainer).update(fit=self._fit, oneshot=self._oneshot)
         return trainer
 
     @property
     def _settings(self) -> Settings:
-        return replace(self._given, accelerator=self._accelerator)
+        return replace(self._given, accelerator=self._accelerator, advice=self._advice)
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -176,6 +181,10 @@ def plan(args: Sequence[str]) -> RunPlan:
     options = _Options(add_help=False, allow_abbrev=False)
     _add_options(options)
     own, rest = options.parse_known_args(list(args))
+    for given in rest:
+        option = given.partition("=")[0]
+        if meant := near(option, options._option_string_actions, 0.8) if option.startswith("--") else "":
+            raise ConfigError(f"plan: unrecognized arguments: {option}{meant}")
     images = own.train_images
     if images is not None:
         images = int(images) if str(images).isdecimal() else images

@@ -17,7 +17,7 @@ from lightning_cap.errors import ConfigError
 from lightning_cap.fisher.blocks import Storage, fisher_bytes, resolve_storage, update_bytes
 from lightning_cap.solver.backend import Backend, chunk_blocks, work_bytes
 from lightning_cap.utilities import distributed
-from lightning_cap.utilities.arguments import require_counts, require_instance
+from lightning_cap.utilities.arguments import require_counts, require_instance, require_text
 from lightning_cap.utilities.memory import format_bytes, free_memory
 
 CPU = torch.device("cpu")
@@ -73,10 +73,12 @@ class MemoryPlan:
             ConfigError: It needs more memory than it may take.
         """
         if self.limit is not None and self.peak_bytes > self.limit:
+            machine = _machine.get()
+            advice = f" {machine.advice}" if machine is not None and machine.advice else ""
             raise ConfigError(
                 f"{self.argument}: the pruning event needs {format_bytes(self.peak_bytes)} on {self.device}, where "
                 f"{format_bytes(self.limit)} may be used, even with one gradient row and one Fisher block at a time. Allow more "
-                "with max_memory, choose a smaller block_size or row_chunk, or fewer targets with include/exclude."
+                f"with max_memory, choose a smaller block_size or row_chunk, or fewer targets with include/exclude.{advice}"
             )
 
     def __str__(self) -> str:
@@ -99,6 +101,7 @@ class Deployment:
         device_bytes: Free there for each process before the event; None for no limit that is known.
         host_bytes: Main memory that is free for each process; None for no limit that is known.
         processes: That share the work.
+        advice: Told besides, where an event does not fit.
 
     Raises:
         ConfigError: An argument is of the wrong kind.
@@ -108,6 +111,7 @@ class Deployment:
     device_bytes: int | None = None
     host_bytes: int | None = None
     processes: int = 1
+    advice: str = ""
 
     def __post_init__(self) -> None:
         require_instance("device", self.device, torch.device, "torch.device('cuda')")
@@ -115,6 +119,8 @@ class Deployment:
         for name in ("device_bytes", "host_bytes"):
             if getattr(self, name) is not None:
                 require_counts(**{name: getattr(self, name)})
+        if self.advice != "":
+            require_text("advice", self.advice, "Give --device_memory.")
 
 
 #: What plans are made for in the body of `planned_for`; else this machine, with the processes that there are.

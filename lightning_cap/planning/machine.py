@@ -24,6 +24,7 @@ class Settings:
         host_memory: Main memory of a machine. Default: what is free on this one, unless the run is to be on GPUs that are not here.
         train_images: For training, all in all. See `random_data`.
         measure: Whether seconds are measured.
+        advice: Told besides, where an event does not fit into the memory of this machine.
 
     Raises:
         ConfigError: An amount of memory is none.
@@ -34,6 +35,7 @@ class Settings:
     host_memory: int | str | None = None
     train_images: int | None = None
     measure: bool = True
+    advice: str = ""
 
     def __post_init__(self) -> None:
         parse_bytes(self.device_memory, "device_memory")
@@ -55,7 +57,7 @@ def machine_of(trainer: pl.Trainer, settings: Settings, model_bytes: int) -> Dep
         given = on_host if on_host is not None else on_device
         free = free_memory(CPU) if given is None else given - local * model_bytes
         each = None if free is None else max(1, free // local)
-        return Deployment(CPU, each, each, processes)
+        return Deployment(CPU, each, each, processes, settings.advice)
     elsewhere = bool(settings.accelerator)
     cuda = elsewhere or isinstance(trainer.accelerator, CUDAAccelerator)
     if on_device is None and cuda and not elsewhere:

@@ -53,6 +53,15 @@ def test_a_machine_that_is_not_here(capsys: pytest.CaptureFixture[str]) -> None:
     assert found["timeline"]["steps"] == 1281167 // 8 // 128  # type: ignore[index]
 
 
+@pytest.mark.parametrize("devices", ["4", "-1", "[0, 1]", "auto"])
+def test_gpus_that_are_asked_for_need_not_be_here(capsys: pytest.CaptureFixture[str], devices: str) -> None:
+    given = ["--trainer.accelerator=gpu", f"--trainer.devices={devices}", "--trainer.precision=16-mixed"]
+    found = _planned(capsys, "digits_gradual.yaml", *given, "--trainer.callbacks.pruner.num_gradients=8")
+    count = {"4": 4, "[0, 1]": 2}.get(devices, 1)
+    assert (found["machine"]["device"], found["machine"]["processes"]) == ("cuda", count)  # type: ignore[index]
+    assert "give --device_memory" in str(found["notes"])
+
+
 def test_the_text(capsys: pytest.CaptureFixture[str]) -> None:
     main(["plan", "--no_measure", "--config", str(CONFIGS / "digits_dense.yaml")])
     assert "Note: no callback prunes" in capsys.readouterr().out
@@ -70,6 +79,7 @@ def test_the_text(capsys: pytest.CaptureFixture[str]) -> None:
         (["--device_memory=much"], "device_memory='much': give bytes"),
         (["--train_images=few"], "--train_images='few'"),
         (["--json=yes"], "plan: argument --json"),
+        (["--host_memory=8MB", "--trainer.devices=8"], "GPUs that are not here, give --device_memory, such as 80GB."),
         (["--trainer.max_epochs=50"], "the schedule prunes at the start of epoch 100"),
         (["--trainer.max_epoch=50"], "max_epoch"),
     ],
@@ -81,3 +91,11 @@ def test_mistakes(capsys: pytest.CaptureFixture[str], args: list[str], told: str
     captured = capsys.readouterr()
     assert captured.out == ""
     assert told in captured.err.splitlines()[-1]
+
+
+def test_a_run_on_the_cpu_is_not_told_of_gpus(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        _planned(capsys, "digits_gradual.yaml", "--host_memory=8MB", "--trainer.accelerator=cpu")
+    told = capsys.readouterr().err
+    assert "the pruning event needs" in told
+    assert "--device_memory" not in told
