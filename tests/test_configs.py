@@ -9,7 +9,7 @@ import yaml
 
 from lightning_cap import CAPPruningCallback, CosineLR, CyclicLinearLR
 from lightning_cap.cli import CAPCLI, CAPTrainer, main
-from lightning_cap.cli.bases import setting_names
+from lightning_cap.cli.bases import read_settings, setting_names
 from lightning_cap.pruners import CAP
 from lightning_cap.schedules import AlternatingSchedule
 from lightning_cap.sparsity.patterns import NofM
@@ -138,6 +138,16 @@ def test_nm_is_2_of_4() -> None:
 def test_oneshot_has_the_same_pruner_as_the_runs() -> None:
     parts = ROOT / "configs/parts"
     assert whole(parts / "imagenet_oneshot.yaml")["pruner"] == whole(parts / "cap.yaml")
+
+
+def test_recipes_of_one_family_say_only_what_differs() -> None:
+    configs = ROOT / "configs"
+    for path in configs.glob("imagenet_convnextv2_*.yaml"):
+        assert read_settings(path).keys() == {"output_dir", "model"}, path
+    longer = read_settings(configs / "imagenet_deit_small_nm_50_epochs.yaml")
+    assert longer["trainer"].keys() == {"max_epochs", "logger"}
+    for name in ("deit_small_nm_oneshot", "convnext_large_clip_oneshot"):
+        assert "class_path" not in read_settings(configs / f"imagenet_{name}.yaml")["pruner"], name
 
 
 def test_digits_share_model_and_pruner() -> None:
