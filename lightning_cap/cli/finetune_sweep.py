@@ -17,14 +17,14 @@ from lightning_cap.callbacks.fixed_masks import FixedMasks, refuse_pruning_callb
 from lightning_cap.cli.lightning_cli import CAPCLI, CAPTrainer, SaveConfig
 from lightning_cap.cli.parsing import CAPParser
 from lightning_cap.cli.run_config import make_readable
-from lightning_cap.errors import ConfigError, UnsupportedError
+from lightning_cap.errors import ConfigError, DataError, UnsupportedError
 from lightning_cap.report.sweep import print_sweep
 from lightning_cap.sweep import Finetuning, PrunedCheckpoint, SweepFolder, find_checkpoints
 from lightning_cap.sweep.checkpoints import describe
 from lightning_cap.trainer.checkpoints import check_checkpoint, naming_mismatch
 from lightning_cap.trainer.compat import spawns_processes
 from lightning_cap.trainer.run_records import FinetunedRecord
-from lightning_cap.utilities.files import require_writable
+from lightning_cap.utilities.files import atomic, require_writable
 
 SUMMARY = "Fine-tune each checkpoint of a pruning run, and print what that gains."
 
@@ -116,11 +116,18 @@ class _FinetuneCLI(CAPCLI):
         saved = self._folder.of(self._checkpoint) / _CONFIG
         if self._folder.resumable(self._checkpoint) is None or not saved.is_file():
             return
-        before = (yaml.safe_load(saved.read_text()) or {}).get("trainer") or {}
-        for name in ("max_epochs", "max_steps"):
-            if before.get(name) != trainer.get(name):
+        try:
+            before = yaml.safe_load(saved.read_text())["trainer"]
+            begun = {name: before[name] for name in ("max_epochs", "max_steps")}
+        except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError) as error:
+            raise DataError(
+                f"{saved}: it cannot be read ({type(error).__name__}), so it is not known how many epochs were begun. "
+                "Remove it to go on, or move its folder away to begin anew."
+            ) from error
+        for name, length in begun.items():
+            if length != trainer.get(name):
                 raise ConfigError(
-                    f"trainer.{name}={trainer.get(name)!r}: {saved.parent} was begun with {before.get(name)!r}. Give that, or "
+                    f"trainer.{name}={trainer.get(name)!r}: {saved.parent} was begun with {length!r}. Give that, or "
                     "move the folder away to begin anew."
                 )
 
@@ -165,8 +172,9 @@ class _SaveBeside(SaveConfig):
         if trainer.is_global_zero:
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / _CONFIG
-            self.parser.save(self.config, path, skip_none=False, overwrite=True)
-            make_readable(path)
+            with atomic(path) as temporary:
+                self.parser.save(self.config, temporary, skip_none=False, overwrite=True)
+                make_readable(temporary)
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Not here."""

@@ -196,11 +196,11 @@ def loss_plot(
     axes.set_xscale("log")
     axes.set_yscale("log")
     axes.margins(0.12)
-    limits = axes.get_xlim(), axes.get_ylim()
-    ends = min(limits[0][0], limits[1][0]) / 10, max(limits[0][1], limits[1][1]) * 10
+    lows, highs = zip(axes.get_xlim(), axes.get_ylim(), strict=True)
+    ends = min(lows), max(highs)  # of both axes, so that the line of equal values is in sight
     axes.plot(ends, ends, color=MUTED, linewidth=1, linestyle=_DASHED, label="equal", zorder=1)
-    axes.set_xlim(limits[0])
-    axes.set_ylim(limits[1])
+    axes.set_xlim(ends)
+    axes.set_ylim(ends)
     plain_ticks(axes.xaxis)
     plain_ticks(axes.yaxis)
     axes.set_xlabel("predicted increase of the loss")

@@ -140,6 +140,23 @@ def test_other_epochs_than_it_was_begun_with_are_refused(
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize("text", ["", "trainer:\n  max_steps: 1\n", "trainer: [", "- 1"])
+def test_settings_that_were_cut_off_are_refused(
+    tuned: tuple[Path, list[FinetunedRecord], str],
+    config: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    text: str,
+) -> None:
+    run = Path(shutil.copytree(tuned[0], tmp_path / "copy"))
+    saved = run / "finetuned/sparsity=0.50-best/config.yaml"
+    saved.write_text(text)
+    with pytest.raises(SystemExit) as end:
+        main(["finetune-sweep", str(run), "--config", config])
+    assert end.value.code == 2
+    assert f"{saved}: it cannot be read" in capsys.readouterr().err.splitlines()[-1]
+
+
 @pytest.mark.parametrize("name", ["Model of another width", "CAPPruningCallback", "ddp_spawn"])
 def test_what_cannot_be_fine_tuned_is_refused(
     run: Path, config: str, name: str, capsys: pytest.CaptureFixture[str]
