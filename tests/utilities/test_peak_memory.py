@@ -57,9 +57,9 @@ def test_backward_passes_and_vmap_are_seen() -> None:
 def test_the_peak_of_the_process_from_now_on() -> None:
     torch.ones(64 * MB).sum()  # before, and given back
     peak = watch_peak(CPU)
-    torch.ones(8 * MB)  # float32
+    torch.ones(16 * MB)  # float32; so much is given back at once, less may be kept for what comes next
     torch.ones(2 * MB)
-    assert peak() == pytest.approx(32 * MB, abs=4 * MB)
+    assert peak() == pytest.approx(64 * MB, abs=4 * MB)
 
 
 def test_a_peak_that_cannot_be_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
