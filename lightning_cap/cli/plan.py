@@ -181,9 +181,10 @@ def plan(args: Sequence[str]) -> RunPlan:
     options = _Options(add_help=False, allow_abbrev=False)
     _add_options(options)
     own, rest = options.parse_known_args(list(args))
+    names = [string for action in options._actions for string in action.option_strings]
     for given in rest:
         option = given.partition("=")[0]
-        if meant := near(option, options._option_string_actions, 0.8) if option.startswith("--") else "":
+        if meant := near(option, names, 0.8) if option.startswith("--") else "":
             raise ConfigError(f"plan: unrecognized arguments: {option}{meant}")
     images = own.train_images
     if images is not None:

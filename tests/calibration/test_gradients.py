@@ -114,6 +114,7 @@ def test_modules_that_vmap_cannot_take_fall_back_with_a_warning() -> None:
     torch.testing.assert_close(got["net.2.weight"], expected["net.2.weight"], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_compiled_modules_and_mixed_precision() -> None:
     for make, shape in ((vit, (1, 8, 8)), (cnn, (1, 32, 32))):
         model = make().eval()

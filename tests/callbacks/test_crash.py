@@ -30,6 +30,7 @@ PHASES = (
     "train", "validate", "collect", "solve", "reconstruct", "apply", "masks", "log", "export",
     "write checkpoint", "write weights", "rename", "remove",
 )  # fmt: skip
+QUICK = ("train", "solve", "apply", "write checkpoint")  # of the phases; the others are slow tests
 EPOCH_END = {"saver": {"save_on_train_epoch_end": True}}
 
 
@@ -59,7 +60,9 @@ def kill_and_resume(whole: Whole, folder: Path, phase: str, seed: int) -> None:
 
 
 @pytest.mark.parametrize("seed", range(1))
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    "phase", [phase if phase in QUICK else pytest.param(phase, marks=pytest.mark.slow) for phase in PHASES]
+)
 def test_killed_once(whole: Whole, tmp_path: Path, phase: str, seed: int) -> None:
     kill_and_resume(whole, tmp_path / "run", phase, seed)
 
@@ -98,7 +101,7 @@ def test_killed_by_the_clock_more_often(whole: Whole, tmp_path: Path, seed: int)
     kill_by_the_clock(whole, tmp_path / "run", seed)
 
 
-@pytest.mark.parametrize("phase", ["collect", "rename"])
+@pytest.mark.parametrize("phase", ["collect", pytest.param("rename", marks=pytest.mark.slow)])
 def test_killed_in_every_attempt(whole: Whole, tmp_path: Path, phase: str) -> None:
     folder, attempts = tmp_path / "run", 0
     for nth in (8, 2, 5, 9, 14, 20):
@@ -111,7 +114,9 @@ def test_killed_in_every_attempt(whole: Whole, tmp_path: Path, phase: str) -> No
     check_same_end(whole(), folder)
 
 
-@pytest.mark.parametrize("phase", ["collect", "apply", "rename"])
+@pytest.mark.parametrize(
+    "phase", ["apply", *(pytest.param(phase, marks=pytest.mark.slow) for phase in ("collect", "rename"))]
+)
 def test_killed_in_the_event_at_the_end_of_training(whole: Whole, tmp_path: Path, phase: str) -> None:
     """Lightning's last checkpoint is from before it: on resuming there is nothing to train, but the model is to be pruned."""
     folder, order = tmp_path / "run", {"one_shot": True}
@@ -123,7 +128,13 @@ def test_killed_in_the_event_at_the_end_of_training(whole: Whole, tmp_path: Path
     same(*(load(f / "end-0.pt", f)["weights"] for f in (expected, folder)))
 
 
-@pytest.mark.parametrize(("phase", "after"), [("apply", 0), ("masks", 2), ("rename", 3), ("train", 9)])
+@pytest.mark.parametrize(
+    ("phase", "after"),
+    [
+        ("apply", 0),
+        *(pytest.param(*given, marks=pytest.mark.slow) for given in (("masks", 2), ("rename", 3), ("train", 9))),
+    ],
+)
 def test_killed_with_units_and_weights(whole: Whole, tmp_path: Path, phase: str, after: int) -> None:
     """Two callbacks in one run, of which each has an event in every other epoch."""
     order, folder = {"units": True}, tmp_path / "run"
@@ -163,12 +174,16 @@ ONE_OF_TWO = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("phase", "nth", "rank"), ONE_OF_TWO[::2])
+@pytest.mark.parametrize(
+    ("phase", "nth", "rank"), [ONE_OF_TWO[0], *(pytest.param(*one, marks=pytest.mark.slow) for one in ONE_OF_TWO[2::2])]
+)
 def test_one_of_two_ranks_killed(whole: Whole, tmp_path: Path, phase: str, nth: int, rank: int) -> None:
     ranks_killed(whole, tmp_path / "run", phase, nth, rank)
 
 
-@pytest.mark.parametrize(("phase", "nth", "rank"), ONE_OF_TWO[1::2])
+@pytest.mark.parametrize(
+    ("phase", "nth", "rank"), [ONE_OF_TWO[1], *(pytest.param(*one, marks=pytest.mark.slow) for one in ONE_OF_TWO[3::2])]
+)
 def test_both_ranks_killed(whole: Whole, tmp_path: Path, phase: str, nth: int, rank: int) -> None:
     ranks_killed(whole, tmp_path / "run", phase, nth, rank, everyone=True)
 
@@ -200,7 +215,7 @@ def test_a_rank_that_loses_its_data(tmp_path: Path, what: str, how: str) -> None
     check_files(tmp_path)
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [pytest.param(1, marks=pytest.mark.slow), 2])
 @pytest.mark.parametrize(("limit", "file"), [(20_000, "checkpoint"), (800, "events")])
 def test_a_disk_that_fills_up(whole: Whole, tmp_path: Path, ranks: int, limit: int, file: str) -> None:
     """From epoch 1 on, the system takes no more than some bytes of a file."""

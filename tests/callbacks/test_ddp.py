@@ -94,6 +94,7 @@ def test_strategies_and_settings(tmp_path: Path, options: dict[str, Any]) -> Non
     assert_pruned_alike(tmp_path)
 
 
+@pytest.mark.slow
 def test_four_processes(tmp_path: Path) -> None:
     ddp_run(tmp_path, 1, num_gradients=44)
     as_by_torchrun(4, tmp_path, ddp_run, tmp_path, 4, num_gradients=44)
@@ -120,7 +121,7 @@ def fit_from(folder: Path, devices: int, checkpoint: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The checkpoint holds the random state")
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("devices", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_resume_with_another_number_of_processes(tmp_path: Path, devices: int) -> None:
     as_by_torchrun(2, tmp_path, ddp_run, tmp_path, 2, num_gradients=20)
     saved = tmp_path / "out/sparsity=0.50.ckpt"

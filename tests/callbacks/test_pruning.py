@@ -200,6 +200,7 @@ def test_failed_event_leaves_model_and_masks_unchanged(tmp_path: Path) -> None:
     assert cb.masks.global_sparsity == 0.5
 
 
+@pytest.mark.slow
 def test_bf16_mixed_and_compiled_modules(tmp_path: Path) -> None:
     module = Toy()
     module.net = torch.compile(module.net, backend="eager")  # type: ignore[assignment]
