@@ -1,0 +1,5 @@
+"""What mends a model after weights were pruned, without labels and without training."""
+
+from lightning_cap.healing.base import Heal, HealArgument, HealReport
+
+__all__ = ["Heal", "HealArgument", "HealReport"]
