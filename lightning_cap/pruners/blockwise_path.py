@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,6 +47,10 @@ class BlockMethod(Pruner):
     def merge_scores(self, losses: Tensor) -> Tensor:
         """What blocks are merged by, ``(k, B)`` float32, not decreasing along a block; of the losses by step."""
         return losses
+
+    def other_scores(self, losses: Tensor) -> Iterator[Tensor]:
+        """Other scores that blocks may be merged by instead, one after the other. See `PruningPath.candidates`."""
+        yield from ()
 
     @abstractmethod
     def rebuild_blocks(
@@ -113,10 +117,12 @@ class BlockwisePath(WeightPath):
         self._check_zeros(torch.cat(found) if found else None, count)
         self.elimination: Elimination = Elimination.joined(parts)
         del parts
-        self._scores = pruner.merge_scores(self.elimination.losses)
-        if pruner.pattern.whole_groups:
-            self._scores = at_group_ends(self._scores, self.elimination.rank, pruner.pattern.group_size)
+        self._scores = self._at_group_ends(pruner.merge_scores(self.elimination.losses))
         self.stats = self._gather_stats()
+
+    def _at_group_ends(self, scores: Tensor) -> Tensor:
+        pattern = self._pruner.pattern
+        return at_group_ends(scores, self.elimination.rank, pattern.group_size) if pattern.whole_groups else scores
 
     def _fisher(self, number: int) -> Any:
         """Read the gradients for the blocks of one pass."""
@@ -175,9 +181,23 @@ class BlockwisePath(WeightPath):
         """
         if self._closed:
             raise GradientError("path: it was closed, and its Fisher was freed. Call pruner.path(...) again.")
-        cut = self._cut(sparsity)
+        cut = self._cut(sparsity, self._scores)
         if cut is None:
             return self._result(self._weights, self._alive, 0.0, self.stats)
+        return self._at_cut(cut)
+
+    def candidates(self, sparsity: float) -> tuple[PruneResult, ...]:
+        """One for each way to merge the blocks. See `PruningPath.candidates`."""
+        results = [self.at(sparsity)]
+        if self._pruner.pattern.sparsity is None and results[0].sparsity > self.sparsity:
+            for scores in self._pruner.other_scores(self.elimination.losses):
+                cut = self._cut(sparsity, self._at_group_ends(scores))
+                assert cut is not None  # the first result is sparser than the model
+                results.append(self._at_cut(cut))
+        return tuple(results)
+
+    def _at_cut(self, cut: Tensor) -> PruneResult:
+        """The result with so many weights pruned of each of this rank's blocks."""
         own = self._own.to(self._alive.device)
         mine = self._alive[own] & (self.elimination.rank < cut.unsqueeze(-1))
         moved = self._reconstruct(own, mine)
@@ -217,7 +237,7 @@ class BlockwisePath(WeightPath):
     def curve(self, sparsities: Sequence[float]) -> list[float]:
         """Sums of the raw marginal losses. See `PruningPath.curve`."""
         require_list("sparsities", sparsities, "[0.5, 0.75]")
-        cuts = [self._cut(sparsity) for sparsity in sparsities]
+        cuts = [self._cut(sparsity, self._scores) for sparsity in sparsities]
         return [0.0 if cut is None else self._loss(cut) for cut in cuts]
 
     def scores(self, most: int) -> Tensor:
@@ -228,7 +248,7 @@ class BlockwisePath(WeightPath):
         """Free the Fisher."""
         self._kept, self._closed = None, True
 
-    def _cut(self, sparsity: float) -> Tensor | None:
+    def _cut(self, sparsity: float, scores: Tensor) -> Tensor | None:
         """How many weights of each of this rank's blocks are pruned, ``(K_r,)``; None if the model is sparser already."""
         self._pruner.pattern.check_sparsity(sparsity)
         if self._pruner.pattern.sparsity is not None:
@@ -238,12 +258,12 @@ class BlockwisePath(WeightPath):
             return None
         allocation, spans = self._pruner.allocation, self._layout.spans
         rows = {n: ((self._own >= s.start) & (self._own < s.stop)).nonzero().squeeze(1) for n, s in spans.items()}
-        rows = {name: own.to(self._scores.device) for name, own in rows.items()}
+        rows = {name: own.to(scores.device) for name, own in rows.items()}
         removals, most = self._removals(allocation, zeros), self._most(allocation)
         if most and self._pruner.pattern.whole_groups:
             size = self._pruner.pattern.group_size
             most = {name: count // size * size for name, count in most.items()}
-        cut = select(self._scores, rows, removals, most, sharded=world_size() > 1).sum(-1)
+        cut = select(scores, rows, removals, most, sharded=world_size() > 1).sum(-1)
         return self._whole_groups(cut) if self._pruner.pattern.whole_groups else cut
 
     def _whole_groups(self, cut: Tensor) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import get_args
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -11,9 +12,11 @@ from lightning_cap.fisher.blocks import FisherBlocks
 from lightning_cap.pruners.blockwise import FisherBlockwise
 from lightning_cap.solver import Elimination, eliminate
 from lightning_cap.solver.backend import Backend
-from lightning_cap.solver.ranking import Ranking, block_scores
+from lightning_cap.solver.ranking import block_scores
 from lightning_cap.utilities.arguments import require_choice
 from lightning_cap.utilities.progress import Progress
+
+RankingChoice = Literal["marginal", "cumulative", "auto"]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -28,7 +31,8 @@ class CAP(FisherBlockwise):
             ``damp`` changes with it, since a gradient is that of the mean loss: noise in it shrinks as ``1/m``.
             ``m = 1`` (per-sample gradients) makes the most of each image.
         damp: ``λ`` of equation 3.
-        ranking: How blocks are merged: ``"marginal"`` (least predicted loss in all) or the paper's ``"cumulative"``.
+        ranking: How blocks are merged: ``"marginal"`` (least predicted loss in all), the paper's ``"cumulative"``, or ``"auto"``:
+            the one of both with the lower measured loss, where `PruningPath.candidates` are measured; else the first.
         allocation: How zeros are shared out over the targets. Default: `Global`.
         pattern: Which masks are allowed, a `Pattern`. Default: `Unstructured`.
         max_memory: What an event may take on the device of the weights, as ``"20GB"`` or bytes. A Fisher that does not fit is
@@ -45,11 +49,11 @@ class CAP(FisherBlockwise):
         PatternError: ``pattern`` is not a pattern, such as the number 124 that YAML makes of an unquoted ``2:4``.
     """
 
-    ranking: Ranking = "marginal"
+    ranking: RankingChoice = "marginal"
     backend: Backend = "auto"
 
     def __post_init__(self) -> None:
-        require_choice("ranking", self.ranking, get_args(Ranking))
+        require_choice("ranking", self.ranking, get_args(RankingChoice))
         require_choice("backend", self.backend, get_args(Backend))
         super().__post_init__()
 
@@ -66,4 +70,9 @@ class CAP(FisherBlockwise):
 
     def merge_scores(self, losses: Tensor) -> Tensor:
         """The scores that ``ranking`` says."""
-        return block_scores(losses, self.ranking)
+        return block_scores(losses, "marginal" if self.ranking == "auto" else self.ranking)
+
+    def other_scores(self, losses: Tensor) -> Iterator[Tensor]:
+        """The cumulative ones, if ``ranking`` is ``"auto"``."""
+        if self.ranking == "auto":
+            yield block_scores(losses, "cumulative")

@@ -89,6 +89,17 @@ class PruningPath(ABC):
             UnsupportedError: A reconstructed weight is beyond the range of its target's type.
         """
 
+    def candidates(self, sparsity: float) -> tuple[PruneResult, ...]:
+        """The results at a sparsity among which a measured loss should choose; the first one is that of `at`.
+
+        Most paths have one. Every process must call it.
+
+        Raises:
+            PatternError: As `at`.
+            UnsupportedError: As `at`.
+        """
+        return (self.at(sparsity),)
+
     @abstractmethod
     def curve(self, sparsities: Sequence[float]) -> list[float]:
         """Summed saliency at each sparsity, without building the weights: `PruneResult.saliency`.

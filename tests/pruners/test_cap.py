@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_cap.errors import ConfigError, GradientError, PatternError
 from lightning_cap.pruners import CAP, Magnitude
-from lightning_cap.sparsity.patterns import NofM
+from lightning_cap.sparsity.patterns import BlockOf, NofM
 from lightning_cap.sparsity.targets import Targets
 from tests.references.obs import best_weights, obs_block
 from tests.support.problems import gradient_rows, random_masks, random_targets, same_result
@@ -50,6 +50,28 @@ def test_marginal_ranking_predicts_no_more_than_cumulative(sparsity: float) -> N
         for ranking in ("marginal", "cumulative")
     }
     assert losses["marginal"] < losses["cumulative"]
+
+
+@pytest.mark.parametrize("pattern", [None, BlockOf(2)])
+def test_auto_has_the_results_of_both_rankings(pattern: Any) -> None:
+    problem = Quadratic({"a": (6, 8), "b": (4, 12)})
+    masks = random_masks(problem.targets, 0.1) if pattern is None else None
+
+    def path(ranking: Any) -> Any:
+        pruner = CAP(block_size=8, damp=1e-6, ranking=ranking, pattern=pattern)
+        return pruner.path(problem.targets, problem.rows, masks)
+
+    auto = path("auto")
+    marginal, cumulative = auto.candidates(0.6)
+    assert same_result(marginal, auto.at(0.6))
+    assert same_result(marginal, path("marginal").at(0.6))
+    assert same_result(cumulative, path("cumulative").at(0.6))
+    assert not same_result(marginal, cumulative)
+    assert auto.curve([0.6]) == [marginal.saliency]
+    assert len(auto.candidates(auto.sparsity)) == 1  # nothing to choose from
+    assert len(path("marginal").candidates(0.6)) == 1
+    one = CAP(block_size=8, ranking="auto", pattern=NofM(2, 4)).path(problem.targets, problem.rows)
+    assert len(one.candidates(0.5)) == 1
 
 
 @pytest.mark.parametrize("pattern", [None, NofM(2, 4)])

@@ -136,6 +136,15 @@ def test_path_is_never_consumed_and_curve_tells_the_same(case: Case, targets: Ta
     assert same_result(path.at(0.0), again[0])
 
 
+def test_every_candidate_has_the_exact_count(case: Case, targets: Targets, rows: Rows) -> None:
+    path = case.path(targets, rows)
+    for sparsity in (0.0, 0.5):
+        results = path.candidates(sparsity)
+        assert same_result(results[0], path.at(sparsity))
+        for result in results:
+            _check(result, targets, math.floor(Fraction(str(sparsity)) * targets.numel + HALF), case.signed)
+
+
 def test_model_changes_only_when_applied(case: Case, targets: Targets, rows: Rows) -> None:
     before = copy.deepcopy(targets.weights())
     chunks = copy.deepcopy(rows)
