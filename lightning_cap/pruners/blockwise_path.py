@@ -65,6 +65,15 @@ class BlockMethod(Pruner):
     ) -> Tensor:
         """The weights ``(k, B)`` without the ``pruned`` ones."""
 
+    def rebuild_together(
+        self, fisher: Any, layout: BlockLayout, weights: Tensor, alive: Tensor, pruned: Tensor
+    ) -> Tensor | None:
+        """The same for the blocks ``(K, B)`` of all processes at once, by a method that looks beyond blocks; None for others.
+
+        Every process must call it, with what it has read in the only pass.
+        """
+        return None
+
 
 class BlockwisePath(WeightPath):
     """The order in which the weights of every block are pruned and what that costs; owns the Fisher until `close`.
@@ -200,12 +209,13 @@ class BlockwisePath(WeightPath):
         """The result with so many weights pruned of each of this rank's blocks."""
         own = self._own.to(self._alive.device)
         mine = self._alive[own] & (self.elimination.rank < cut.unsqueeze(-1))
-        moved = self._reconstruct(own, mine)
         blocks = torch.cat([share[r] for r in range(world_size()) for share in self.plan.shares]).to(own.device)
         pruned = torch.zeros_like(self._alive)
         pruned[blocks] = gather_rows(mine, self._sizes)
-        weights = self._weights.clone()
-        weights[blocks] = gather_rows(moved, self._sizes)
+        weights = self._pruner.rebuild_together(self._kept, self._layout, self._weights, self._alive, pruned)
+        if weights is None:
+            weights = self._weights.clone()
+            weights[blocks] = gather_rows(self._reconstruct(own, mine), self._sizes)
         return self._result(weights, self._alive & ~pruned, self._loss(cut), self.stats)
 
     def _reconstruct(self, own: Tensor, pruned: Tensor) -> Tensor:

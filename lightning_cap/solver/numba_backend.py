@@ -48,11 +48,16 @@ def _triangles(fisher: Any, blocks: Tensor) -> tuple[Any, Any, float]:
     """Triangles, which of them are meant, and their scale: where they are, if they are packed, else packed now."""
     kept = getattr(fisher, "triangles", None)
     if kept is not None:
-        return kept[0].numpy(), blocks.numpy(), kept[1]
+        places = fisher.places[blocks] if hasattr(fisher, "places") else blocks
+        return kept[0].numpy(), places.numpy(), kept[1]
+    return pack_triangles(fisher[blocks]).numpy(), torch.arange(len(blocks)).numpy(), 1.0
+
+
+def pack_triangles(blocks: Tensor) -> Tensor:
+    """``(k, B, B)`` float32 -> ``(k, B (B + 1) / 2)``, their triangles as the compiled code takes them."""
     from lightning_cap.kernels.cpu.packed import pack_blocks
 
-    full = fisher[blocks].contiguous().numpy()
-    k, B, _ = full.shape
-    packed = torch.empty(k, B * (B + 1) // 2).numpy()
-    over_blocks(lambda first, last: pack_blocks(full, packed, first, last), k)
-    return packed, torch.arange(k).numpy(), 1.0
+    k, B, _ = blocks.shape
+    full, packed = blocks.contiguous().numpy(), torch.empty(k, B * (B + 1) // 2)
+    over_blocks(lambda first, last: pack_blocks(full, packed.numpy(), first, last), k)
+    return packed
