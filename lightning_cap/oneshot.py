@@ -19,7 +19,7 @@ from lightning_cap.calibration.sources import GradientSource, Trial, repeatable
 from lightning_cap.errors import ConfigError
 from lightning_cap.pruners import CAP, Pruner, PruneResult
 from lightning_cap.pruners.base import prepare, refuse_regrowth, refuse_splitting
-from lightning_cap.sparsity.cost import steps_to
+from lightning_cap.sparsity.cost import StepPath, require_path_of_steps, steps_to
 from lightning_cap.sparsity.ends import PENDING
 from lightning_cap.sparsity.layer_graph import Flow, trace
 from lightning_cap.sparsity.masks import MaskSet
@@ -42,6 +42,7 @@ def prune(
     include: Sequence[str] | None = None,
     exclude: Sequence[str] | None = None,
     num_recomputations: int = 1,
+    recomputation_path: StepPath = "exponential",
     progress: bool = True,
 ) -> PruneResult:
     """Prune ``model`` in place to ``sparsity``; zeros that it has already stay.
@@ -59,6 +60,7 @@ def prune(
             depthwise convolutions; all units.
         exclude: Globs or names to leave dense.
         num_recomputations: Prune in so many steps of rising sparsity, with fresh gradients for each.
+        recomputation_path: How it rises: ``"exponential"``, the density falls by the same factor in each step, or ``"linear"``.
         progress: Show a progress bar.
 
     Returns:
@@ -77,6 +79,7 @@ def prune(
     pruner = CAP() if pruner is None else pruner
     refuse_regrowth(pruner)
     refuse_splitting(pruner, num_recomputations)
+    require_path_of_steps("recomputation_path", recomputation_path)
     pruner.check_sparsity(sparsity)
     on_device = _OnDevice(batches, _device(model))
     targets = _targets(model, on_device, loss_fn, include, exclude, pruner)
@@ -90,7 +93,7 @@ def prune(
     masks = MaskSet(targets)
     masks.mask_zeros()
     before = targets.copies()
-    goals = steps_to(sparsity, pruner.reached(targets, masks), num_recomputations)
+    goals = steps_to(sparsity, pruner.reached(targets, masks), num_recomputations, recomputation_path)
     pruner.check_goals(targets, masks, goals)
     trial: Trial | None = None
     saliency = 0.0

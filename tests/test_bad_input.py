@@ -94,6 +94,7 @@ def test_pruner_arguments(kwargs: Any, message: str) -> None:
     ("kwargs", "message"),
     [
         ({"num_recomputations": 0}, "num_recomputations=0"),
+        ({"recomputation_path": "cubic"}, "recomputation_path='cubic': choose 'exponential' or 'linear'"),
         ({"save": "best"}, "save='best' needs monitor"),
         ({"save": "sometimes"}, "save='sometimes'"),
         ({"mode": "avg"}, "mode='avg'"),
@@ -161,7 +162,7 @@ def test_zeros_that_cannot_be_placed(tmp_path: Path, schedule: SparsitySchedule,
 def test_a_step_between_two_events_that_cannot_be_had(tmp_path: Path) -> None:
     allocation: Allocation = PerTarget({"net.4.weight": 0.75})
     both = {"schedule": {1: 0.75}, "pruner": Magnitude(allocation=allocation), "save": "none"}
-    assert_refused(tmp_path, ConfigError, r"sparsity=0\.375: sparsities", num_recomputations=2, **both)
+    assert_refused(tmp_path, ConfigError, r"sparsity=0\.5: sparsities", num_recomputations=2, **both)
     trainer(tmp_path, callback(**both)).fit(Toy(), **loaders())
 
 

@@ -13,6 +13,7 @@ from lightning_cap.callbacks.state import Restored, RunState, decode_state, enco
 from lightning_cap.errors import ConfigError
 from lightning_cap.pruners import Pruner
 from lightning_cap.schedules import SparsitySchedule
+from lightning_cap.sparsity.cost import StepPath
 from lightning_cap.sparsity.ends import PENDING
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.trainer.run_records import CycleRecord
@@ -25,6 +26,7 @@ class CheckpointedRun(pl.Callback):
     schedule: SparsitySchedule
     pruner: Pruner
     num_recomputations: int
+    recomputation_path: StepPath
     seed: int
 
     def __init__(self) -> None:
@@ -112,8 +114,10 @@ class CheckpointedRun(pl.Callback):
             self._run.masks.apply_to_weights()
 
     def _settings(self, run: Run) -> dict[str, str]:
-        counts = {"num_recomputations": self.num_recomputations, "seed": self.seed}
-        return describe_settings(run.events, self.pruner, **counts)
+        others: dict[str, Any] = {"num_recomputations": self.num_recomputations, "seed": self.seed}
+        if self.num_recomputations > 1:
+            others["recomputation_path"] = self.recomputation_path
+        return describe_settings(run.events, self.pruner, **others)
 
     def _packed_masks(self) -> dict[str, Any] | None:
         if self._run is None:

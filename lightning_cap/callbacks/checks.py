@@ -17,6 +17,7 @@ from lightning_cap.export.records import EXPORTS, ExportRecord
 from lightning_cap.pruners import Pruner
 from lightning_cap.pruners.base import refuse_splitting
 from lightning_cap.schedules import SparsitySchedule
+from lightning_cap.sparsity.cost import require_path_of_steps
 from lightning_cap.trainer.records import EventRecord
 from lightning_cap.trainer.run_records import CycleRecord, RunRecord
 from lightning_cap.utilities import distributed
@@ -54,6 +55,7 @@ def check_settings(callback: CAPPruningCallback) -> None:
     require_names("include", c.include)
     require_names("exclude", c.exclude, "*.mlp.fc1.weight")
     require_counts(num_recomputations=c.num_recomputations)
+    require_path_of_steps("recomputation_path", c.recomputation_path)
     require_flag("existing_zeros", c.existing_zeros)
     require_choice("save", c.save, ("last", "best", "both", "none"))
     if c.save_sparsities is not None:

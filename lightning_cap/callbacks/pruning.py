@@ -40,7 +40,7 @@ from lightning_cap.callbacks.weight_averaging import mask_averages, restart_aver
 from lightning_cap.errors import CAPError
 from lightning_cap.pruners import CAP, Pruner
 from lightning_cap.schedules import SparsitySchedule, SparsitySteps
-from lightning_cap.sparsity.cost import Cost
+from lightning_cap.sparsity.cost import Cost, StepPath
 from lightning_cap.sparsity.ends import PENDING, Ends
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.units import Units
@@ -68,6 +68,7 @@ class CAPPruningCallback(SavingRun):
             Of units, globs over their groups; see `Units.from_model`.
         exclude: Globs or names to leave dense.
         num_recomputations: Splits every event into so many of rising sparsity, each with fresh gradients.
+        recomputation_path: How they rise: ``"exponential"``, the density falls by the same factor each time, or ``"linear"``.
         existing_zeros: Take the zeros that the targets have when training starts as pruned already.
         save: ``"last"``: at the end of each cycle; ``"best"``: at its best epoch by ``monitor``; ``"both"`` or ``"none"``.
         save_sparsities: The scheduled sparsities to save checkpoints of. Default: all.
@@ -94,6 +95,7 @@ class CAPPruningCallback(SavingRun):
         include: list[str] | None = None,
         exclude: list[str] | None = None,
         num_recomputations: int = 1,
+        recomputation_path: StepPath = "exponential",
         existing_zeros: bool = True,
         save: Literal["last", "best", "both", "none"] = "last",
         save_sparsities: list[float] | None = None,
@@ -108,7 +110,7 @@ class CAPPruningCallback(SavingRun):
         self.schedule = SparsitySteps(schedule) if isinstance(schedule, Mapping) else schedule
         self.pruner = CAP() if pruner is None else pruner
         self.include, self.exclude = include, exclude
-        self.num_recomputations = num_recomputations
+        self.num_recomputations, self.recomputation_path = num_recomputations, recomputation_path
         self.existing_zeros = existing_zeros
         self.save, self.save_sparsities, self.dirpath = save, save_sparsities, dirpath
         self.monitor, self.mode = monitor, mode
@@ -203,7 +205,7 @@ class CAPPruningCallback(SavingRun):
         warn_of_differences(saved, self._settings(run), run.events, self._state.done, due)
         refuse_beyond_max_steps(trainer, list(due))
         goals = list(due.values())
-        validate_steps(self.pruner, self.schedule, run.targets, run.masks, goals, self.num_recomputations)
+        validate_steps(self.pruner, self.schedule, run.targets, run.masks, goals, *self._recomputations)
         pruners = pruners_of(self.pruner, self.schedule, run.events) if due else []
         run.plans = [self._event(trainer, pl_module, one).dry_run(self._state.collection_index) for one in pruners]
         self._begin_log(trainer, pl_module)
@@ -245,7 +247,7 @@ class CAPPruningCallback(SavingRun):
         if not self._state.history:
             self._state.history.append(self._line(0.0, epoch, known))
             self._log.keep(self._state.history, self._state.metric)
-        steps = plan_steps(self.pruner, self.schedule, run.targets, run.masks, goal, epoch, self.num_recomputations)
+        steps = plan_steps(self.pruner, self.schedule, run.targets, run.masks, goal, epoch, *self._recomputations)
         if steps is None:
             self._state.done.append(epoch)
             return before
@@ -339,6 +341,10 @@ class CAPPruningCallback(SavingRun):
             print_table(self._state.history, self._state.metric)
 
     # ---------------------------------------------------------------- helpers
+
+    @property
+    def _recomputations(self) -> tuple[int, StepPath]:
+        return self.num_recomputations, self.recomputation_path
 
     def _events(self, trainer: pl.Trainer) -> dict[int, float]:
         return checks.resolve_events(trainer, self.schedule, self.pruner, self.num_recomputations, self.save_sparsities)

@@ -13,7 +13,7 @@ from lightning_cap.sparsity.cost import Parameters
 from lightning_cap.utilities.arguments import shown
 
 
-def describe_settings(events: Mapping[int, float], pruner: Pruner, **others: int) -> dict[str, str]:
+def describe_settings(events: Mapping[int, float], pruner: Pruner, **others: Any) -> dict[str, str]:
     """Each setting as text, by name.
 
     Args:

@@ -11,7 +11,7 @@ from lightning_cap.calibration.statistics import GradientSamples
 from lightning_cap.errors import PatternError
 from lightning_cap.pruners import DropAndGrow, Pruner
 from lightning_cap.schedules import SparsitySchedule
-from lightning_cap.sparsity.cost import steps_to
+from lightning_cap.sparsity.cost import StepPath, steps_to
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.patterns import Unstructured
 from lightning_cap.sparsity.targets import Targets
@@ -38,6 +38,7 @@ def plan_steps(
     goal: float,
     epoch: int,
     num_recomputations: int,
+    path: StepPath = "exponential",
 ) -> PruningSteps | None:
     """The steps to ``goal``; None, with a warning, if it is below what is reached, and neither schedule nor pruner regrows.
 
@@ -49,9 +50,10 @@ def plan_steps(
         goal: Sparsity to reach at the event, or share to save of what else the pruner's cost counts.
         epoch: Epoch of the event.
         num_recomputations: Steps that a pruner takes to a higher sparsity.
+        path: How they lead there; see `steps_to`.
     """
     start = pruner.reached(targets, masks)
-    steps = _steps(pruner, schedule, targets, masks, start, goal, num_recomputations)
+    steps = _steps(pruner, schedule, targets, masks, start, goal, num_recomputations, path)
     if steps is None:
         rank_zero_warn(
             f"schedule: {pruner.cost.name} {goal:g} at epoch {epoch}, but the model is already at {start:.4g}. Nothing is changed; "
@@ -67,6 +69,7 @@ def validate_steps(
     masks: MaskSet,
     goals: Iterable[float],
     num_recomputations: int,
+    path: StepPath = "exponential",
 ) -> None:
     """Refuse, before the first step, what an event to come could not do. Arguments as for `plan_steps`.
 
@@ -77,13 +80,14 @@ def validate_steps(
         masks: In force now. Until all are lifted, they stand for those of the events to come.
         goals: Those of the events that are not done yet, in order.
         num_recomputations: Steps that a pruner takes to a higher sparsity.
+        path: How they lead there; see `steps_to`.
 
     Raises:
         ConfigError: The zeros of an event, or of a step to it, cannot be placed.
         PatternError: The sparsity falls, and weights that come back one by one would break the pruner's pattern.
     """
     present = dict(masks)
-    for steps in steps_to_come(pruner, schedule, targets, masks, goals, num_recomputations):
+    for steps in steps_to_come(pruner, schedule, targets, masks, goals, num_recomputations, path):
         if steps is None:
             continue
         if not steps.sparsities:
@@ -98,11 +102,12 @@ def steps_to_come(
     masks: MaskSet,
     goals: Iterable[float],
     num_recomputations: int,
+    path: StepPath = "exponential",
 ) -> Iterator[PruningSteps | None]:
     """Those of each event to come, None for one that changes nothing. Arguments and errors as for `validate_steps`."""
     start = pruner.reached(targets, masks)
     for goal in goals:
-        steps = _steps(pruner, schedule, targets, masks, start, goal, num_recomputations)
+        steps = _steps(pruner, schedule, targets, masks, start, goal, num_recomputations, path)
         start = start if steps is None else goal
         yield steps
 
@@ -115,6 +120,7 @@ def _steps(
     start: float,
     goal: float,
     num_recomputations: int,
+    path: StepPath = "exponential",
 ) -> PruningSteps | None:
     """From the share ``start`` that is saved to ``goal``; None if there are none."""
     if schedule.regrows and goal == 0:
@@ -126,7 +132,7 @@ def _steps(
             _refuse_patterned_fall(pruner, start, goal)
             return PruningSteps(grower(pruner), (goal,))
         return None
-    return PruningSteps(pruner, tuple(steps_to(goal, start, num_recomputations)))
+    return PruningSteps(pruner, tuple(steps_to(goal, start, num_recomputations, path)))
 
 
 def _is_exceeded(pruner: Pruner, targets: Targets, masks: MaskSet, start: float, goal: float) -> bool:

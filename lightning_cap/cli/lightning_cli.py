@@ -24,6 +24,7 @@ from lightning_cap.comparison.records import RESULTS
 from lightning_cap.errors import CAPError, ConfigError
 from lightning_cap.pruners import Pruner
 from lightning_cap.report import print_comparison, report
+from lightning_cap.sparsity.cost import StepPath
 from lightning_cap.trainer.checkpoints import check_checkpoint, naming_mismatch
 from lightning_cap.utilities.arguments import require_instance, require_path, require_whole
 from lightning_cap.utilities.files import require_writable
@@ -49,6 +50,7 @@ class CAPTrainer(pl.Trainer):
         output_dir: str = "oneshot",
         save_weights: bool | None = None,
         num_recomputations: int = 1,
+        recomputation_path: StepPath = "exponential",
         loss_samples: int = 1024,
         max_rows_memory: int | str | None = None,
     ) -> None:
@@ -72,6 +74,7 @@ class CAPTrainer(pl.Trainer):
             output_dir: Folder for the results.
             save_weights: Write the pruned weights. Default: only of a single pruner.
             num_recomputations: Reach each sparsity in so many steps, with fresh gradients for each.
+            recomputation_path: How they rise: exponential (the density falls by the same factor in each) or linear.
             loss_samples: Calibration samples to measure the loss on, beside the validation data.
             max_rows_memory: Main memory for gradients that pruners share, e.g. 20GB. Default: a quarter of what is free.
         """
@@ -88,6 +91,7 @@ class CAPTrainer(pl.Trainer):
             output_dir=output_dir,
             save_weights=save_weights,
             num_recomputations=num_recomputations,
+            recomputation_path=recomputation_path,
             loss_samples=loss_samples,
             max_rows_memory=max_rows_memory,
             writes=self.is_global_zero,

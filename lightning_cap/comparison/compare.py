@@ -16,6 +16,7 @@ from lightning_cap.comparison.surface import LossSurface
 from lightning_cap.comparison.variants import Grids
 from lightning_cap.errors import ConfigError
 from lightning_cap.pruners.base import Pruner
+from lightning_cap.sparsity.cost import StepPath
 from lightning_cap.trainer.checkpoints import WORDS, check_checkpoint, naming_mismatch
 from lightning_cap.trainer.compat import spawns_processes
 from lightning_cap.utilities.arguments import require_instance
@@ -35,6 +36,7 @@ def compare(
     ckpt_path: str | Path | None = None,
     folder: Path | str | None = None,
     num_recomputations: int = 1,
+    recomputation_path: StepPath = "exponential",
     grids: Grids | None = None,
     surface: LossSurface | None = None,
     fisher_block: int = 0,
@@ -66,6 +68,7 @@ def compare(
         ckpt_path: A Lightning checkpoint to load first.
         folder: Where to write results, None for nowhere.
         num_recomputations: Reach each sparsity in so many steps, with fresh gradients for each.
+        recomputation_path: How they rise: ``"exponential"``, the density falls by the same factor in each, or ``"linear"``.
         grids: Settings and values, such as ``{"damp": [1e-8, 1e-6]}``: every pruner that has the setting is run with each value
             too, the others as given. ``num_recomputations`` is a setting of all.
         surface: Take the loss in the plane of two solutions; needs a ``folder`` and a validation loss.
@@ -96,6 +99,7 @@ def compare(
         exclude=exclude,
         folder=folder,
         num_recomputations=num_recomputations,
+        recomputation_path=recomputation_path,
         grids=grids,
         surface=surface,
         fisher_block=fisher_block,

@@ -13,6 +13,7 @@ from lightning_cap.comparison.variants import Grids, Variant, check_sparsities, 
 from lightning_cap.errors import ConfigError
 from lightning_cap.export.safetensors import goal_stem
 from lightning_cap.pruners.base import Pruner
+from lightning_cap.sparsity.cost import StepPath
 from lightning_cap.trainer.saving import goal_name
 from lightning_cap.utilities.arguments import (
     require_flag,
@@ -85,6 +86,7 @@ def make_request(
     exclude: Sequence[str] | None,
     folder: Path | str | None,
     num_recomputations: int,
+    recomputation_path: StepPath,
     grids: Grids | None,
     surface: LossSurface | None,
     fisher_block: int,
@@ -108,7 +110,7 @@ def make_request(
     require_instance("surface", surface, LossSurface, "LossSurface(['CAP', 'magnitude'], 0.8)", optional=True)
     single = isinstance(pruners, Pruner)
     named = {type(pruners).__name__: pruners} if isinstance(pruners, Pruner) else pruners
-    variants = make_variants(named, seeds, grids, num_recomputations)
+    variants = make_variants(named, seeds, grids, num_recomputations, recomputation_path)
     check_sparsities(variants, sparsities)
     if surface is not None:
         surface.check(list(named), list(sparsities))

@@ -25,7 +25,6 @@ from lightning_cap.comparison.solutions import Solutions
 from lightning_cap.comparison.variants import Variant, check_targets, naming
 from lightning_cap.errors import ConfigError, DataError
 from lightning_cap.pruners.paths import PruneResult
-from lightning_cap.sparsity.cost import steps_to
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.trainer.calibration import calibrating
@@ -205,7 +204,7 @@ class ComparisonRunner:
     def _in_steps(self, variant: Variant, sparsity: float, rows: SharedRows | None, progress: Progress) -> None:
         """Rising sparsities with fresh gradients for each; the first step is at the dense model and shares its rows."""
         start = variant.pruner.reached(self._targets, self._masks)
-        goals = steps_to(sparsity, start, variant.num_recomputations)
+        goals = variant.steps_to(sparsity, start)
         masks: Mapping[str, Tensor] = self._masks
         saliency, seconds = 0.0, {"collect": 0.0, "solve": 0.0, "apply": 0.0}
         try:

@@ -16,7 +16,7 @@ from lightning_cap.comparison.fingerprint import ADDRESS, canonicalize, checksum
 from lightning_cap.comparison.records import MASKS, UNPRUNED, GridPoint
 from lightning_cap.errors import CAPError, ConfigError, PatternError
 from lightning_cap.pruners.base import Pruner, refuse_regrowth
-from lightning_cap.sparsity.cost import steps_to
+from lightning_cap.sparsity.cost import StepPath, require_path_of_steps, steps_to
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities.arguments import is_whole, require_instance, require_real, require_whole, shown
 from lightning_cap.utilities.records import Plain
@@ -40,6 +40,7 @@ class Variant:
         pruner: With the settings of this variant.
         seed: Key of the calibration samples.
         num_recomputations: Steps of rising sparsity, with fresh gradients for each.
+        path: How those steps rise; see `steps_to`.
         setting: What was changed, None for the pruner as given.
         value: What it was changed to.
     """
@@ -48,6 +49,7 @@ class Variant:
     pruner: Pruner
     seed: int
     num_recomputations: int = 1
+    path: StepPath = "exponential"
     setting: str | None = None
     value: Any = None
 
@@ -94,17 +96,27 @@ class Variant:
     @property
     def key(self) -> str:
         """A checksum of all settings, the seed and the steps."""
-        return checksum([self.settings, canonicalize(vars(self.pruner)), self.seed, self.num_recomputations])
+        steps = [self.num_recomputations, *([self.path] if self.num_recomputations > 1 else [])]
+        return checksum([self.settings, canonicalize(vars(self.pruner)), self.seed, *steps])
+
+    def steps_to(self, goal: float, start: float) -> list[float]:
+        """Those on the way to a goal. See `lightning_cap.sparsity.cost.steps_to`."""
+        return steps_to(goal, start, self.num_recomputations, self.path)
 
 
 def make_variants(
-    pruners: Mapping[str, Pruner], seeds: Sequence[int], grids: Grids | None, num_recomputations: int
+    pruners: Mapping[str, Pruner],
+    seeds: Sequence[int],
+    grids: Grids | None,
+    num_recomputations: int,
+    path: StepPath = "exponential",
 ) -> list[Variant]:
     """Every pruner as given and then at each value of the grids, with each seed.
 
     Raises:
         ConfigError: A name, a seed or a grid cannot work.
     """
+    require_path_of_steps("recomputation_path", path)
     _check_names(pruners)
     _require_list("seeds", seeds, "[0, 1, 2]")
     if not all(is_whole(seed) and seed >= 0 for seed in seeds) or len(set(seeds)) != len(seeds):
@@ -119,7 +131,7 @@ def make_variants(
                 "reached in steps. Leave it at 1, or compare that pruner by itself."
             )
     variants = [
-        Variant(name, _seeded(pruner, seed), seed, steps, setting, value)
+        Variant(name, _seeded(pruner, seed), seed, steps, path, setting, value)
         for name, pruner, steps, setting, value in every
         for seed in seeds
     ]
@@ -166,11 +178,10 @@ def check_targets(
         CAPError: The pruner's own.
     """
     for variant in variants:
-        steps = variant.num_recomputations
         with naming(variant):
             variant.pruner.check(targets)
             first = variant.pruner.reached(targets, masks)
-            goals = {goal for sparsity in sparsities for goal in steps_to(sparsity, first, steps)}
+            goals = {goal for sparsity in sparsities for goal in variant.steps_to(sparsity, first)}
             variant.pruner.check_goals(targets, masks, sorted(goals))
 
 

@@ -39,7 +39,6 @@ from lightning_cap.planning.machine import Settings, machine_of
 from lightning_cap.planning.random_data import RandomData, random_data
 from lightning_cap.planning.run_plan import EventPlan, FilePlan, MachinePlan, PruningPlan, RunPlan
 from lightning_cap.planning.seconds import Calibration, collection_seconds, plan_record
-from lightning_cap.sparsity.cost import steps_to
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.trainer.calibration import to_device
@@ -187,10 +186,9 @@ class _Work:
         seconds = self._seconds(variant, memory, calibration, trial)
         if reads and seconds is not None:
             seconds = {**seconds, "collect": 0.0}
-        start, steps = pruner.reached(targets, self._masks), variant.num_recomputations
-        events = []
+        steps, events = variant.num_recomputations, []
         for number, goal in enumerate(self._request.sparsities):
-            count = len(steps_to(goal, start, steps)) if steps > 1 else int(number == 0)
+            count = steps if steps > 1 else int(number == 0)
             each = None if seconds is None else count * sum(seconds.values()) if count else seconds["apply"]
             events.append(EventPlan(None, goal, count, 0, each))
         goals = list(self._request.sparsities)

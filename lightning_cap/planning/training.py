@@ -164,7 +164,13 @@ class _Probe(pl.Callback):
         goals, pruner = dict(run.events), callback.pruner
         steps = list(
             steps_to_come(
-                pruner, callback.schedule, run.targets, run.masks, goals.values(), callback.num_recomputations
+                pruner,
+                callback.schedule,
+                run.targets,
+                run.masks,
+                goals.values(),
+                callback.num_recomputations,
+                callback.recomputation_path,
             )
         )
         for other in pruners_of(pruner, callback.schedule, goals):

@@ -7,19 +7,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, ClassVar, Literal, cast, get_args
 
 from torch import nn
 
 from lightning_cap.errors import UnsupportedError
 from lightning_cap.sparsity.unit_prices import UnitPrices, flop_prices, parameter_prices
 from lightning_cap.sparsity.units import Units
-from lightning_cap.utilities.arguments import require_instance, require_real, require_whole
+from lightning_cap.utilities.arguments import require_choice, require_instance, require_real, require_whole
 from lightning_cap.utilities.decimals import round_share
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 MOST_STEPS = 10_000  # of a way to a goal, each with gradients of its own
+
+#: How sparsities lead to a goal: the density falls by the same factor in each step, or the sparsity rises by the same amount.
+StepPath = Literal["exponential", "linear"]
 
 
 class Cost(ABC):
@@ -151,18 +154,39 @@ def require_zeros(name: str, shapes: object, zeros: object) -> None:
         require_whole(f"{name}[{target!r}]", cast("Mapping[str, object]", zeros).get(target), at_least=0)
 
 
-def steps_to(goal: float, start: float, num_steps: int) -> list[float]:
-    """Evenly spaced sparsities from ``start`` to ``goal``, the last one ``goal`` itself.
+def steps_to(goal: float, start: float, num_steps: int, path: StepPath = "exponential") -> list[float]:
+    """Sparsities from ``start`` to ``goal``, the last one ``goal`` itself.
 
     Args:
         goal: Sparsity to reach.
         start: Sparsity that is reached already.
         num_steps: How many, from 1 to 10,000.
+        path: ``"exponential"``: each step keeps the same share of what the one before kept, so that steps grow smaller;
+            ``"linear"``: evenly spaced. To a goal of 1, which keeps nothing, every path is linear.
 
     Raises:
-        ConfigError: A number is out of range.
+        ConfigError: A number is out of range, or ``path`` is none of these.
     """
     require_real("goal", goal, "[0, 1]", example=0.5)
     require_real("start", start, "[0, 1]", example=0.0)
     require_whole("num_steps", num_steps, at_most=MOST_STEPS, example=4)
-    return [start + (goal - start) * step / num_steps for step in range(1, num_steps)] + [goal]
+    require_path_of_steps("path", path)
+    shares = [step / num_steps for step in range(1, num_steps)]
+    if path == "linear" or 1 in (goal, start):
+        return [start + (goal - start) * share for share in shares] + [goal]
+    low, high = min(start, goal), max(start, goal)
+    kept, left = 1 - start, 1 - goal
+    return [min(max(1 - kept * (left / kept) ** share, low), high) for share in shares] + [goal]
+
+
+def require_path_of_steps(name: str, value: object) -> None:
+    """Refuse what is no `StepPath`.
+
+    Args:
+        name: Of the argument.
+        value: Of the argument.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    require_choice(name, value, get_args(StepPath))

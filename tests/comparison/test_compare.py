@@ -174,7 +174,7 @@ def test_grids_change_one_setting_at_a_time(tmp_path: Path, monkeypatch: pytest.
     assert len({record.solution for record in records if record.pruner == "CAP"}) == 6
     assert by_label["CAP damp=0.01"].loss_increase["calibration"] is None
     net = toy().net
-    steps = [(0.375, 0), (0.75, 1)]
+    steps = [(0.5, 0), (0.75, 1)]
     want = None
     for sparsity, _ in steps:
         want = prune(net, [], lambda m, b: torch.zeros(()), sparsity, Magnitude(), progress=False)

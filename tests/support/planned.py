@@ -52,7 +52,7 @@ def planned_oneshot(settings: Settings = QUICK, **given: Any) -> RunPlan:
     """The plan of a comparison."""
     asked = {
         "pruners": CAP(block_size=16, num_gradients=64, damp=1e-5), "sparsities": [0.5, 0.75], "seeds": (0,), "include": None,
-        "exclude": None, "folder": None, "num_recomputations": 1, "grids": None, "surface": None, "fisher_block": 0,
-        "save_weights": None, "loss_samples": 64, "max_rows_memory": None,
+        "exclude": None, "folder": None, "num_recomputations": 1, "recomputation_path": "exponential", "grids": None,
+        "surface": None, "fisher_block": 0, "save_weights": None, "loss_samples": 64, "max_rows_memory": None,
     }  # fmt: skip
     return plan_oneshot(configured(), small_model(), DigitsDataModule(batch_size=64), settings, **{**asked, **given})

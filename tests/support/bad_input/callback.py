@@ -30,6 +30,7 @@ LINES: list[Line] = [
     *bad("include", *NO_NAMES),
     *bad("exclude", *NO_NAMES),
     *bad("num_recomputations", *NO_COUNTS),
+    *bad("recomputation_path", None, True, "cubic", ["linear"], 2, words=["'exponential' or 'linear'"]),
     *bad("existing_zeros", None, 1, "yes"),
     *bad("save", None, True, "all", ["last"], 3, words=["'last', 'best', 'both' or 'none'"]),
     *bad("save_sparsities", 0.5, "0.5", {0.5}, True),

@@ -110,6 +110,7 @@ LINES = [
     *wrong(_compare, "folder", 3, True, "", ["a"], object),
     *wrong(_compare, "ckpt_path", 3, True, ["a"], "", object, "best", "last", "hpc"),
     *wrong(_compare, "num_recomputations", *NO_COUNTS, 10**12),
+    *wrong(_compare, "recomputation_path", None, True, "cubic", ["linear"], 2),
     *wrong(_compare, "grids", "damp", 3, True, ["damp"], object),
     *wrong(_compare, "surface", "CAP", 3, {"pruners": ["CAP", "GM"]}, LossSurface),
     *wrong(_compare, "fisher_block", *_NO_SIZES, given={"folder": "out"}),

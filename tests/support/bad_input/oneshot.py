@@ -64,6 +64,7 @@ LINES = [
     *wrong(pruned, "include", "2.weight", 3, True, {"2.weight": 1}, [3], [None], error=TargetError),
     *wrong(pruned, "exclude", "2.weight", 3, True, [3], [""], error=TargetError),
     *wrong(pruned, "num_recomputations", *NO_COUNTS, 10**12),
+    *wrong(pruned, "recomputation_path", None, True, "cubic", ["linear"], 2),
     *wrong(pruned, "progress", "yes", 1, None, []),
     Line("prune: an iterator for two steps", lambda _: pruned(batches=iter([BATCH]), num_recomputations=2), ConfigError,
          ("num_recomputations=2", "iterator")),

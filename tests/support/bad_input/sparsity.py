@@ -183,6 +183,7 @@ LINES = [
     *wrong(budget, "total", "3", None, True, 3.0, -1),
     *wrong(steps_to, "goal", "0.5", None, 2.0, given={"start": 0.0, "num_steps": 2}),
     *wrong(steps_to, "start", "0.5", None, float("nan"), given={"goal": 0.5, "num_steps": 2}),
+    *wrong(steps_to, "path", None, True, "cubic", ["linear"], 2, given={"goal": 0.5, "start": 0.0, "num_steps": 2}),
     *wrong(steps_to, "num_steps", *NO_COUNTS, 10**12, given={"goal": 0.5, "start": 0.0}),
     *wrong(BlockLayout, "shapes", None, [(4, 8)], "a", given={"block_size": 4}),
     *wrong(BlockLayout, "block_size", *NO_COUNTS, given={"shapes": SHAPES}),
