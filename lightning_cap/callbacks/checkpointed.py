@@ -115,7 +115,7 @@ class CheckpointedRun(pl.Callback):
 
     def _settings(self, run: Run) -> dict[str, str]:
         others: dict[str, Any] = {"num_recomputations": self.num_recomputations, "seed": self.seed}
-        if self.num_recomputations > 1:
+        if self.recomputation_path != "exponential":
             others["recomputation_path"] = self.recomputation_path
         return describe_settings(run.events, self.pruner, **others)
 
