@@ -132,7 +132,7 @@ class InputCollector:
         if not optional:
             for name, layer in layers.items():
                 _check_layer(layer, name, targets.paths[name])
-        self._layers: dict[str, Any] = {n: x for n, x in layers.items() if _is_known(x, targets.paths[n])}
+        self._layers: dict[str, Any] = {n: x for n, x in layers.items() if inputs_known(x, targets.paths[n])}
         self._optional = optional
         self._device = targets.device
         self.trial = trial
@@ -186,7 +186,7 @@ class InputCollector:
 
         def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]:
             def take(layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
-                gram = _gram(layer, args[0] if args else named["input"])
+                gram = outer_products(layer, args[0] if args else named["input"])
                 grams[name] = grams[name].add_(gram) if name in grams else gram
 
             return take
@@ -195,8 +195,7 @@ class InputCollector:
             for name, layer in self._layers.items():
                 handle = layer.register_forward_pre_hook(hook(name), with_kwargs=True)
                 stack.callback(handle.remove)
-            with torch.inference_mode(False), torch.no_grad(), self._context(), PlainNormalization():
-                self._loss(self._model, batch)
+            run_forward(self._model, self._loss, batch, self._context)
         missing = [name for name in self._layers if name not in grams]
         if missing and not self._optional:
             raise TargetError(
@@ -207,12 +206,21 @@ class InputCollector:
         return grams
 
 
-def _is_known(layer: nn.Module, path: str) -> bool:
+def run_forward(
+    model: nn.Module, loss: Loss, batch: Any, context: Callable[[], AbstractContextManager[Any]]
+) -> None:
+    """A forward pass for what hooks see of it."""
+    with torch.inference_mode(False), torch.no_grad(), context(), PlainNormalization():
+        loss(model, batch)
+
+
+def inputs_known(layer: nn.Module, path: str) -> bool:
+    """Whether ``path`` is the weight of a layer whose inputs to an output row are known: a plain Linear, Conv1d or Conv2d."""
     return path.rpartition(".")[2] == "weight" and type(layer).forward in _KNOWN
 
 
 def _check_layer(layer: nn.Module, name: str, path: str) -> None:
-    if not _is_known(layer, path):
+    if not inputs_known(layer, path):
         raise TargetError(
             f"target {name!r} belongs to a {type(layer).__name__}, whose inputs to a row are not known: layer-wise pruning needs "
             f"plain Linear, Conv1d or Conv2d layers. Leave it out with exclude=[{name!r}]."
@@ -227,28 +235,43 @@ def _inputs(layer: Any) -> int:
     return int(layer.weight[0].numel())
 
 
-@torch.no_grad()
-def _gram(layer: Any, x: Tensor) -> Tensor:
-    """``(G, I, I)`` sum of the outer products of a layer's inputs."""
+def outer_products(layer: Any, x: Tensor, ones: bool = False) -> Tensor:
+    """Sum of the outer products of what the output rows of a layer are given.
+
+    Args:
+        layer: See `inputs_known`.
+        x: What it is called with.
+        ones: Add an input that is always 1, as the last: the bias as one more weight.
+
+    Returns:
+        ``(G, I, I)`` float32 for each group of a grouped convolution, in the order of the weight as stored; ``I + 1`` with ``ones``.
+    """
     size = _inputs(layer)
-    total = torch.zeros(_groups(layer), size, size, dtype=torch.float32, device=x.device)
+    total = torch.zeros(_groups(layer), size + ones, size + ones, dtype=torch.float32, device=x.device)
+    with torch.no_grad(), full_float32():
+        for rows in _rows(layer, x.detach()):
+            total[:, :size, :size] += rows.mT @ rows
+            if ones:
+                total[:, -1, :size] += rows.sum(1)
+                total[:, -1, -1] += rows.shape[1]
+    if ones:
+        total[:, :size, -1] = total[:, -1, :size]
+    return total
+
+
+def _rows(layer: Any, x: Tensor) -> Iterator[Tensor]:
+    """What the output rows of a layer are multiplied with, in chunks ``(G, n, I)`` float32, over all samples and positions."""
     dims = _KNOWN[type(layer).forward]
     if not dims:
-        with full_float32():
-            for rows in x.detach().reshape(-1, x.shape[-1]).split(max(1, _FLOATS // x.shape[-1])):
-                part = rows.float()
-                total[0] += part.mT @ part
-        return total
-    x = x.detach() if x.dim() == dims + 2 else x.detach().unsqueeze(0)
+        for rows in x.reshape(-1, x.shape[-1]).split(max(1, _FLOATS // x.shape[-1])):
+            yield rows.float().unsqueeze(0)
+        return
+    x = x if x.dim() == dims + 2 else x.unsqueeze(0)
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     x = F.pad(x, layer._reversed_padding_repeated_twice, mode=mode)
     if dims == 1:
         x = x.unsqueeze(2)
     kernel, stride, dilation = ((1,) * (2 - dims) + tuple(v) for v in (layer.kernel_size, layer.stride, layer.dilation))
-    with full_float32():
-        for images in x.split(max(1, _FLOATS // (x[0].numel() * kernel[0] * kernel[1]))):
-            columns = F.unfold(images.float(), kernel, dilation, 0, stride)  # (n, G·I, L)
-            part = columns.unflatten(1, (_groups(layer), -1)).transpose(0, 1)  # (G, n, I, L)
-            part = part.transpose(2, 3).flatten(1, 2)
-            total += part.mT @ part
-    return total
+    for images in x.split(max(1, _FLOATS // (x[0].numel() * kernel[0] * kernel[1]))):
+        columns = F.unfold(images.float(), kernel, dilation, 0, stride)  # (n, G·I, L)
+        yield columns.unflatten(1, (_groups(layer), -1)).permute(1, 0, 3, 2).flatten(1, 2)
