@@ -206,9 +206,7 @@ class InputCollector:
         return grams
 
 
-def run_forward(
-    model: nn.Module, loss: Loss, batch: Any, context: Callable[[], AbstractContextManager[Any]]
-) -> None:
+def run_forward(model: nn.Module, loss: Loss, batch: Any, context: Callable[[], AbstractContextManager[Any]]) -> None:
     """A forward pass for what hooks see of it."""
     with torch.inference_mode(False), torch.no_grad(), context(), PlainNormalization():
         loss(model, batch)
@@ -244,7 +242,7 @@ def outer_products(layer: Any, x: Tensor, ones: bool = False) -> Tensor:
         ones: Add an input that is always 1, as the last: the bias as one more weight.
 
     Returns:
-        ``(G, I, I)`` float32 for each group of a grouped convolution, in the order of the weight as stored; ``I + 1`` with ``ones``.
+        ``(G, I, I)`` float32 for the ``G`` groups of a convolution, in the order of the weight as stored; with ``ones``, ``I + 1``.
     """
     size = _inputs(layer)
     total = torch.zeros(_groups(layer), size + ones, size + ones, dtype=torch.float32, device=x.device)

@@ -40,7 +40,8 @@ class PausedCall:
         self._random: dict[str, Any] | None = None
         stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         context = contextvars.copy_context()
-        self._thread = threading.Thread(target=context.run, args=(self._run, function, stream), daemon=True)
+        run = self._run, function, stream
+        self._thread = threading.Thread(target=context.run, args=run, name="lockstep", daemon=True)
 
     def resume(self) -> Any:
         """Let it go on.
@@ -97,16 +98,14 @@ class PausedCall:
             raise _Ended
 
 
-def current() -> PausedCall | None:
-    """The call that this thread runs."""
-    call: PausedCall | None = getattr(_own, "call", None)
-    return call
+def in_paused_call() -> bool:
+    """Whether this thread is that of a `PausedCall`."""
+    return getattr(_own, "call", None) is not None
 
 
 def pause(value: Any) -> None:
     """Inside a `PausedCall`: hand ``value`` to the caller, and wait until that resumes it."""
-    call = current()
-    assert call is not None
+    call: PausedCall = _own.call
     call._pause(value)
 
 

@@ -53,7 +53,7 @@ class RowSolver:
         Raises:
             GradientError: The matrix or a right-hand side is not finite.
         """
-        kept = self._support[rows].sum(-1)
+        asked, kept = rows, self._support[rows].sum(-1)
         lost = self._support.shape[1] - kept
         groups, size, _ = self._matrix.shape
         saved = (kept.double() ** 3 - lost.double() ** 3).clamp_min(0) / 3
@@ -63,7 +63,7 @@ class RowSolver:
                 rows = torch.cat([rows[saved == 0], unsolved])
                 kept = self._support[rows].sum(-1)
             self._solve_by_kept(rows, kept)
-        return self._out
+        return self._out[asked]
 
     def _solve_by_kept(self, rows: Tensor, kept: Tensor) -> None:
         typed: dict[torch.dtype, Tensor] = {}
@@ -98,19 +98,21 @@ class RowSolver:
         _in_chunks(rows, lost, work)
         x = (free - self._times(found, inverse)).masked_fill_(~self._support, 0.0)[rows]
         self._out[rows] = x
-        return torch.cat([*failed, rows[~torch.isfinite(x).all(-1)]]).unique()
+        unsolved: Tensor = torch.cat([*failed, rows[~torch.isfinite(x).all(-1)]]).unique()
+        return unsolved
 
     def _inverse(self) -> Tensor:
         """``(G, I, I)`` float64; NaN where there is none."""
         eye = torch.eye(self._matrix.shape[1], dtype=torch.float64, device=self._matrix.device)
         factor, info = torch.linalg.cholesky_ex(self._matrix + self._ridge * eye)
-        inverse = torch.cholesky_inverse(factor)
+        inverse: Tensor = torch.cholesky_inverse(factor)
         inverse[info != 0] = torch.nan
         return inverse
 
     def _times(self, rows: Tensor, matrix: Tensor) -> Tensor:
         """All rows, each times the matrix of its group."""
-        return torch.bmm(rows.view(len(matrix), -1, rows.shape[1]), matrix).view_as(rows)
+        product: Tensor = torch.bmm(rows.view(len(matrix), -1, rows.shape[1]), matrix)
+        return product.view_as(rows)
 
 
 def _in_chunks(rows: Tensor, sizes: Tensor, work: Callable[[Tensor], None]) -> None:
