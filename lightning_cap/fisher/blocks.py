@@ -13,10 +13,17 @@ from torch import Tensor
 from lightning_cap.calibration.sources import check_any_rows, check_rows
 from lightning_cap.errors import GradientError
 from lightning_cap.fisher.row_buffers import DirectRowBuffer, Fill, RowBuffer, StagedRowBuffer
+from lightning_cap.fisher.shrinkage import Shrinkable, correlations, shrink_blocks
 from lightning_cap.kernels.cpu.threads import over_blocks
 from lightning_cap.sparsity.block_layout import BlockLayout, Selection
 from lightning_cap.utilities import distributed
-from lightning_cap.utilities.arguments import require_choice, require_counts, require_flag, require_instance
+from lightning_cap.utilities.arguments import (
+    require_choice,
+    require_counts,
+    require_flag,
+    require_instance,
+    require_real,
+)
 from lightning_cap.utilities.precision import full_float32
 
 #: ``"full"`` blocks, or ``"packed"`` lower triangles (half the memory). ``"auto"``: packed on the CPU, full on a GPU.
@@ -82,6 +89,8 @@ class EmpiricalFisher:
             blocks, and added up there in global order: that of the calls of `update`, and of the ranks in each. Then every rank
             must call `update` and `finish` equally often, with rows of its own samples. Default: this process holds all.
         allow_tf32: Let a GPU round the rows to TF32 in products (ten bits of mantissa).
+        shrinkage: How far the correlations of each block are shrunk towards those of its layer, in [0, 1]. See
+            `lightning_cap.fisher.shrinkage`.
 
     Raises:
         ConfigError: An argument is out of range.
@@ -99,6 +108,7 @@ class EmpiricalFisher:
         storage_device: torch.device | None = None,
         shares: Sequence[Tensor] | None = None,
         allow_tf32: bool = False,
+        shrinkage: float = 0.0,
     ) -> None:
         require_instance("layout", layout, BlockLayout, "targets.blocks(192)")
         require_instance("device", device, torch.device, "torch.device('cpu')")
@@ -106,8 +116,9 @@ class EmpiricalFisher:
         require_counts(row_chunk=row_chunk)
         require_choice("storage", storage, get_args(Storage))
         require_flag("allow_tf32", allow_tf32)
+        require_real("shrinkage", shrinkage, "[0, 1]", example=0.5)
         self.count = 0
-        self._layout, self._device = layout, device
+        self._layout, self._device, self._shrinkage = layout, device, shrinkage
         self._shares = [Selection(layout, share) for share in shares] if shares else [Selection(layout)]
         self._selection = self._shares[distributed.rank() if len(self._shares) > 1 else 0]
         storage_device = storage_device or device
@@ -165,6 +176,9 @@ class EmpiricalFisher:
         del self._rows
         with distributed.raise_on_all_ranks("Adding up the Fisher") if len(self._shares) > 1 else nullcontext():
             self._check()
+        if self._shrinkage and isinstance(self._sums, Shrinkable):
+            with full_float32():
+                shrink_blocks(self._sums, self._layout, self._selection, self._shrinkage, len(self._shares) > 1)
         return FisherBlocks(self._sums, 1 / self.count, self._device)
 
     def _check(self) -> None:
@@ -226,7 +240,7 @@ class BlockSums(ABC):
         """``(K', B)``."""
 
 
-class _FullSums(BlockSums):
+class _FullSums(BlockSums, Shrinkable):
     def __init__(self, num_blocks: int, block_size: int, device: torch.device, allow_tf32: bool) -> None:
         self._sums = torch.zeros(num_blocks, block_size, block_size, device=device)
         self._tf32, self.device = allow_tf32, device
@@ -246,8 +260,25 @@ class _FullSums(BlockSums):
     def diagonal(self) -> Tensor:
         return self._sums.diagonal(dim1=-2, dim2=-1)
 
+    def pool(self, index: Tensor) -> Tensor:
+        chunks = self._chunks(index)
+        total = torch.zeros(self._sums.shape[1:], dtype=torch.float64, device=self.device)
+        return sum((self._sums[some].sum(0, dtype=torch.float64) for some in chunks), total)
 
-class _PackedSums(BlockSums):
+    def shrink(self, index: Tensor, pooled: Tensor, share: float) -> None:
+        i = torch.arange(pooled.shape[0], device=self.device)
+        target = correlations(pooled, i.unsqueeze(1), i, pooled.diagonal()).float().fill_diagonal_(1.0)
+        for some in self._chunks(index):
+            blocks = self._sums[some]
+            root = blocks.diagonal(dim1=-2, dim2=-1).sqrt()
+            self._sums[some] = blocks.lerp_(target * root.unsqueeze(2) * root.unsqueeze(1), share)
+
+    def _chunks(self, index: Tensor) -> Sequence[Tensor]:
+        chunks: Sequence[Tensor] = index.to(self.device).split(max(1, _TEMPORARY_FLOATS // self._sums[0].numel()))
+        return chunks
+
+
+class _PackedSums(BlockSums, Shrinkable):
     """Triangles, ``(K', B (B + 1) / 2)``; in the order of `lightning_cap.kernels.cpu.packed` on the CPU."""
 
     def __init__(self, num_blocks: int, block_size: int, device: torch.device, allow_tf32: bool) -> None:
@@ -285,6 +316,39 @@ class _PackedSums(BlockSums):
         return self.sums[index][:, high * (high + 1) // 2 + low].mul_(scale)
 
     def diagonal(self) -> Tensor:
-        i = torch.arange(self._block_size, device=self.device)
-        diagonal = self.sums[:, i * (i + 3) // 2]
+        diagonal = self._on_diagonal(self.sums)
         return diagonal.flip(-1) if self.device.type == "cpu" else diagonal
+
+    def pool(self, index: Tensor) -> Tensor:
+        total = torch.zeros(self.sums.shape[1], dtype=torch.float64, device=self.device)
+        if self.device.type == "cpu":
+            from lightning_cap.kernels.cpu.shrink import pool_triangles
+
+            packed, chosen, out = self.sums.numpy(), index.numpy(), total.numpy()
+            over_blocks(lambda first, last: pool_triangles(packed, chosen, out, first, last), len(total))
+            return total
+        return sum((self.sums[some].sum(0, dtype=torch.float64) for some in self._chunks(index)), total)
+
+    def shrink(self, index: Tensor, pooled: Tensor, share: float) -> None:
+        B = self._block_size
+        rows, columns = torch.tril_indices(B, B, device=self.device)
+        target = correlations(pooled, rows, columns, self._on_diagonal(pooled)).float()
+        if self.device.type == "cpu":
+            from lightning_cap.kernels.cpu.shrink import shrink_triangles
+
+            packed, chosen, goal = self.sums.numpy(), index.numpy(), target.numpy()
+            over_blocks(lambda first, last: shrink_triangles(packed, chosen, goal, share, first, last), len(index))
+            return
+        target[rows == columns] = 1.0
+        for some in self._chunks(index):
+            root = self._on_diagonal(self.sums[some]).sqrt()
+            self.sums[some] = self.sums[some].lerp_(target * root[:, rows] * root[:, columns], share)
+
+    def _on_diagonal(self, triangles: Tensor) -> Tensor:
+        """The entries on the diagonal, in the order of the triangle's rows."""
+        i = torch.arange(self._block_size, device=triangles.device)
+        return triangles[..., i * (i + 3) // 2]
+
+    def _chunks(self, index: Tensor) -> Sequence[Tensor]:
+        chunks: Sequence[Tensor] = index.to(self.device).split(max(1, _TEMPORARY_FLOATS // self.sums.shape[1]))
+        return chunks

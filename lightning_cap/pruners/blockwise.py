@@ -191,15 +191,18 @@ class FisherBlockwise(GradientBlockwise):
     Args:
         storage: Full blocks or lower triangles. See `CAP`.
         allow_tf32: Let a GPU multiply gradients in TF32. See `CAP`.
+        shrinkage: How far blocks are shrunk towards their layer. See `CAP`.
     """
 
     storage: Storage = "auto"
     allow_tf32: bool = False
+    shrinkage: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice("storage", self.storage, get_args(Storage))
         require_flag("allow_tf32", self.allow_tf32)
+        require_real("shrinkage", self.shrinkage, "[0, 1]", example=0.5)
 
     def memory_model(self, layout: BlockLayout, alive: Tensor, source: SourceMemory) -> MemoryModel:
         """Blocks in the storage and the backend of this pruner."""
@@ -211,7 +214,8 @@ class FisherBlockwise(GradientBlockwise):
         """Add up the Fisher of this rank's blocks of one pass."""
         where = plan.storage_device, plan.shares[number]
         with raise_on_all_ranks("Making room for the Fisher"):
-            fisher = EmpiricalFisher(layout, plan.device, self.row_buffer, self.storage, *where, self.allow_tf32)
+            settings = self.row_buffer, self.storage, *where, self.allow_tf32, self.shrinkage
+            fisher = EmpiricalFisher(layout, plan.device, *settings)
         with reading(gradients) as chunks:
             for chunk in chunks:
                 fisher.update(chunk)

@@ -43,6 +43,8 @@ class CAP(FisherBlockwise):
         backend: Code of the solver: ``"numba"`` (CPU), ``"triton"`` (CUDA), ``"torch"`` (any device), or ``"auto"``.
         row_chunk: Gradient rows that are added to the Fisher at once. Fixed, since results depend on it by rounding.
         allow_tf32: Let a GPU multiply gradients in TF32 (ten bits of mantissa) for the Fisher: faster, less exact.
+        shrinkage: How far the correlations inside each block are shrunk towards their mean over all blocks at the same place of the
+            output rows of its layer, in [0, 1]. The diagonal of each block stays its own. It takes the place of many gradients.
 
     Raises:
         ConfigError: A number is out of range, or the backend cannot run.

@@ -43,6 +43,7 @@ class WoodFisher(FisherBlockwise):
         storage: See `CAP`.
         row_chunk: See `CAP`.
         allow_tf32: See `CAP`.
+        shrinkage: See `CAP`.
 
     Raises:
         ConfigError: A setting is out of range.

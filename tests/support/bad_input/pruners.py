@@ -243,6 +243,7 @@ LINES = [
     ),
     *(entry for kind in (CAP, WoodFisher) for entry in wrong(kind, "storage", "half", None, True, 1, ["full"])),
     *(entry for kind in (CAP, WoodFisher) for entry in wrong(kind, "allow_tf32", *NO_FLAGS)),
+    *(entry for kind in (CAP, WoodFisher) for entry in wrong(kind, "shrinkage", *NO_NUMBERS, 1.1, -0.1)),
     *wrong(CAP, "ranking", "best", None, 1, ["marginal"]),
     *(entry for kind in (CAP, LayerwiseOBS) for entry in wrong(kind, "backend", "cuda", None, 1, ["torch"])),
     *wrong(WoodFisher, "update", "all", None, True),
