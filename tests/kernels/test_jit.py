@@ -86,7 +86,7 @@ def test_an_edit_of_the_tile_is_seen_by_the_kernels(tmp_path: Path, home: Path) 
     (package / "__init__.py").touch()
     cpu = package / "kernels/cpu"
     assert kept_code.run(cpu, home, accumulate_blocks).value == 9.0
-    edit(cpu / "tile.py", "builder.fsub(", "builder.fadd(")
+    edit(cpu / "gram.py", "builder.fadd(before, value)", "builder.fsub(before, value)")
     assert kept_code.run(cpu, home, accumulate_blocks).value == -9.0
 
 

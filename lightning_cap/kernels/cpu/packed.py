@@ -8,36 +8,49 @@ from __future__ import annotations
 
 from typing import Any
 
-import numpy as np
-
+from lightning_cap.kernels.cpu.gram import HEIGHT, MOST, most_vectors, one_vector, prefetch, two_vectors
 from lightning_cap.kernels.cpu.jit import kernel
-from lightning_cap.kernels.cpu.tile import lanes_of, matrix, subtract4, whole
+from lightning_cap.kernels.cpu.tile import lanes_of, matrix, whole
 
 
 @kernel
 def accumulate_blocks(packed: Any, rows: Any, first: int, last: int) -> None:
-    """``packed[b] += Σ_s g_s g_sᵀ``, for rows ``(n, K, B)`` and blocks ``first .. last``."""
+    """``packed[b] += Σ_s g_s g_sᵀ``, for rows ``(n, K, B)`` and blocks ``first .. last``.
+
+    The sums of all ``n`` rows are formed before they are added, so that each triangle is read and written once.
+    """
     n, _, B = rows.shape
-    zero = rows.dtype.type(0)
-    R, panel = matrix(n, B, rows), matrix(4, B, rows)
-    last_weight = np.uint64(B - 1)
+    lanes = lanes_of(rows)
+    width = whole(B, lanes)
+    padding = width - B
+    block_rows = matrix(n, width, rows)
     for b in range(first, last):
         for s in range(n):
-            source = rows[s, b]
+            source, line = rows[s, b], block_rows[s]
             for j in range(B):
-                R[s, j] = source[last_weight - np.uint64(j)]
-        block = packed[b]
-        for start in range(0, B, 4):
-            end = whole(start + 4, lanes_of(rows))
-            for a in range(4):
-                for j in range(end):
-                    panel[a, j] = zero
-            subtract4(panel, end, R, 0, n, R, start)
-            for i in range(start, min(start + 4, B)):
-                offset = i * (i + 1) // 2
-                line = block[offset : offset + i + 1]
-                for j in range(i + 1):
-                    line[j] -= panel[i - start, j]
+                line[padding + j] = source[j]
+        for i in range(0, width, HEIGHT):
+            for s in range(i * n // width, (i + HEIGHT) * n // width):
+                for j in range(0, B, lanes):
+                    prefetch(rows, s, b + 1, j)
+            _add_rows(packed[b], block_rows, n, i, width, padding)
+
+
+@kernel
+def _add_rows(triangle: Any, rows: Any, n: int, i: int, width: int, padding: int) -> None:
+    """Add the products of a tile's weights ``i, i + 1, ...`` with all from there on. The first tile holds the diagonal."""
+    lanes = lanes_of(rows)
+    j = i // lanes * lanes
+    vectors = (width - j) // lanes % MOST
+    if vectors == 1:
+        one_vector(triangle, rows, n, i, j, width - 1, False)
+    elif vectors == 2:
+        two_vectors(triangle, rows, n, i, j, width - 1, False)
+    else:
+        vectors = MOST
+        most_vectors(triangle, rows, n, i, j, width - 1, False)
+    for column in range(j + vectors * lanes, width, MOST * lanes):
+        most_vectors(triangle, rows, n, i, column, width - 1, i >= padding)
 
 
 @kernel

@@ -15,7 +15,14 @@ from numba.extending import intrinsic
 
 from lightning_cap.kernels.cpu.jit import kernel
 
-_BYTES = 64  # one vector: a cache line; split into registers where those are narrower
+BYTES = 64  # one vector: a cache line; split into registers where those are narrower
+
+
+def spread(builder: Any, value: Any, lanes: int) -> Any:
+    """A vector of one value."""
+    undefined = ir.Constant(ir.VectorType(value.type, lanes), ir.Undefined)
+    one = builder.insert_element(undefined, value, ir.Constant(ir.IntType(32), 0))
+    return builder.shuffle_vector(one, undefined, ir.Constant(ir.VectorType(ir.IntType(32), lanes), None))
 
 
 def _tile(rows: int, vectors: int) -> Any:
@@ -28,7 +35,7 @@ def _tile(rows: int, vectors: int) -> Any:
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         panel_type, _, y_type, _, _, c_type, _ = signature.args
         scalar = context.get_value_type(panel_type.dtype)
-        lanes = _BYTES // context.get_abi_sizeof(scalar)
+        lanes = BYTES // context.get_abi_sizeof(scalar)
         vector = ir.VectorType(scalar, lanes)
         panel, y, c = (
             context.make_array(t)(context, builder, args[i]) for t, i in ((panel_type, 0), (y_type, 2), (c_type, 5))
@@ -60,9 +67,7 @@ def _tile(rows: int, vectors: int) -> Any:
             ys = [builder.load(as_vector(cell(y, s, columns(k))), align=size) for k in range(vectors)]
             for a in range(rows):
                 factor = builder.load(cell(c, s, builder.add(column, ir.Constant(first.type, a))))
-                one = builder.insert_element(ir.Constant(vector, ir.Undefined), factor, ir.Constant(ir.IntType(32), 0))
-                zeros = ir.Constant(ir.VectorType(ir.IntType(32), lanes), None)
-                factors = builder.shuffle_vector(one, ir.Constant(vector, ir.Undefined), zeros)
+                factors = spread(builder, factor, lanes)
                 for k in range(vectors):
                     product = builder.fmul(factors, ys[k], flags=["contract"])
                     builder.store(builder.fsub(builder.load(sums[a][k]), product, flags=["contract"]), sums[a][k])
@@ -85,7 +90,7 @@ one_row_wide = _tile(1, 4)
 @kernel
 def lanes_of(kind: Any) -> int:
     """Entries of an array's type in 64 bytes."""
-    return _BYTES // kind.itemsize
+    return BYTES // kind.itemsize
 
 
 @kernel
