@@ -109,7 +109,7 @@ class GateComputer(RowComputer):
             raise _UnsuitedError
         of = dict(zip(gates, grads, strict=True))
         return {
-            name: torch.stack([of[spot.key][:, spot.index].sum(-1) for spot in found]).sum(0).float().div_(self._scale)
+            name: self.unscaled(torch.stack([of[spot.key][:, spot.index].sum(-1) for spot in found]).sum(0))
             for name, found in spots.items()
         }
 

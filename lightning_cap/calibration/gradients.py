@@ -213,7 +213,7 @@ class GradientCollector:
     def _try(self, batch: Any) -> None:
         check_batch(self._samples, batch_size(batch, default=0))
         one, samples = next(iter(self._computer.split(batch, 1))), batch_size(batch, default=1)
-        row, peak = measure_peak(lambda: _also_finite(self._computer.one(one)), self._targets.device)
+        row, peak = measure_peak(lambda: self._computer.one(one), self._targets.device)
         size = self._row_bytes
         memory = SourceMemory(peak, 0, size, 1, max(1, samples // self._samples))
         if self._vmap:
@@ -230,7 +230,7 @@ class GradientCollector:
         for n in sorted({most, -(-most // 2)}):
             some = slice_batch(batch, size, 0, n)
             try:
-                rows, peaks[n] = measure_peak(functools.partial(self._some_rows, some), device)
+                rows, peaks[n] = measure_peak(functools.partial(self._computer.at_once, some), device)
             except Exception as error:
                 if is_out_of_memory(error):
                     break
@@ -244,9 +244,6 @@ class GradientCollector:
         least, most = min(peaks), max(peaks)
         per_row = (peaks[most] - peaks[least]) // (most - least) if most > least else peaks[most]
         return max(0, peaks[most] - most * per_row), per_row
-
-    def _some_rows(self, batch: Any) -> dict[str, Tensor]:
-        return _also_finite(self._computer.at_once(batch))
 
     def _agrees(self, rows: dict[str, Tensor], row: dict[str, Tensor], one: Any) -> bool:
         """Whether vmap gives the row of autograd; else it is done without."""
@@ -326,15 +323,14 @@ class GradientCollector:
         )
 
 
-def _also_finite(chunk: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The chunk itself, after what is always done to it."""
-    _finite(chunk)
-    return chunk
-
-
 def _finite(chunk: dict[str, Tensor]) -> dict[str, Tensor]:
-    finite = torch.stack([torch.isfinite(row.flatten(1)).all(1) for row in chunk.values()]).all(0)
-    return chunk if bool(finite.all()) else {name: row[finite] for name, row in chunk.items()}
+    """The chunk without the rows that are not finite. Sums tell, which take one reading and no room; those of finite rows overflow
+    hardly ever, and such rows are looked at again."""
+    sums = torch.stack([rows.sum(tuple(range(1, rows.dim()))) for rows in chunk.values()])
+    finite = sums.isfinite().all(0)
+    for i in (~finite).nonzero().flatten().tolist():
+        finite[i] = all(bool(rows[i].isfinite().all()) for rows in chunk.values())
+    return chunk if bool(finite.all()) else {name: rows[finite] for name, rows in chunk.items()}
 
 
 def rows_at_once(targets: Targets) -> int:

@@ -100,7 +100,7 @@ class RowComputer:
                 f"loss: it depends on none of the {len(self._targets)} targets, so nothing can be pruned by it."
             )
         return {
-            name: (torch.zeros_like(weight) if g is None else g.detach()).float().div_(self._scale).unsqueeze(0)
+            name: self.unscaled(torch.zeros_like(weight) if g is None else g).unsqueeze(0)
             for (name, weight), g in zip(self._targets.items(), grads, strict=True)
         }
 
@@ -122,7 +122,12 @@ class RowComputer:
         with torch.inference_mode(False), torch.enable_grad(), self._context(), vmap_friendly():
             weights = [weight.detach() for weight in self._targets.values()]
             rows = vmap(grad(loss), in_dims=(None, 0), randomness="different")(weights, tensors)
-        return {name: row.detach().float().div_(self._scale) for name, row in zip(names, rows, strict=True)}
+        return {name: self.unscaled(row) for name, row in zip(names, rows, strict=True)}
+
+    def unscaled(self, rows: Tensor) -> Tensor:
+        """Float32 gradients, detached, with the factor on the loss taken off, in place where that is possible."""
+        rows = rows.detach().float()
+        return rows if self._scale == 1 else rows.div_(self._scale)
 
 
 class _LossProgram(nn.Module):

@@ -9,10 +9,15 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import torch
 from torch import Tensor
 
+from lightning_cap.kernels.cpu.threads import over_blocks
+
 #: ``fill(out, first)`` writes rows ``first, first + 1, ...`` of what has arrived into ``out`` ``(n, K, B)``.
 Fill = Callable[[Tensor, int], None]
 #: ``add(rows)`` adds ``(n, K, B)`` rows to the sums.
 Add = Callable[[Tensor], None]
+
+
+_SHARED_BYTES = 2**23  # that are worth several threads
 
 
 class RowBuffer(ABC):
@@ -57,7 +62,16 @@ class DirectRowBuffer(RowBuffer):
         self._buffer = torch.empty(shape, device=device)
 
     def _write(self, start: int, count: int, fill: Fill, first: int) -> None:
-        fill(self._buffer[start : start + count], first)
+        out = self._buffer[start : start + count]
+        if out.device.type != "cpu" or out.nbytes < _SHARED_BYTES:
+            fill(out, first)
+            return
+
+        @torch.no_grad()
+        def work(a: int, b: int) -> None:
+            fill(out[a:b], first + a)
+
+        over_blocks(work, count)
 
     def _hand_on(self, add: Add) -> None:
         add(self._buffer[: self._filled])

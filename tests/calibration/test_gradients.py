@@ -153,6 +153,17 @@ def test_non_finite_rows_are_skipped_and_counted(m: int) -> None:
     assert (collector.skipped, collector.collected) == (1, 24 // m - 1)
 
 
+def test_rows_whose_sum_alone_overflows_are_kept_and_infinities_that_cancel_are_not() -> None:
+    """The gradient of the mean of a linear layer without bias is its input."""
+    model = nn.Sequential(nn.Linear(2, 1, bias=False))
+    x = torch.tensor([[3e38, 3e38], [1.0, 2.0], [float("inf"), -float("inf")], [-3e38, -3e38]])
+    targets = Targets.from_model(model, include=["0.weight"])
+    collector = GradientCollector(model, targets, lambda model, batch: model(batch[0]).mean(), [(x, x)], 4)
+    with pytest.warns(UserWarning, match="1 of 4 gradient samples are not finite"):
+        got = rows(collector)
+    assert torch.equal(got["0.weight"], x[[0, 1, 3]].unsqueeze(1))
+
+
 def test_too_many_non_finite_rows_fail() -> None:
     model = mlp()
     data = batches()

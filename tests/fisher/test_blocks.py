@@ -4,8 +4,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_cap.errors import GradientError
+from lightning_cap.fisher import row_buffers
 from lightning_cap.fisher.blocks import EmpiricalFisher, fisher_bytes
 from lightning_cap.fisher.row_buffers import StagedRowBuffer
 from lightning_cap.sparsity.block_layout import BlockLayout
@@ -86,6 +88,37 @@ def test_rows_copied_to_main_memory_by_turns_give_the_same_sums(monkeypatch: pyt
     blocks = staged.finish()
     blocks.device = CPU
     assert torch.equal(blocks[torch.arange(len(blocks))], direct)
+
+
+class _Operators(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_rows_are_copied_without_the_threads_of_torch() -> None:
+    """They wait for one another after each copy of a target of a row: half a minute on busy cores, where rows come one by one."""
+    fisher = EmpiricalFisher(BlockLayout(SHAPES, 8), CPU, row_chunk=4)
+    with _Operators() as operators:
+        for chunk in _chunks(_rows(6), [1, 1, 4]):
+            fisher.update(chunk)
+    assert not {name for name in operators.names if name.startswith(("copy", "_to_copy", "clone", "index"))}
+
+
+def test_rows_are_copied_by_several_threads_where_there_are_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    layout = BlockLayout(SHAPES, 8)
+    rows = {name: r.requires_grad_() for name, r in _rows(70).items()}
+    expected = _fisher([rows], layout)
+    monkeypatch.setattr(row_buffers, "_SHARED_BYTES", 0)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    fisher = _fisher([rows], layout)
+    assert torch.equal(fisher, expected)
+    half = _fisher([{name: r.bfloat16() for name, r in rows.items()}], layout)
+    assert not half.requires_grad
 
 
 def test_packed_blocks_take_half() -> None:

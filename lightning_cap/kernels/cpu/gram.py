@@ -149,9 +149,8 @@ def _products(vectors: int) -> Any:
 one_vector, two_vectors, most_vectors = (_products(vectors) for vectors in (1, min(2, MOST), MOST))
 
 
-@intrinsic
-def prefetch(typing: Any, array: Any, s: Any, b: Any, j: Any) -> Any:
-    """Ask for the cache line of an entry of a C-contiguous array of three dimensions, which need not be in it."""
+def _prefetch() -> Any:
+    """``prefetch(array, s, b, j)``: ask for the cache line of an entry of a C-contiguous array, which need not be in it."""
 
     def generate(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         given = context.make_array(signature.args[0])(context, builder, args[0])
@@ -160,4 +159,11 @@ def prefetch(typing: Any, array: Any, s: Any, b: Any, j: Any) -> Any:
         fetch(builder, builder.gep(given.data, [builder.add(builder.mul(block, width), args[3])]), write=False)
         return context.get_dummy_value()
 
-    return types.void(array, types.intp, types.intp, types.intp), generate
+    @intrinsic
+    def prefetch(typing: Any, array: Any, s: Any, b: Any, j: Any) -> Any:
+        return types.void(array, types.intp, types.intp, types.intp), generate
+
+    return prefetch
+
+
+prefetch = _prefetch()
