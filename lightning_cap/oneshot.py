@@ -17,8 +17,10 @@ from torch.utils import _pytree as pytree
 
 from lightning_cap.calibration.sources import GradientSource, Trial, repeatable
 from lightning_cap.errors import ConfigError
+from lightning_cap.healing import HealArgument
+from lightning_cap.healing.parts import ModelParts
 from lightning_cap.pruners import CAP, Pruner, PruneResult
-from lightning_cap.pruners.base import prepare, refuse_regrowth, refuse_splitting
+from lightning_cap.pruners.base import heal_of, prepare, refuse_regrowth, refuse_splitting, with_heal
 from lightning_cap.sparsity.cost import StepPath, require_path_of_steps, steps_to
 from lightning_cap.sparsity.ends import PENDING
 from lightning_cap.sparsity.layer_graph import Flow, trace
@@ -26,10 +28,18 @@ from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.trainer.ends import agree_on_ends
 from lightning_cap.trainer.isolation import preserve_state
+from lightning_cap.trainer.mending import Mender, Reader, note_missing_batch_norm
 from lightning_cap.trainer.units import units_of_model
 from lightning_cap.utilities import distributed
-from lightning_cap.utilities.arguments import require_callable, require_flag, require_instance, require_iterable
+from lightning_cap.utilities.arguments import (
+    require_callable,
+    require_flag,
+    require_instance,
+    require_iterable,
+    shown,
+)
 from lightning_cap.utilities.progress import Progress
+from lightning_cap.utilities.rng import Domain
 
 
 @distributed.fail_together("Pruning")
@@ -44,13 +54,15 @@ def prune(
     num_recomputations: int = 1,
     recomputation_path: StepPath = "exponential",
     progress: bool = True,
+    heal: HealArgument = None,
+    recalibrate: bool = False,
 ) -> PruneResult:
     """Prune ``model`` in place to ``sparsity``; zeros that it has already stay.
 
     Args:
         model: Any module; put into eval mode while gradients are taken.
-        batches: Calibration batches, moved to the model's device; re-iterable if ``num_recomputations`` > 1. Tensors in them
-            have the samples in dim 0.
+        batches: Calibration batches, moved to the model's device; re-iterable if they are read more than once, by
+            ``num_recomputations``, ``heal`` or ``recalibrate``. Tensors in them have the samples in dim 0.
         loss_fn: ``loss_fn(model, batch)`` -> scalar, the mean loss of the batch. Call the ``model`` that is passed in.
         sparsity: Zeros over all weights of the targets, in [0, 1); with a pruner of units such as `CAPUnits` the share of its cost
             that is to be saved.
@@ -62,6 +74,9 @@ def prune(
         num_recomputations: Prune in so many steps of rising sparsity, with fresh gradients for each.
         recomputation_path: How it rises: ``"exponential"``, the density falls by the same factor in each step, or ``"linear"``.
         progress: Show a progress bar.
+        heal: ``"layerwise"`` or a `Heal`: moves the weights that are kept, and biases, after each step, by the inputs of
+            layers alone. Default: what the pruner's own ``heal`` says.
+        recalibrate: Estimate the statistics of batch norm anew in the end, from up to 1,024 samples of ``batches``.
 
     Returns:
         The result that was applied: weights, masks, sparsity, and the predicted loss increase of pruners that predict it.
@@ -76,7 +91,8 @@ def prune(
     )
     require_instance("pruner", pruner, Pruner, "CAP()", optional=True)
     require_flag("progress", progress)
-    pruner = CAP() if pruner is None else pruner
+    require_flag("recalibrate", recalibrate)
+    pruner = with_heal(CAP() if pruner is None else pruner, heal)
     refuse_regrowth(pruner)
     refuse_splitting(pruner, num_recomputations)
     require_path_of_steps("recomputation_path", recomputation_path)
@@ -85,35 +101,55 @@ def prune(
     targets = _targets(model, on_device, loss_fn, include, exclude, pruner)
     rank_zero_info(f"Pruning {targets.summary}")
     pruner.check(targets)
-    if num_recomputations > 1 and not repeatable(batches):
-        raise ConfigError(
-            f"num_recomputations={num_recomputations}: batches is an iterator, which can be read only once. Give a DataLoader "
-            "or a list."
-        )
+    _refuse_iterator(batches, num_recomputations, pruner, recalibrate)
+    note_missing_batch_norm(model, recalibrate)
     masks = MaskSet(targets)
     masks.mask_zeros()
-    before = targets.copies()
+    parts = ModelParts(model, targets, biases=pruner.heal is not None, statistics=recalibrate)
+    before = parts.copies()
     goals = steps_to(sparsity, pruner.reached(targets, masks), num_recomputations, recomputation_path)
     pruner.check_goals(targets, masks, goals)
     trial: Trial | None = None
     saliency = 0.0
     try:
-        with _bar(progress) as show, preserve_state(model):
-            for goal in goals:
-                source: GradientSource = ()
-                if pruner.statistic is not None:
-                    source = pruner.statistic.collector(model, targets, loss_fn, on_device, progress=show, trial=trial)
-                prepare(pruner, targets, masks, source)
-                trial = getattr(source, "trial", None)
-                with pruner.path(targets, source, masks, progress=show) as path:
-                    result = path.at(goal)
-                result.apply(targets)
-                masks.update(result.masks)
-                saliency += result.saliency
+        with _bar(progress) as show:
+            mender = Mender(model, targets, heal_of(pruner), on_device.reader(model), loss_fn, progress=show)
+            with preserve_state(model):
+                for goal in goals:
+                    source: GradientSource = ()
+                    if pruner.statistic is not None:
+                        source = pruner.statistic.collector(
+                            model, targets, loss_fn, on_device, progress=show, trial=trial
+                        )
+                    prepare(pruner, targets, masks, source)
+                    trial = getattr(source, "trial", None)
+                    with pruner.path(targets, source, masks, progress=show) as path:
+                        result = mender.choose(path.candidates(goal), 0)
+                    result.apply(targets)
+                    if mender.heal(result.masks, before, 0):
+                        result = replace(result, weights=targets.copies())
+                    masks.update(result.masks)
+                    saliency += result.saliency
+            if recalibrate:
+                mender.recalibrate(0)
     except BaseException:
-        targets.restore(before)
+        parts.restore(before)
         raise
     return replace(result, saliency=saliency, predicted_loss=saliency if pruner.predicts_loss else None)
+
+
+def _refuse_iterator(batches: Iterable[Any], num_recomputations: int, pruner: Pruner, recalibrate: bool) -> None:
+    """Refuse batches that can be read only once where they are read several times."""
+    settings = {
+        f"num_recomputations={num_recomputations}": num_recomputations > 1,
+        f"heal={shown(pruner.heal)}": pruner.heal is not None,
+        "recalibrate=True": recalibrate,
+    }
+    wanted = [setting for setting, reads in settings.items() if reads]
+    if wanted and not repeatable(batches):
+        raise ConfigError(
+            f"{wanted[0]}: batches is an iterator, which can be read only once. Give a DataLoader or a list."
+        )
 
 
 def _targets(
@@ -161,6 +197,16 @@ class _OnDevice:
         first = list(itertools.islice(batches, 1))
         self._begun = itertools.chain(first, batches)
         return self._moved(first[0]) if first else None
+
+    def reader(self, model: nn.Module) -> Reader | None:
+        """Reads all of them, however few samples are asked for, with the model in eval mode; None: they cannot be read again."""
+
+        @contextlib.contextmanager
+        def read(samples: int, use: Domain, index: int) -> Iterator[Iterable[Any]]:
+            with preserve_state(model):
+                yield self
+
+        return read if self.repeatable else None
 
     @property
     def repeatable(self) -> bool:

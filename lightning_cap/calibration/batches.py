@@ -21,7 +21,7 @@ from torch.utils.data.distributed import DistributedSampler
 from lightning_cap.calibration.checks import check_samples
 from lightning_cap.errors import ConfigError, DataError, GradientError
 from lightning_cap.utilities import distributed, rng
-from lightning_cap.utilities.arguments import require_counts, require_iterable, require_whole
+from lightning_cap.utilities.arguments import require_counts, require_instance, require_iterable, require_whole
 
 _BATCH_SIZE = 32  # where a loader does not tell its own
 
@@ -44,6 +44,7 @@ class CalibrationBatches:
             processes exchange them.
         sampler: What to draw the order from instead of the loader's own sampler, as where Lightning has put a distributed one
             around it. A ``range`` is the part of the data set to draw from, of an iterable one too.
+        use: What the samples are for, if not for what a pruner reads: a further part of the key.
 
     Raises:
         ConfigError: An argument is out of range; when it is read, a gradient has more samples than the data set.
@@ -59,6 +60,7 @@ class CalibrationBatches:
         event: int,
         most_gradients: int = 2**16,
         sampler: Iterable[Any] | None = None,
+        use: rng.Domain | None = None,
     ) -> None:
         require_iterable("source", source, "a DataLoader")
         check_samples(num_samples=num_samples)
@@ -67,11 +69,12 @@ class CalibrationBatches:
             require_whole(name, value, 0)
         if sampler is not None:
             require_iterable("sampler", sampler, "loader.sampler")
+        require_instance("use", use, rng.Domain, "Domain.HEAL", optional=True)
         self._source = source
         self._sampler = sampler
         self._num_samples = num_samples
         self._samples_per_gradient = samples_per_gradient
-        self._key = (seed, event)
+        self._key: tuple[int, ...] = (seed, event) if use is None else (seed, event, int(use))
         self._most = max(2, most_gradients // 2 * 2)  # even: timm's mixup pairs the samples of a batch
 
     def __iter__(self) -> Iterator[Any]:
@@ -157,7 +160,7 @@ class CalibrationBatches:
 class _KeyedDataset(Dataset[Any]):
     """``position -> (position, sample)``, the sample drawn under generators seeded by its position."""
 
-    def __init__(self, dataset: Any, indices: list[int], key: tuple[int, int]) -> None:
+    def __init__(self, dataset: Any, indices: list[int], key: tuple[int, ...]) -> None:
         self._dataset, self._indices, self._key = dataset, indices, key
 
     def __getitem__(self, position: int) -> tuple[int, Any]:
@@ -168,7 +171,7 @@ class _KeyedDataset(Dataset[Any]):
 class _KeyedCollate:
     """Collates under generators seeded by the batch's first position, so that mixup draws the same partners."""
 
-    def __init__(self, collate: Callable[[list[Any]], Any], key: tuple[int, int]) -> None:
+    def __init__(self, collate: Callable[[list[Any]], Any], key: tuple[int, ...]) -> None:
         self._collate, self._key = collate, key
 
     def __call__(self, batch: list[tuple[int, Any]]) -> Any:

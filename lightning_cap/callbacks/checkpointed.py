@@ -27,6 +27,7 @@ class CheckpointedRun(pl.Callback):
     pruner: Pruner
     num_recomputations: int
     recomputation_path: StepPath
+    recalibrate: bool
     seed: int
 
     def __init__(self) -> None:
@@ -117,6 +118,8 @@ class CheckpointedRun(pl.Callback):
         others: dict[str, Any] = {"num_recomputations": self.num_recomputations, "seed": self.seed}
         if self.recomputation_path != "exponential":
             others["recomputation_path"] = self.recomputation_path
+        if self.recalibrate:
+            others["recalibrate"] = True
         return describe_settings(run.events, self.pruner, **others)
 
     def _packed_masks(self) -> dict[str, Any] | None:

@@ -56,6 +56,7 @@ def check_settings(callback: CAPPruningCallback) -> None:
     require_names("exclude", c.exclude, "*.mlp.fc1.weight")
     require_counts(num_recomputations=c.num_recomputations)
     require_path_of_steps("recomputation_path", c.recomputation_path)
+    require_flag("recalibrate", c.recalibrate)
     require_flag("existing_zeros", c.existing_zeros)
     require_choice("save", c.save, ("last", "best", "both", "none"))
     if c.save_sparsities is not None:

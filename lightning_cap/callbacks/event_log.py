@@ -45,6 +45,8 @@ def event_record(
         unit=report.unit,
         samples=report.samples,
         skipped=report.skipped,
+        healed_samples=report.healed,
+        recalibration_samples=report.recalibrated,
         grown_back=report.grown,
         peak_bytes=report.peak_bytes,
         measured_bytes=report.measured_bytes,
@@ -83,6 +85,8 @@ def _line(record: EventRecord, shown: str | None) -> str:
         change = f"; {shown} {before[shown]:.4f} -> {after[shown]:.4f}"
     skipped = f", {record.skipped} skipped" if record.skipped else ""
     grown = f", {record.grown_back} weights grew back" if record.grown_back else ""
+    healed = f", healed by {record.healed_samples} samples" if record.healed_samples else ""
+    healed += f", batch norm by {record.recalibration_samples}" if record.recalibration_samples else ""
     predicted = "" if record.predicted_loss is None else f", predicted loss increase {record.predicted_loss:.4g}"
     outcome = f"pruned to {record.sparsity:.2%}" if record.sparsity or not record.grown_back else "masks lifted"
     if record.saving is not None:
@@ -91,7 +95,7 @@ def _line(record: EventRecord, shown: str | None) -> str:
             f"{saving.cost} {saving.share:.2f}, predicted {saving.left}, {record.sparsity:.2%} of their weights pruned"
         )
     return (
-        f"Epoch {record.epoch:g}: {outcome} ({record.samples} {record.unit}{skipped}{grown}, "
+        f"Epoch {record.epoch:g}: {outcome} ({record.samples} {record.unit}{skipped}{grown}{healed}, "
         f"{sum(record.seconds.values()):.1f} s){predicted}{change}"
     )
 

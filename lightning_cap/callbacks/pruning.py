@@ -20,7 +20,7 @@ from lightning_cap.callbacks.companions import (
     goes_on,
     refuse_wrong_companions,
 )
-from lightning_cap.callbacks.cost import with_cost
+from lightning_cap.callbacks.cost import price_units, with_cost
 from lightning_cap.callbacks.cycle import Cycle, monitored, save_missing
 from lightning_cap.callbacks.event_log import event_record, log_event
 from lightning_cap.callbacks.leftovers import remove_empty_logs
@@ -36,9 +36,11 @@ from lightning_cap.callbacks.state import RunState, choose_files, load_masks
 from lightning_cap.callbacks.steps import PruningSteps, plan_steps, pruners_of, validate_steps
 from lightning_cap.callbacks.summary import print_table
 from lightning_cap.callbacks.targets import choose_targets, find_parts, known_parts, run_of_same_model
-from lightning_cap.callbacks.weight_averaging import mask_averages, restart_averages
+from lightning_cap.callbacks.weight_averaging import mask_averages, update_averages
 from lightning_cap.errors import CAPError
+from lightning_cap.healing import HealArgument
 from lightning_cap.pruners import CAP, Pruner
+from lightning_cap.pruners.base import with_heal
 from lightning_cap.schedules import SparsitySchedule, SparsitySteps
 from lightning_cap.sparsity.cost import Cost, StepPath
 from lightning_cap.sparsity.ends import PENDING, Ends
@@ -47,9 +49,9 @@ from lightning_cap.sparsity.units import Units
 from lightning_cap.trainer import compat
 from lightning_cap.trainer.evaluation import evaluate
 from lightning_cap.trainer.event import EventReport, PruningEvent
+from lightning_cap.trainer.mending import note_missing_batch_norm
 from lightning_cap.trainer.progress_bar import end_bar, event_progress
 from lightning_cap.trainer.saving import goal_name, saving
-from lightning_cap.trainer.units import prepare_cost
 from lightning_cap.utilities.arguments import shown
 
 
@@ -81,6 +83,9 @@ class CAPPruningCallback(SavingRun):
         evaluate: Validate right before and after each event that begins a cycle (all, unless ``pruner.regrows``); log both.
         seed: Key of the calibration samples and their augmentation, with the event and the sample's index.
         cost: What goals count: `Parameters`, or of units `Flops` or `Latency`. Default: what the pruner's own ``cost`` says.
+        heal: ``"layerwise"`` or a `Heal`: moves the weights that are kept after each recomputation, without labels. Default: what
+            the pruner's own ``heal`` says.
+        recalibrate: Estimate the statistics of batch norm anew at the end of each event, from up to 1,024 calibration samples.
 
     Raises:
         ConfigError: An argument is out of range.
@@ -105,6 +110,8 @@ class CAPPruningCallback(SavingRun):
         evaluate: bool = True,
         seed: int = 0,
         cost: Cost | None = None,
+        heal: HealArgument = None,
+        recalibrate: bool = False,
     ) -> None:
         super().__init__()
         self.schedule = SparsitySteps(schedule) if isinstance(schedule, Mapping) else schedule
@@ -115,9 +122,9 @@ class CAPPruningCallback(SavingRun):
         self.save, self.save_sparsities, self.dirpath = save, save_sparsities, dirpath
         self.monitor, self.mode = monitor, mode
         self.evaluate = evaluate
-        self.seed = seed
+        self.seed, self.recalibrate = seed, recalibrate
         checks.check_settings(self)
-        self.pruner = with_cost(self.pruner, cost)
+        self.pruner = with_heal(with_cost(self.pruner, cost), heal)
         self._stepped = False
         self._warned: set[str] = set()
         self._pictures = Pictures()
@@ -208,20 +215,14 @@ class CAPPruningCallback(SavingRun):
         validate_steps(self.pruner, self.schedule, run.targets, run.masks, goals, *self._recomputations)
         pruners = pruners_of(self.pruner, self.schedule, run.events) if due else []
         run.plans = [self._event(trainer, pl_module, one).dry_run(self._state.collection_index) for one in pruners]
+        note_missing_batch_norm(pl_module, self.recalibrate)
         self._begin_log(trainer, pl_module)
         if self._restored is not None and compat.restarted_mid_epoch(trainer):
             restore_random_state(self._restored.rng)
 
     def _price_units(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        """Measure what goals count, where that is to be measured; refuse units that have no price."""
-        targets, files = self._active.targets, self._log_files(trainer)
-        if targets.units is not None:
-            folder = None if files is None else files.folder
-            prepare_cost(trainer, module, self.pruner.cost, targets.units, self.seed, folder)
-            self.pruner.check(targets)
-            prices = self.pruner.cost.unit_prices(targets.units, targets.shapes)
-            goals = dict.fromkeys(self._active.events.values())
-            rank_zero_info(f"Goals count {goal_name(self.pruner)}: {prices.summary(list(goals))}")
+        files = self._log_files(trainer)
+        price_units(trainer, module, self.pruner, self._active, self.seed, None if files is None else files.folder)
 
     # ----------------------------------------------------------------- events
 
@@ -277,13 +278,13 @@ class CAPPruningCallback(SavingRun):
         adopt_pruned_units(trainer)
         for optimizer in trainer.optimizers:
             sync_optimizer_state(optimizer, run.targets, run.masks, event.grown, reset_momentum=epoch in run.phases)
-        if begins:
-            restart_averages(trainer, module)
+        update_averages(trainer, module, restart=begins, renew=self.recalibrate)
         return event.report
 
     def _event(self, trainer: pl.Trainer, module: Any, pruner: Pruner, progress: Any = None) -> PruningEvent:
         run = self._active
-        return PruningEvent(trainer, module, pruner, run.targets, run.masks, self.seed, progress, run.trials)
+        args = trainer, module, pruner, run.targets, run.masks, self.seed, progress, run.trials
+        return PruningEvent(*args, self.recalibrate)
 
     # ---------------------------------------------------------- between events
 

@@ -24,6 +24,8 @@ def describe_settings(events: Mapping[int, float], pruner: Pruner, **others: Any
     settings = {"schedule": repr(dict(events)), "pruner": type(pruner).__qualname__}
     if is_dataclass(pruner):
         own = {field.name: getattr(pruner, field.name) for field in fields(pruner) if field.init}
+        if pruner.heal is None:
+            own.pop("heal", None)  # unset, as in the checkpoints of versions that did not know it
         settings.update({f"pruner.{name}": _text(value) for name, value in own.items()})
     if type(pruner.cost) is not Parameters:
         settings["pruner.cost"] = _text(pruner.cost)

@@ -6,6 +6,7 @@ import lightning.pytorch as pl
 import torch
 from torch import nn
 
+from lightning_cap.healing.batchnorm import batch_norms
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.trainer.compat import averaged_models
 
@@ -20,6 +21,26 @@ def restart_averages(trainer: pl.Trainer, module: nn.Module) -> None:
                 target.copy_(source)
         if isinstance(getattr(average, "n_averaged", None), torch.Tensor):
             average.n_averaged.zero_()  # type: ignore[operator]
+
+
+@torch.no_grad()
+def update_averages(trainer: pl.Trainer, module: nn.Module, restart: bool, renew: bool) -> None:
+    """Bring every average in line with the model after an event.
+
+    Args:
+        trainer: Whose callbacks average.
+        module: With the weights after the event.
+        restart: Begin anew from the weights that the model has now, and all else in it.
+        renew: Else go on, but with the statistics of batch norm that the model has now: those of older weights do not fit.
+    """
+    if restart:
+        restart_averages(trainer, module)
+        return
+    for average in averaged_models(trainer) if renew else ():
+        own, theirs = batch_norms(module), batch_norms(getattr(average, "module", average))
+        for name, layer in own.items():
+            for kind in ("running_mean", "running_var"):
+                getattr(theirs[name], kind).copy_(getattr(layer, kind))
 
 
 def mask_averages(trainer: pl.Trainer, masks: MaskSet) -> None:

@@ -22,6 +22,7 @@ from lightning_cap.cli.run_config import make_readable
 from lightning_cap.comparison import LossSurface, compare
 from lightning_cap.comparison.records import RESULTS
 from lightning_cap.errors import CAPError, ConfigError
+from lightning_cap.healing import HealArgument
 from lightning_cap.pruners import Pruner
 from lightning_cap.report import print_comparison, report
 from lightning_cap.sparsity.cost import StepPath
@@ -53,6 +54,8 @@ class CAPTrainer(pl.Trainer):
         recomputation_path: StepPath = "exponential",
         loss_samples: int = 1024,
         max_rows_memory: int | str | None = None,
+        heal: HealArgument = None,
+        recalibrate: bool = False,
     ) -> None:
         """Prune a trained model in one shot, by one pruner or several, at several sparsities; compare what they give.
 
@@ -77,6 +80,8 @@ class CAPTrainer(pl.Trainer):
             recomputation_path: How they rise: exponential (the density falls by the same factor in each) or linear.
             loss_samples: Calibration samples to measure the loss on, beside the validation data.
             max_rows_memory: Main memory for gradients that pruners share, e.g. 20GB. Default: a quarter of what is free.
+            heal: layerwise, or a class path: moves the kept weights without labels. Default: what each pruner's own heal says.
+            recalibrate: Estimate the statistics of batch norm anew for each result, from calibration samples.
         """
         asked = comparison_arguments(
             sparsities=sparsities,
@@ -94,6 +99,8 @@ class CAPTrainer(pl.Trainer):
             recomputation_path=recomputation_path,
             loss_samples=loss_samples,
             max_rows_memory=max_rows_memory,
+            heal=heal,
+            recalibrate=recalibrate,
             writes=self.is_global_zero,
         )
         records = compare(self, model, datamodule=datamodule, ckpt_path=ckpt_path, **asked)

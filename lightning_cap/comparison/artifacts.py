@@ -19,6 +19,7 @@ from lightning_cap.comparison.surface import measure_surface
 from lightning_cap.comparison.variants import Variant
 from lightning_cap.errors import DataError
 from lightning_cap.export.safetensors import save_plain_weights
+from lightning_cap.healing.parts import ModelParts
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities import distributed
 from lightning_cap.utilities.records import read_record, write_records
@@ -64,6 +65,7 @@ class Artifacts:
 
     def save_surface(
         self,
+        parts: ModelParts,
         weights: Callable[[Variant, float], Mapping[str, Tensor]],
         loss: Callable[[], float],
         progress: Callable[[int, int], None],
@@ -71,6 +73,7 @@ class Artifacts:
         """Take the loss over the plane; every process must call it.
 
         Args:
+            parts: What differs between solutions.
             weights: Gives the solution of a variant at a sparsity.
             loss: Of the model as it is now.
             progress: ``progress(done, total)``.
@@ -79,7 +82,7 @@ class Artifacts:
         if surface is None or folder is None:
             return
         one, two = (weights(self._of(name), surface.sparsity) for name in surface.pruners)
-        found = measure_surface(self._targets, (one, two), loss, surface, progress)
+        found = measure_surface(parts, (one, two), loss, surface, progress)
         with distributed.raise_on_all_ranks("Saving the loss surface"):
             if distributed.rank() == 0:
                 record = replace(found, of=self._surface_of, fingerprint=self._surface_fingerprint)

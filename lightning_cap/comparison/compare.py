@@ -15,6 +15,7 @@ from lightning_cap.comparison.runner import ComparisonRunner
 from lightning_cap.comparison.surface import LossSurface
 from lightning_cap.comparison.variants import Grids
 from lightning_cap.errors import ConfigError
+from lightning_cap.healing import HealArgument
 from lightning_cap.pruners.base import Pruner
 from lightning_cap.sparsity.cost import StepPath
 from lightning_cap.trainer.checkpoints import WORDS, check_checkpoint, naming_mismatch
@@ -43,6 +44,8 @@ def compare(
     save_weights: bool | None = None,
     loss_samples: int = 1024,
     max_rows_memory: int | str | None = None,
+    heal: HealArgument = None,
+    recalibrate: bool = False,
 ) -> list[ComparisonRecord]:
     """Prune a trained model by each pruner to each sparsity, with each seed, and validate each result.
 
@@ -77,6 +80,9 @@ def compare(
             out the weights in ``masks/``, which take ``1 - sparsity`` of those of the targets.
         loss_samples: Calibration samples whose loss is measured beside that of the validation data, 0 for none.
         max_rows_memory: Main memory for shared gradients of a process, as ``"20GB"`` or bytes. Default: a quarter of the free.
+        heal: ``"layerwise"`` or a `Heal`, for all pruners: moves the weights that are kept, without labels. Default: what each
+            pruner's own ``heal`` says; it can also be a setting in ``grids``.
+        recalibrate: Estimate the statistics of batch norm anew for each result, from up to 1,024 calibration samples.
 
     Returns:
         A record for the model as it was, then one for each pruner, each value of the grids, seed and sparsity, as in
@@ -106,6 +112,8 @@ def compare(
         save_weights=save_weights,
         loss_samples=loss_samples,
         max_rows_memory=max_rows_memory,
+        heal=heal,
+        recalibrate=recalibrate,
     )
     if ckpt_path in WORDS:
         raise ConfigError(f"ckpt_path={ckpt_path!r}: a comparison takes the path of a checkpoint. Give a .ckpt file.")

@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import lightning.pytorch as pl
-import torch
 
-from lightning_cap.calibration.batches import batch_size
 from lightning_cap.calibration.statistics import GradientSamples
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.trainer.calibration import (
     calibrating,
     calibration_batches,
     calibration_loss,
+    mean_loss,
     precision_context,
 )
 from lightning_cap.trainer.evaluation import evaluate
-from lightning_cap.utilities import distributed
 
 
 class Measure:
@@ -59,23 +57,10 @@ class Measure:
 
     def _calibration_loss(self, seed: int) -> float:
         trainer, module = self._trainer, self._module
-        sums = torch.zeros(2, dtype=torch.float64)
-        context, loss = precision_context(trainer), calibration_loss(module)
-        with (
-            calibrating(trainer, module),
-            torch.no_grad(),
-            distributed.raise_on_all_ranks("The loss on calibration samples"),
-        ):
-            statistic = GradientSamples(self._samples)
-            for batch in calibration_batches(trainer, module, statistic, self._targets, (seed, 0)):
-                with context():
-                    value = float(loss(module, batch))
-                size = batch_size(batch, default=1)
-                sums += torch.tensor([value * size, size], dtype=torch.float64)
-                if float(sums[1]) * distributed.world_size() >= self._samples:
-                    break
-        total = distributed.sum_over_ranks(sums.float().to(self._targets.device))
-        return float(total[0] / total[1])
+        with calibrating(trainer, module):
+            batches = calibration_batches(trainer, module, GradientSamples(self._samples), self._targets, (seed, 0))
+            loss, device = calibration_loss(module), self._targets.device
+            return mean_loss(module, batches, loss, self._samples, device, precision_context(trainer))
 
 
 def loss_name(metrics: Mapping[str, float]) -> str | None:

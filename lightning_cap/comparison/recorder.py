@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from torch import Tensor
 
 from lightning_cap.comparison.fingerprint import Basis, checksum
@@ -18,6 +19,7 @@ from lightning_cap.comparison.request import Request
 from lightning_cap.comparison.variants import Variant
 from lightning_cap.export.records import EXPORTS, ExportRecord
 from lightning_cap.export.safetensors import save_weights
+from lightning_cap.healing.parts import ModelParts
 from lightning_cap.pruners.paths import PruneResult
 from lightning_cap.sparsity.targets import Targets, measured_sparsity
 from lightning_cap.trainer.saving import saving
@@ -36,6 +38,8 @@ class Recorder:
         module: Its LightningModule.
         request: What to compare.
         targets: The weights.
+        parts: What changes of the module, the weights among it.
+        before: Copies of it before pruning.
         basis: What the records depend on beside their settings.
 
     Raises:
@@ -43,9 +47,17 @@ class Recorder:
     """
 
     def __init__(
-        self, trainer: pl.Trainer, module: pl.LightningModule, request: Request, targets: Targets, basis: Basis
+        self,
+        trainer: pl.Trainer,
+        module: pl.LightningModule,
+        request: Request,
+        targets: Targets,
+        parts: ModelParts,
+        before: Mapping[str, Tensor],
+        basis: Basis,
     ) -> None:
         self._module, self._request, self._targets, self._basis = module, request, targets, basis
+        self._parts, self._before = parts, before
         self._keys: dict[str, str] = distributed.gather_objects({v.slug: v.key for v in request.variants})[0]
         places = [(variant.label, variant.seed, goal) for variant in request.variants for goal in request.sparsities]
         self.store = RecordStore(request.folder, [(UNPRUNED, None, 0.0), *places], basis.holds)
@@ -107,7 +119,7 @@ class Recorder:
             seconds: Per phase.
             keep: Whether to write the weights that are kept beside the masks.
         """
-        check_equal_on_all_ranks({"the weights": self._targets.weights(), "the masks": result.masks})
+        check_equal_on_all_ranks({"the weights": self._parts.tensors(), "the masks": result.masks})
         started, depends = time.perf_counter(), self._depends(variant)
         measured = self._measured()
         record = ComparisonRecord(
@@ -125,7 +137,10 @@ class Recorder:
         )
         with distributed.raise_on_all_ranks("Saving the masks and weights"):
             if self._request.folder is not None and distributed.rank() == 0:
-                save_masks(self._request.folder / record.masks, result.masks, self._targets.weights() if keep else None)
+                file = self._request.folder / record.masks
+                save_masks(
+                    file, result.masks, self._targets.weights() if keep else None, self._others() if keep else {}
+                )
                 self._save_weights(record)
         self.store.add(record)
 
@@ -155,7 +170,7 @@ class Recorder:
             "model": self._basis.model,
             "data": self._basis.data,
             "calibration": self._basis.calibration,
-            "reads": "yes" if variant is not None and variant.pruner.statistic is not None else "",
+            "reads": "yes" if variant is not None and variant.calibrates else "",
             "loss": self._basis.loss(self._request.loss_samples) if variant is not None else "",
         }
 
@@ -165,13 +180,18 @@ class Recorder:
     def _measured(self) -> dict[str, Any]:
         """What is measured of the weights as they are now."""
         weights: dict[str, Tensor] = self._targets.weights()
-        solution = digest(weights)
+        solution = digest({**weights, **self._others()})
         return {
             "sparsity": measured_sparsity(self._targets),
             "sparsities": {name: 1 - int(w.count_nonzero()) / w.numel() for name, w in weights.items()},
             "metrics": self._measure.metrics(solution),
             "solution": solution,
         }
+
+    def _others(self) -> dict[str, Tensor]:
+        """What has changed beside the weights: biases and statistics of batch norm."""
+        now = self._parts.tensors().items()
+        return {n: value for n, value in now if n not in self._targets and not torch.equal(value, self._before[n])}
 
     def _loss_increase(self, metrics: Mapping[str, float], solution: str, seed: int) -> dict[str, float | None]:
         now, before = (each.get(loss_name(each) or "") for each in (metrics, self.unpruned.metrics))

@@ -26,6 +26,7 @@ MASKS = "masks"  # a folder
 UNPRUNED = "unpruned"
 
 _VALUES = ": kept"  # after a target's name: the weights that its mask keeps
+_OTHER = ": whole"  # after the name of a bias, or of statistics of batch norm
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ class ComparisonRecord(Record):
         metrics: What the module logs in validation.
         predicted_loss: Predicted increase of the loss, None where the pruner predicts none.
         loss_increase: Measured increase on the ``validation`` and on ``calibration`` data, None where it is not known.
-        seconds: Per phase: collect, solve, apply, evaluate.
+        seconds: Per phase: collect, solve, apply, evaluate; heal and recalibrate, where there were any.
         settings: All settings of the pruner, for people.
         parameters: Those of its settings that are plain values, what was changed for a grid, and ``num_recomputations``.
         stats: The pruner's own numbers.
@@ -130,11 +131,17 @@ class SurfaceRecord(Record):
     fingerprint: str = ""
 
 
-def save_masks(path: Path, masks: Mapping[str, Tensor], weights: Mapping[str, Tensor] | None = None) -> None:
-    """Write masks bit-packed, eight weights per byte; and the weights that they keep, if they are given."""
+def save_masks(
+    path: Path,
+    masks: Mapping[str, Tensor],
+    weights: Mapping[str, Tensor] | None = None,
+    others: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write masks bit-packed, eight weights per byte; and what is given of the weights that they keep, and of other tensors."""
     shapes = {name: list(mask.shape) for name, mask in masks.items()}
     tensors = {name: pack_bits(mask.flatten().cpu()) for name, mask in masks.items()}
     tensors |= {f"{name}{_VALUES}": weight[masks[name]] for name, weight in (weights or {}).items()}
+    tensors |= {f"{name}{_OTHER}": tensor for name, tensor in (others or {}).items()}
     save_plain_weights(path, tensors, {"shapes": json.dumps(shapes)})
 
 
@@ -148,13 +155,19 @@ def load_masks(path: Path) -> dict[str, Tensor]:
 
 
 def load_weights(path: Path) -> dict[str, Tensor]:
-    """The pruned weights that `save_masks` was given: ``{target: (*shape)}``; empty if they were not.
+    """The pruned weights, and other tensors, that `save_masks` was given, by name; empty if no weights were.
 
     Raises:
         DataError: It is no such file.
     """
     found = {name: (mask, values) for name, (mask, values) in _load(path).items() if values is not None}
-    return {name: values.new_zeros(mask.shape).masked_scatter_(mask, values) for name, (mask, values) in found.items()}
+    weights = {n: values.new_zeros(mask.shape).masked_scatter_(mask, values) for n, (mask, values) in found.items()}
+    return {**weights, **_load_others(path)} if weights else {}
+
+
+def _load_others(path: Path) -> dict[str, Tensor]:
+    with safe_open(path, "pt") as file:
+        return {n.removesuffix(_OTHER): file.get_tensor(n) for n in file.keys() if n.endswith(_OTHER)}  # noqa: SIM118
 
 
 def _load(path: Path) -> dict[str, tuple[Tensor, Tensor | None]]:

@@ -12,7 +12,8 @@ from lightning_cap.comparison.surface import LossSurface
 from lightning_cap.comparison.variants import Grids, Variant, check_sparsities, file_name, make_variants
 from lightning_cap.errors import ConfigError
 from lightning_cap.export.safetensors import goal_stem
-from lightning_cap.pruners.base import Pruner
+from lightning_cap.healing import HealArgument, as_heal
+from lightning_cap.pruners.base import Pruner, with_heal
 from lightning_cap.sparsity.cost import StepPath
 from lightning_cap.trainer.saving import goal_name
 from lightning_cap.utilities.arguments import (
@@ -77,6 +78,16 @@ def _stem(variant: Variant, goal: float) -> str:
     return goal_stem(goal, goal_name(variant.pruner))
 
 
+def _healed(name: object, pruner: Pruner, heal: HealArgument) -> Pruner:
+    """A pruner with another ``heal``; what is no pruner is refused later."""
+    if not isinstance(pruner, Pruner):
+        return pruner
+    try:
+        return with_heal(pruner, heal)
+    except ConfigError as error:
+        raise ConfigError(f"pruner {shown(name)}: {error}") from error
+
+
 def make_request(
     *,
     pruners: Pruner | Mapping[str, Pruner],
@@ -93,6 +104,8 @@ def make_request(
     save_weights: bool | None,
     loss_samples: int,
     max_rows_memory: int | str | None,
+    heal: HealArgument = None,
+    recalibrate: bool = False,
 ) -> Request:
     """The request of the arguments of `lightning_cap.comparison.compare`.
 
@@ -110,7 +123,17 @@ def make_request(
     require_instance("surface", surface, LossSurface, "LossSurface(['CAP', 'magnitude'], 0.8)", optional=True)
     single = isinstance(pruners, Pruner)
     named = {type(pruners).__name__: pruners} if isinstance(pruners, Pruner) else pruners
-    variants = make_variants(named, seeds, grids, num_recomputations, recomputation_path)
+    require_flag("recalibrate", recalibrate)
+    as_heal(heal)
+    if recalibrate and surface is not None:
+        raise ConfigError(
+            "recalibrate=True: a surface is drawn between solutions, where statistics of batch norm are those of neither. Draw it "
+            "without recalibrate."
+        )
+    named = (
+        {name: _healed(name, pruner, heal) for name, pruner in named.items()} if isinstance(named, Mapping) else named
+    )
+    variants = make_variants(named, seeds, grids, num_recomputations, recomputation_path, recalibrate)
     check_sparsities(variants, sparsities)
     if surface is not None:
         surface.check(list(named), list(sparsities))

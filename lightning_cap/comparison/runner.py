@@ -24,6 +24,8 @@ from lightning_cap.comparison.request import Request
 from lightning_cap.comparison.solutions import Solutions
 from lightning_cap.comparison.variants import Variant, check_targets, naming
 from lightning_cap.errors import ConfigError, DataError
+from lightning_cap.healing.parts import ModelParts
+from lightning_cap.pruners.base import heal_of
 from lightning_cap.pruners.paths import PruneResult
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.targets import Targets
@@ -31,6 +33,7 @@ from lightning_cap.trainer.calibration import calibrating
 from lightning_cap.trainer.ends import find_module_ends
 from lightning_cap.trainer.evaluation import evaluate
 from lightning_cap.trainer.event import PruningEvent
+from lightning_cap.trainer.mending import note_missing_batch_norm
 from lightning_cap.trainer.progress_bar import event_progress
 from lightning_cap.trainer.units import find_module_units, prepare_cost
 from lightning_cap.utilities import distributed, rng
@@ -57,12 +60,16 @@ class ComparisonRunner:
         self._masks = MaskSet(self._targets)
         self._masks.mask_zeros()
         check_targets(request.variants, self._targets, self._masks, request.sparsities)
-        self._before = self._targets.copies()
-        calibrates = any(variant.pruner.statistic is not None for variant in request.variants)
+        heals = any(heal_of(variant.pruner) is not None for variant in request.variants)
+        recalibrates = any(variant.recalibrate for variant in request.variants)
+        note_missing_batch_norm(module, recalibrates)
+        self._parts = ModelParts(module, self._targets, biases=heals, statistics=recalibrates)
+        self._before = self._parts.copies()
+        calibrates = any(variant.calibrates for variant in request.variants)
         self._basis = basis_of(trainer, module, self._targets, calibrates)
         if request.fisher_block:
             check_block_size(self._targets, request.fisher_block)
-        self._recorder = Recorder(trainer, module, request, self._targets, self._basis)
+        self._recorder = Recorder(trainer, module, request, self._targets, self._parts, self._before, self._basis)
         self._solutions = Solutions(request.folder, self._before)
         wanted = [(v, s) for v in request.variants for s in request.sparsities]
         fingerprints = {(v.slug, s): self._recorder.fingerprint(v, s) for v, s in wanted}
@@ -83,7 +90,7 @@ class ComparisonRunner:
                 self._run_seed(seed)
             self._draw_surface()
         finally:
-            self._targets.restore(self._before)
+            self._parts.restore(self._before)
         self._recorder.store.discard_stale()
         self._recorder.store.save()
         if self._request.folder is not None and distributed.gather_objects(None):  # when all have come here
@@ -111,10 +118,10 @@ class ComparisonRunner:
             for number, (variant, record) in enumerate(mends):
                 progress("measure", number, len(mends))
                 try:
-                    self._targets.restore(self._weights_of(record))
+                    self._parts.restore(self._weights_of(record))
                     self._recorder.mend(variant, record)
                 finally:
-                    self._targets.restore(self._before)
+                    self._parts.restore(self._before)
 
     def _weights_of(self, record: ComparisonRecord | None) -> dict[str, Tensor]:
         weights = self._solutions.load(record) if record is not None else None
@@ -127,6 +134,7 @@ class ComparisonRunner:
             return
         with event_progress(self._trainer, "Loss surface") as progress:
             self._artifacts.save_surface(
+                self._parts,
                 lambda variant, goal: self._weights_of(self._recorder.known(variant, goal)),
                 self._surface_loss(),
                 lambda done, total: progress("loss", done, total),
@@ -134,7 +142,7 @@ class ComparisonRunner:
 
     def _dry_run(self) -> None:
         """Compute one batch for each kind of source, and throw it away: what cannot work is to fail before anything runs."""
-        kinds = {_kind(v): v for v in self._todo if v.pruner.statistic is not None}
+        kinds = {_kind(v): v for v in self._todo if v.calibrates}
         for variant in kinds.values():
             with naming(variant):
                 self._event(variant).dry_run(0)
@@ -196,10 +204,15 @@ class ComparisonRunner:
             for number, sparsity in enumerate(self._todo[variant]):
                 progress("validate", number, len(self._todo[variant]))
                 started = time.perf_counter()
+                event.mender.seconds.clear()
                 with _drawing(variant):
-                    result = path.at(sparsity)
+                    result = event.mender.choose(path.candidates(sparsity), 0)
                 seconds = {**solved, "apply": time.perf_counter() - started}
-                self._record(variant, sparsity, result, result.saliency, seconds)
+                try:
+                    self._apply(event, result, 0)
+                    self._record(variant, sparsity, event, result, result.saliency, seconds)
+                finally:
+                    self._parts.restore(self._before)
 
     def _in_steps(self, variant: Variant, sparsity: float, rows: SharedRows | None, progress: Progress) -> None:
         """Rising sparsities with fresh gradients for each; the first step is at the dense model and shares its rows."""
@@ -213,29 +226,39 @@ class ComparisonRunner:
                 own = rows if step == 0 else None
                 with _drawing(variant), event.path(step, masks, own) as path:
                     started = time.perf_counter()
-                    result = path.at(goal)
+                    result = event.mender.choose(path.candidates(goal), step)
                     taken = {**_seconds(event, own), "apply": time.perf_counter() - started}
-                result.apply(self._targets)
+                self._apply(event, result, step)
                 masks, saliency = result.masks, saliency + result.saliency
-                seconds = {phase: seconds[phase] + taken[phase] for phase in seconds}
-            self._record(variant, sparsity, result, saliency, seconds)
+                seconds = _added(seconds, {**taken, **event.mender.seconds})
+            event.mender.seconds.clear()
+            self._record(variant, sparsity, event, result, saliency, seconds)
         finally:
-            self._targets.restore(self._before)
+            self._parts.restore(self._before)
+
+    def _apply(self, event: PruningEvent, result: PruneResult, step: int) -> None:
+        """Write the weights of a result into the model, and heal it."""
+        result.apply(self._targets)
+        event.mender.heal(result.masks, self._before, step)
 
     def _record(
-        self, variant: Variant, sparsity: float, result: PruneResult, saliency: float, seconds: dict[str, float]
+        self,
+        variant: Variant,
+        sparsity: float,
+        event: PruningEvent,
+        result: PruneResult,
+        saliency: float,
+        seconds: dict[str, float],
     ) -> None:
-        """Apply, measure, keep the record and its files, put the weights back."""
+        """Recalibrate the model, which has the weights of a result; measure it, keep the record and its files."""
+        if variant.recalibrate:
+            event.mender.recalibrate(variant.num_recomputations - 1)
         keep = self._request.keeps_values or self._artifacts.needs(variant, sparsity)
-        result.apply(self._targets)
-        try:
-            self._recorder.add(variant, sparsity, result, saliency, seconds, keep)
-        finally:
-            self._targets.restore(self._before)
+        self._recorder.add(variant, sparsity, result, saliency, _added(seconds, event.mender.seconds), keep)
 
     def _event(self, variant: Variant, progress: Progress | None = None) -> PruningEvent:
         args = self._trainer, self._module, variant.pruner, self._targets, self._masks, variant.seed
-        return PruningEvent(*args, progress, self._trials)
+        return PruningEvent(*args, progress, self._trials, variant.recalibrate)
 
     def _surface_loss(self) -> Callable[[], float]:
         """The validation loss, of as many batches as the surface wants."""
@@ -289,6 +312,10 @@ def _seconds(event: PruningEvent, rows: SharedRows | None) -> dict[str, float]:
     spent = event.report.seconds
     collect = spent["collect"] if rows is None else rows.seconds * min(1.0, rows.most / max(1, rows.total))
     return {"collect": collect, "solve": spent["plan"] + spent["solve"]}
+
+
+def _added(seconds: Mapping[str, float], more: Mapping[str, float]) -> dict[str, float]:
+    return {phase: seconds.get(phase, 0.0) + more.get(phase, 0.0) for phase in {**seconds, **more}}
 
 
 @contextmanager

@@ -17,11 +17,11 @@ _log = logging.getLogger(__name__)
 
 
 class Solutions:
-    """Reads the pruned weights of records. Only rank 0 reads files.
+    """Reads the pruned weights of records, and what else was changed for them. Only rank 0 reads files.
 
     Args:
         folder: Of the comparison, None for none.
-        before: The weights before pruning.
+        before: Weights, and all else that changes, before pruning.
     """
 
     def __init__(self, folder: Path | None, before: Mapping[str, Tensor]) -> None:
@@ -33,7 +33,7 @@ class Solutions:
         if not distributed.gather_objects(found is not None)[0]:
             return None
         given = self._before if found is None else found
-        weights = {name: given[name].to(weight.device, copy=True) for name, weight in self._before.items()}
+        weights = {name: given.get(name, value).to(value.device, copy=True) for name, value in self._before.items()}
         for name in weights:
             distributed.broadcast(weights[name])
         return weights
@@ -47,7 +47,7 @@ class Solutions:
             weights = load_weights(path)
             if not weights:
                 masks = load_masks(path)
-                weights = {name: weight.cpu().masked_fill(~masks[name], 0) for name, weight in self._before.items()}
+                weights = {name: self._before[name].cpu().masked_fill(~mask, 0) for name, mask in masks.items()}
         except (DataError, KeyError, RuntimeError) as error:
             _log.warning("The weights of %s at %g are not taken up: %s", record.label, record.goal, error)
             return None

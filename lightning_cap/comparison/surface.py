@@ -10,7 +10,7 @@ from torch import Tensor
 
 from lightning_cap.comparison.records import UNPRUNED, SurfaceRecord
 from lightning_cap.errors import ConfigError
-from lightning_cap.sparsity.targets import Targets
+from lightning_cap.healing.parts import ModelParts
 from lightning_cap.utilities.arguments import require_real, require_whole, shown
 
 _MOST_POINTS = 201  # along an axis
@@ -67,16 +67,16 @@ class LossSurface:
 
 
 def measure_surface(
-    targets: Targets,
+    parts: ModelParts,
     solutions: tuple[Mapping[str, Tensor], Mapping[str, Tensor]],
     loss: Callable[[], float],
     surface: LossSurface,
     progress: Callable[[int, int], None],
 ) -> SurfaceRecord:
-    """Take the loss on a grid over the plane; the targets are afterwards as before.
+    """Take the loss on a grid over the plane; the model is afterwards as before.
 
     Args:
-        targets: With the dense weights.
+        parts: What differs between the solutions, with the dense weights.
         solutions: ``w1`` and ``w2``.
         loss: Of the model as it is now.
         surface: What to take.
@@ -85,23 +85,23 @@ def measure_surface(
     Returns:
         The record, without fingerprints.
     """
-    dense = targets.copies()
+    dense = parts.copies()
     axis = torch.linspace(-surface.margin, 1 + surface.margin, surface.points, dtype=torch.float64).tolist()
     total = len(axis) ** 2
     try:
         corners = []
         for weights in (dense, *solutions):
-            targets.restore(weights)
+            parts.restore(weights)
             corners.append(loss())
         plane: list[list[float]] = []
         for b in axis:
             plane.append([])
             for a in axis:
-                targets.restore(_point(dense, solutions, a, b))
+                parts.restore(_point(dense, solutions, a, b))
                 plane[-1].append(loss())
                 progress(len(axis) * (len(plane) - 1) + len(plane[-1]), total)
     finally:
-        targets.restore(dense)
+        parts.restore(dense)
     return SurfaceRecord(
         pruners=tuple(surface.pruners),
         sparsity=surface.sparsity,

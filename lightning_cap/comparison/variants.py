@@ -15,7 +15,7 @@ from lightning_cap.calibration.statistics import GradientSamples
 from lightning_cap.comparison.fingerprint import ADDRESS, canonicalize, checksum
 from lightning_cap.comparison.records import MASKS, UNPRUNED, GridPoint
 from lightning_cap.errors import CAPError, ConfigError, PatternError
-from lightning_cap.pruners.base import Pruner, refuse_regrowth
+from lightning_cap.pruners.base import Pruner, heal_of, refuse_regrowth
 from lightning_cap.sparsity.cost import StepPath, require_path_of_steps, steps_to
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities.arguments import is_whole, require_instance, require_real, require_whole, shown
@@ -41,6 +41,7 @@ class Variant:
         seed: Key of the calibration samples.
         num_recomputations: Steps of rising sparsity, with fresh gradients for each.
         path: How those steps rise; see `steps_to`.
+        recalibrate: Estimate the statistics of batch norm anew in the end.
         setting: What was changed, None for the pruner as given.
         value: What it was changed to.
     """
@@ -50,6 +51,7 @@ class Variant:
     seed: int
     num_recomputations: int = 1
     path: StepPath = "exponential"
+    recalibrate: bool = False
     setting: str | None = None
     value: Any = None
 
@@ -89,6 +91,7 @@ class Variant:
             "parameters": {
                 **{name: value for name, value in own.items() if isinstance(value, (bool, int, float, str))},
                 RECOMPUTATIONS: self.num_recomputations,
+                **({"recalibrate": True} if self.recalibrate else {}),
                 **changed,
             },
         }
@@ -97,7 +100,13 @@ class Variant:
     def key(self) -> str:
         """A checksum of all settings, the seed and the steps."""
         steps = [self.num_recomputations, *([self.path] if self.num_recomputations > 1 else [])]
-        return checksum([self.settings, canonicalize(vars(self.pruner)), self.seed, *steps])
+        after = ["recalibrate"] if self.recalibrate else []
+        return checksum([self.settings, canonicalize(vars(self.pruner)), self.seed, *steps, *after])
+
+    @property
+    def calibrates(self) -> bool:
+        """Whether calibration data is read for it."""
+        return self.pruner.statistic is not None or heal_of(self.pruner) is not None or self.recalibrate
 
     def steps_to(self, goal: float, start: float) -> list[float]:
         """Those on the way to a goal. See `lightning_cap.sparsity.cost.steps_to`."""
@@ -110,6 +119,7 @@ def make_variants(
     grids: Grids | None,
     num_recomputations: int,
     path: StepPath = "exponential",
+    recalibrate: bool = False,
 ) -> list[Variant]:
     """Every pruner as given and then at each value of the grids, with each seed.
 
@@ -124,6 +134,7 @@ def make_variants(
     plain = [(name, pruner, num_recomputations, None, None) for name, pruner in pruners.items()]
     every = [*plain, *_grid_variants(pruners, grids, num_recomputations)]
     for name, pruner, steps, _, _ in every:
+        heal_of(pruner)
         require_whole(RECOMPUTATIONS, steps, 1, _MOST_STEPS)
         if steps > 1 and pruner.pattern.sparsity is not None:
             raise ConfigError(
@@ -131,7 +142,7 @@ def make_variants(
                 "reached in steps. Leave it at 1, or compare that pruner by itself."
             )
     variants = [
-        Variant(name, _seeded(pruner, seed), seed, steps, path, setting, value)
+        Variant(name, _seeded(pruner, seed), seed, steps, path, recalibrate, setting, value)
         for name, pruner, steps, setting, value in every
         for seed in seeds
     ]

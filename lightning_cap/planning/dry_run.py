@@ -21,10 +21,12 @@ from lightning_cap.calibration.statistics import GradientSamples, Statistic
 from lightning_cap.callbacks.saving_run import SavingRun
 from lightning_cap.errors import UnsupportedError
 from lightning_cap.fisher.memory_plan import Deployment
+from lightning_cap.healing.batchnorm import NUM_SAMPLES
 from lightning_cap.planning.random_data import RandomData
 from lightning_cap.planning.run_plan import EventPlan, PruningPlan
 from lightning_cap.planning.seconds import Calibration
 from lightning_cap.pruners import Pruner
+from lightning_cap.pruners.base import heal_of
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.trainer.calibration import (
     calibrating,
@@ -112,6 +114,20 @@ def memory_notes(deployment: Deployment | None) -> list[str]:
     if deployment is None or deployment.device_bytes is not None:
         return []
     return ["the memory of the devices is not known: give --device_memory, such as 80GB, for passes and offload"]
+
+
+def mending_notes(pruners: Iterable[Pruner], recalibrate: bool) -> list[str]:
+    """What is read besides what the pruners read, of which no seconds are told.
+
+    Args:
+        pruners: Of the run.
+        recalibrate: Whether batch norm is estimated anew.
+    """
+    inputs = sorted({heal.num_inputs for heal in map(heal_of, pruners) if heal is not None})
+    notes = [f"after each collection {count} samples are read for healing, by forward passes alone" for count in inputs]
+    if recalibrate:
+        notes.append(f"after each event {NUM_SAMPLES} samples are read for batch norm, by forward passes alone")
+    return [f"{note}; its seconds are not in the plan" for note in notes]
 
 
 def samples_to_try(pruners: Iterable[Pruner], measure: bool) -> int | None:

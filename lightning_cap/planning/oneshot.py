@@ -27,6 +27,7 @@ from lightning_cap.planning.dry_run import (
     dry_trainer,
     measured_on,
     memory_notes,
+    mending_notes,
     model_name,
     pruning_plan,
     quiet,
@@ -116,7 +117,10 @@ class _Probe(pl.Callback):
             pruning=tuple(plans),
             folder="" if request.folder is None else str(request.folder),
             files=tuple(_files(request, targets, model_bytes)),
-            notes=tuple(memory_notes(machine)),
+            notes=(
+                *memory_notes(machine),
+                *mending_notes([v.pruner for v in request.variants], any(v.recalibrate for v in request.variants)),
+            ),
         )
 
 

@@ -22,6 +22,7 @@ from lightning_cap.planning.dry_run import (
     matters,
     measured_on,
     memory_notes,
+    mending_notes,
     model_name,
     pruning_plan,
     quiet,
@@ -206,7 +207,8 @@ class _Probe(pl.Callback):
             )
         if not callbacks:
             notes.append("no callback prunes: this run has no pruning events")
-        return notes + memory_notes(self._deployment if callbacks else None)
+        mended = mending_notes([c.pruner for c in callbacks], any(c.recalibrate for c in callbacks))
+        return notes + mended + memory_notes(self._deployment if callbacks else None)
 
 
 def _cycles(starts: list[int], goals: dict[int, float], max_epochs: int | None) -> dict[int, int]:

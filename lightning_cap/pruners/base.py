@@ -3,6 +3,7 @@
 Annotations are evaluated here, not postponed: jsonargparse resolves those of a subclass in the subclass's own module.
 """
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, cast
@@ -13,6 +14,7 @@ from lightning_cap.calibration.sources import NO_MEMORY, GradientSource, SourceM
 from lightning_cap.calibration.statistics import Statistic
 from lightning_cap.errors import ConfigError, GradientError, PatternError, UnsupportedError
 from lightning_cap.fisher.memory_plan import MemoryPlan, plan_reading
+from lightning_cap.healing import Heal, HealArgument, as_heal
 from lightning_cap.pruners.paths import PruningPath
 from lightning_cap.sparsity.allocation import Allocation, Global
 from lightning_cap.sparsity.cost import MOST_STEPS, Cost, Parameters
@@ -26,6 +28,7 @@ from lightning_cap.utilities.arguments import (
     require_list,
     require_real,
     require_whole,
+    shown,
 )
 from lightning_cap.utilities.progress import Progress
 
@@ -37,6 +40,7 @@ class Pruner(ABC):
         allocation: How zeros are shared out over the targets.
         pattern: Which masks it gives.
         cost: What a goal counts.
+        heal: What moves the kept weights after pruning: a `Heal`, ``"layerwise"``, or None for nothing.
         takes_units: Whether it prunes units: its targets are those of `Units.targets`.
         predicts_loss: Whether the sum of its saliencies is an estimate of the increase of the training loss, in its unit. Of
             others nothing is called a predicted loss.
@@ -47,6 +51,7 @@ class Pruner(ABC):
     allocation: Allocation = Global()
     pattern: Pattern = Unstructured()
     cost: Cost = Parameters()
+    heal: HealArgument = None
     takes_units: ClassVar[bool] = False
     predicts_loss: ClassVar[bool] = False
     regrows: ClassVar[bool] = False
@@ -203,6 +208,36 @@ def refuse_regrowth(pruner: Pruner) -> None:
             f"pruner={type(pruner).__name__}: weights that it brings back are zero until training goes on, and one-shot pruning "
             "does not train. Run it by CAPPruningCallback, or use Magnitude."
         )
+
+
+def heal_of(pruner: Pruner) -> Heal | None:
+    """What heals after a pruner.
+
+    Raises:
+        ConfigError: Its ``heal`` is nothing of the kind, or it prunes units or brings weights back.
+    """
+    heal = as_heal(pruner.heal)
+    if heal is not None and (pruner.takes_units or pruner.regrows):
+        why = "prunes units, whose kept weights it moves itself" if pruner.takes_units else "brings weights back"
+        raise ConfigError(
+            f"heal={shown(pruner.heal)}: {type(pruner).__name__} {why}, so it cannot be healed. Leave heal out, or use CAP or "
+            "another pruner of weights."
+        )
+    return heal
+
+
+def with_heal(pruner: Pruner, heal: HealArgument) -> Pruner:
+    """A pruner that is healed by ``heal``; the same for None, which leaves it to the pruner.
+
+    Raises:
+        ConfigError: ``heal`` is nothing of the kind, or the pruner cannot be healed.
+    """
+    chosen = as_heal(heal)
+    if chosen is not None:
+        pruner = copy.copy(pruner)
+        pruner.heal = chosen
+    heal_of(pruner)
+    return pruner
 
 
 def refuse_splitting(pruner: Pruner, num_recomputations: int) -> None:

@@ -14,6 +14,7 @@ from lightning_cap.calibration.sources import NO_MEMORY, GradientSource, SourceM
 from lightning_cap.calibration.statistics import GradientSamples
 from lightning_cap.fisher.blocks import ROW_CHUNK, EmpiricalFisher, Storage
 from lightning_cap.fisher.memory_plan import MemoryModel, MemoryPlan, plan_event
+from lightning_cap.healing import HealArgument, as_heal
 from lightning_cap.pruners.base import check_path_arguments, in_blocks, require_allocation
 from lightning_cap.pruners.blockwise_path import BlockMethod, BlockwisePath
 from lightning_cap.pruners.paths import pack_alive
@@ -49,6 +50,7 @@ class Blockwise(BlockMethod):
         damp: ``λ`` of equation 3.
         allocation: How zeros are shared out over the targets.
         pattern: Which masks are allowed. Default: `Unstructured`.
+        heal: What moves the kept weights after pruning; see `LayerwiseHeal`.
 
     Raises:
         ConfigError: A number is out of range.
@@ -59,6 +61,7 @@ class Blockwise(BlockMethod):
     damp: float = 1e-8
     allocation: Allocation = Global()
     pattern: PatternArgument = None
+    heal: HealArgument = None
 
     predicts_loss: ClassVar[bool] = True
 
@@ -66,6 +69,7 @@ class Blockwise(BlockMethod):
         require_counts(block_size=self.block_size)
         require_real("damp", self.damp, "(0, inf)", example=1e-8)
         require_allocation(self.allocation)
+        self.heal = as_heal(self.heal)
         self.pattern = in_blocks(as_pattern(self.pattern), type(self).__name__)
 
     @property

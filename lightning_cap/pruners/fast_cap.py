@@ -21,6 +21,7 @@ from lightning_cap.calibration.sources import (
 from lightning_cap.calibration.statistics import GradientSamples
 from lightning_cap.errors import GradientError
 from lightning_cap.fisher.memory_plan import MemoryPlan, plan_reading
+from lightning_cap.healing import HealArgument, as_heal
 from lightning_cap.pruners.base import Pruner, check_path_arguments, in_blocks, require_allocation
 from lightning_cap.pruners.scored import ScoredPath, require_weightwise_pattern
 from lightning_cap.pruners.zero_gradients import check_zeros
@@ -61,6 +62,7 @@ class FastCAP(Pruner):
         columns: Columns in a batch of the sweep.
         allocation: See `Scored`.
         pattern: Which masks are allowed; of whole groups those of least saliency are pruned.
+        heal: What moves the kept weights after pruning; see `LayerwiseHeal`.
 
     Raises:
         ConfigError: A number is out of range.
@@ -74,6 +76,7 @@ class FastCAP(Pruner):
     columns: int = COLUMNS
     allocation: Allocation = Global()
     pattern: PatternArgument = None
+    heal: HealArgument = None
 
     predicts_loss: ClassVar[bool] = True
 
@@ -83,6 +86,7 @@ class FastCAP(Pruner):
         require_counts(block_size=self.block_size, columns=self.columns)
         require_real("damp", self.damp, "(0, inf)", example=1e-8)
         require_allocation(self.allocation)
+        self.heal = as_heal(self.heal)
 
     @property
     def statistic(self) -> GradientSamples:

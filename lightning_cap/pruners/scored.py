@@ -12,6 +12,7 @@ from torch import Tensor
 from lightning_cap.calibration.sources import NO_MEMORY, GradientSource, SourceMemory
 from lightning_cap.errors import GradientError, PatternError
 from lightning_cap.fisher.memory_plan import MemoryPlan, plan_reading
+from lightning_cap.healing import HealArgument, as_heal
 from lightning_cap.pruners.base import Pruner, check_path_arguments, require_allocation
 from lightning_cap.pruners.paths import PruneResult, WeightPath, pack_weights, some_scores
 from lightning_cap.pruners.row_mean import temporary_bytes
@@ -34,6 +35,7 @@ class Scored(Pruner):
     Args:
         allocation: How zeros are shared out over the targets.
         pattern: Which masks are allowed. Default: `Unstructured`.
+        heal: What moves the kept weights after pruning; see `LayerwiseHeal`.
 
     Raises:
         ConfigError: ``allocation`` is none.
@@ -42,10 +44,12 @@ class Scored(Pruner):
 
     allocation: Allocation = Global()
     pattern: PatternArgument = None
+    heal: HealArgument = None
 
     def __post_init__(self) -> None:
         self.pattern = require_weightwise_pattern(self.pattern, type(self).__name__)
         require_allocation(self.allocation)
+        self.heal = as_heal(self.heal)
 
     def check(self, targets: Targets) -> None:
         """Refuse targets that the pattern does not divide, or that the allocation does not know."""

@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import lightning.pytorch as pl
+import torch
 from lightning.pytorch.trainer.states import RunningStage
 from lightning.pytorch.utilities.combined_loader import CombinedLoader
 from lightning.pytorch.utilities.model_helpers import is_overridden
@@ -15,8 +16,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 from torch.utils.data.distributed import DistributedSampler
 
+from lightning_cap.calibration.batches import CalibrationBatches, batch_size
 from lightning_cap.calibration.statistics import Statistic
-from lightning_cap.errors import ConfigError
+from lightning_cap.errors import ConfigError, DataError
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.trainer import compat
 from lightning_cap.trainer.isolation import in_stage, preserve_attributes, preserve_state, suppress_logging
@@ -109,6 +111,59 @@ def calibration_batches(
     source = calibration_source(trainer, module) if source is None else source
     batches = statistic.batches(source, targets, key, sample_order(trainer, source))
     return ready_batches(trainer, module, batches, (*key, rng.Domain.COMPUTE))
+
+
+def drawn_batches(
+    trainer: pl.Trainer, module: pl.LightningModule, num_samples: int, key: tuple[int, int], use: rng.Domain
+) -> Iterator[Any]:
+    """Batches of so many samples, drawn for another use than a pruner's statistic, as those of `calibration_batches`.
+
+    Args:
+        trainer: In ``fit`` or ``validate``.
+        module: Its LightningModule.
+        num_samples: Over all processes.
+        key: Seed, and index of the collection.
+        use: A further part of the key.
+    """
+    source = calibration_source(trainer, module)
+    batches = CalibrationBatches(source, num_samples, 1, *key, sampler=sample_order(trainer, source), use=use)
+    return ready_batches(trainer, module, batches, (*key, use, rng.Domain.COMPUTE))
+
+
+def mean_loss(
+    model: nn.Module,
+    batches: Iterable[Any],
+    loss: Callable[[nn.Module, Any], Any],
+    num_samples: int,
+    device: torch.device,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> float:
+    """Mean loss over the first samples of all processes, in whole batches. Every process must call it.
+
+    Args:
+        model: In eval mode.
+        batches: This process's.
+        loss: Of a batch.
+        num_samples: After so many over all processes, no further batch is read.
+        device: For what processes tell each other.
+        context: Entered around every loss.
+
+    Raises:
+        DataError: There is no batch.
+    """
+    sums = torch.zeros(2, dtype=torch.float64)
+    with torch.no_grad(), distributed.raise_on_all_ranks("The loss on calibration samples"):
+        for batch in batches:
+            with context():
+                value = float(loss(model, batch))
+            size = batch_size(batch, default=1)
+            sums += torch.tensor([value * size, size], dtype=torch.float64)
+            if float(sums[1]) * distributed.world_size() >= num_samples:
+                break
+    total = distributed.sum_over_ranks(sums.float().to(device))
+    if not float(total[1]):
+        raise DataError("calibration data: there is no batch to measure a loss on.")
+    return float(total[0] / total[1])
 
 
 def precision_context(trainer: pl.Trainer) -> Callable[[], AbstractContextManager[Any]]:

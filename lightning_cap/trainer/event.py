@@ -17,7 +17,8 @@ from lightning_cap.calibration.sources import GradientSource, TimedSource, Trial
 from lightning_cap.calibration.statistics import Collector, Statistic
 from lightning_cap.errors import GradientError
 from lightning_cap.fisher.memory_plan import MemoryPlan
-from lightning_cap.pruners.base import Pruner, prepare
+from lightning_cap.healing.parts import ModelParts
+from lightning_cap.pruners.base import Pruner, heal_of, prepare
 from lightning_cap.pruners.paths import PruneResult, PruningPath
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.targets import Targets
@@ -25,10 +26,12 @@ from lightning_cap.trainer.calibration import (
     calibrating,
     calibration_batches,
     calibration_loss,
+    calibration_source,
     loss_scale,
     precision_context,
 )
 from lightning_cap.trainer.divergence import refuse_broken_loss, refuse_broken_weights
+from lightning_cap.trainer.mending import module_mender
 from lightning_cap.trainer.saliency import SAMPLE, ScoreHistogram, histogram
 from lightning_cap.utilities import distributed
 from lightning_cap.utilities.distributed import check_equal_on_all_ranks
@@ -46,7 +49,9 @@ class EventReport:
         unit: What was collected, such as ``"gradients"`` or ``"inputs"``.
         samples: How many of them were used, in all.
         skipped: How many were left out as not finite.
-        seconds: Seconds of each phase (plan, collect, solve, apply).
+        healed: Samples that healing has read.
+        recalibrated: Samples that batch norm was estimated from.
+        seconds: Seconds of each phase (plan, collect, solve, apply; heal and recalibrate, where there were any).
         grown: Weights that grew back.
         peak_bytes: Planned peak extra memory on the device of the weights.
         measured_bytes: Peak extra memory there, measured, of the process that took most; see `watch_peak`. None if it cannot be.
@@ -59,6 +64,8 @@ class EventReport:
     unit: str = "gradients"
     samples: int = 0
     skipped: int = 0
+    healed: int = 0
+    recalibrated: int = 0
     grown: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("plan", "collect", "solve", "apply"), 0.0))
     peak_bytes: int = 0
@@ -79,10 +86,15 @@ class PruningEvent:
         seed: First part of the key that samples and augmentation are drawn by.
         progress: ``progress(phase, done, total)``.
         trials: What a dry run has found out about each statistic, by its ``repr``; filled in. Default: nothing.
+        recalibrate: Estimate the statistics of batch norm anew in the end.
 
     Attributes:
         report: What it did.
         grown: ``{target: bool (*shape)}``, True where a masked weight grew back.
+        mender: What heals and recalibrates.
+
+    Raises:
+        ConfigError: The pruner cannot be healed as it says.
     """
 
     def __init__(
@@ -95,6 +107,7 @@ class PruningEvent:
         seed: int,
         progress: Progress | None = None,
         trials: dict[str, Trial] | None = None,
+        recalibrate: bool = False,
     ) -> None:
         self._trainer, self._module, self._pruner = trainer, module, pruner
         self._targets, self._masks, self._seed, self._progress = targets, masks, seed, progress
@@ -102,6 +115,11 @@ class PruningEvent:
         self._trials = {} if trials is None else trials
         self.report = EventReport(unit="gradients" if pruner.statistic is None else pruner.statistic.unit)
         self.grown: dict[str, Tensor] = {}
+        heal = heal_of(pruner)
+        self._calibrates = pruner.statistic is not None or heal is not None or recalibrate
+        self._recalibrate = recalibrate
+        self._parts = ModelParts(module, targets, biases=heal is not None, statistics=recalibrate)
+        self.mender = module_mender(trainer, module, targets, heal, seed, progress)
 
     def run(self, sparsities: Sequence[float], collection_index: int) -> int:
         """Prune to each sparsity in turn, with fresh gradients each time, and apply the result.
@@ -117,21 +135,26 @@ class PruningEvent:
             CAPError: Whatever went wrong; the model and the masks are then as before.
         """
         peak = watch_peak(self._targets.device)
-        before = self._targets.copies()
+        before = self._parts.copies()
         masks, saliency = dict(self._masks), 0.0
         try:
             with distributed.fail_together("The pruning event"):
                 refuse_broken_weights(self._trainer, self._targets)
                 for sparsity in sparsities:
-                    result = self._prune(sparsity, collection_index, masks)
+                    result = self._prune(sparsity, collection_index, masks, before)
                     masks = dict(result.masks)
                     saliency += result.saliency
                     self.report.stats = result.stats
                     collection_index += 1
+                if self._recalibrate and sparsities:
+                    self.mender.recalibrate(collection_index - 1)
+                    check_equal_on_all_ranks({"weights and statistics": self._parts.tensors()})
                 self._put(masks, lifted=not sparsities)
         except BaseException:
-            self._targets.restore(before)
+            self._parts.restore(before)
             raise
+        self.report.healed, self.report.recalibrated = self.mender.healed, self.mender.recalibrated
+        self.report.seconds |= self.mender.seconds
         peaks = distributed.gather_objects(peak())
         self.report.measured_bytes = None if None in peaks else max(peaks)
         self.report.sparsity = self._masks.global_sparsity
@@ -204,6 +227,8 @@ class PruningEvent:
         """Compute a few gradients that are thrown away, and plan: what cannot work is to fail before training begins."""
         with distributed.fail_together("The plan of the pruning events"), self._calibrating():
             refuse_broken_weights(self._trainer, self._targets)
+            if self._calibrates:
+                calibration_source(self._trainer, self._module)  # refused before training begins
             with distributed.raise_on_all_ranks("The first loss"):
                 self._refuse_broken_loss(collection_index)
             plan = self._plan(self.collector(collection_index), self._masks)
@@ -240,14 +265,18 @@ class PruningEvent:
             self._trials[repr(self._pruner.statistic)] = trial
         return plan
 
-    def _prune(self, sparsity: float, collection_index: int, masks: Mapping[str, Tensor]) -> PruneResult:
+    def _prune(
+        self, sparsity: float, collection_index: int, masks: Mapping[str, Tensor], dense: Mapping[str, Tensor]
+    ) -> PruneResult:
         with self.path(collection_index, masks) as path, self._timed("apply"), torch.inference_mode(False):
-            result = path.at(sparsity)
+            result = self.mender.choose(path.candidates(sparsity), collection_index)
             self.report.saliency = histogram(path.scores(SAMPLE))
         started = time.perf_counter()
         result.apply(self._targets)
         check_equal_on_all_ranks({"the weights": self._targets.weights(), "the masks": result.masks})
         self.report.seconds["apply"] += time.perf_counter() - started
+        if self.mender.heal(result.masks, dense, collection_index):
+            check_equal_on_all_ranks({"the healed weights": self._parts.tensors()})
         return result
 
 

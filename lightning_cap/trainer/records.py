@@ -56,11 +56,13 @@ class EventRecord(Record):
         unit: What was collected: ``"gradients"`` or ``"inputs"``.
         samples: How many of them were used, in all.
         skipped: How many were left out as not finite.
+        healed_samples: That healing has read, forward passes alone; 0 without healing.
+        recalibration_samples: That the statistics of batch norm were estimated from; 0 where they were not.
         grown_back: Weights that grew back.
         peak_bytes: Planned peak extra memory on the device of the weights.
         measured_bytes: Peak extra memory there as measured, of the process that took most; None where it cannot be measured. See
             `lightning_cap.utilities.peak_memory.watch_peak` for what is in it.
-        seconds: Seconds per phase: plan, collect, solve, apply.
+        seconds: Seconds per phase: plan, collect, solve, apply; heal and recalibrate, where there were any.
         stats: The pruner's own numbers, of the last recomputation.
         before: Validation metrics right before the event.
         after: Validation metrics right after it.
@@ -68,7 +70,7 @@ class EventRecord(Record):
     """
 
     kind: ClassVar[str] = "event"
-    version: ClassVar[int] = 4
+    version: ClassVar[int] = 5
 
     epoch: int
     goal: float
@@ -78,6 +80,8 @@ class EventRecord(Record):
     unit: str
     samples: int
     skipped: int
+    healed_samples: int = 0
+    recalibration_samples: int = 0
     grown_back: int
     peak_bytes: int
     measured_bytes: int | None
@@ -94,6 +98,8 @@ class EventRecord(Record):
             "predicted_loss": self.predicted_loss,
             self.unit: self.samples,
             f"{self.unit}_skipped": self.skipped,
+            "healed_samples": self.healed_samples or None,
+            "recalibration_samples": self.recalibration_samples or None,
             "grown_back": self.grown_back,
             "peak_bytes": self.peak_bytes,
             "measured_bytes": self.measured_bytes,

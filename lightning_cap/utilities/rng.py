@@ -21,6 +21,9 @@ class Domain(IntEnum):
     STREAM = 3
     COMPUTE = 4
     PRUNER = 5
+    HEAL = 6
+    BATCH_NORM = 7
+    CHOICE = 8
 
 
 def capture() -> dict[str, Any]:

@@ -14,8 +14,10 @@ import torch
 import yaml
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from lightning_cap import CAPPruningCallback
 from lightning_cap.cli import CAPCLI, CAPTrainer, main
 from lightning_cap.comparison import ComparisonRecord
+from lightning_cap.healing import Heal, LayerwiseHeal
 from lightning_cap.utilities.records import read_records
 from tests.support import ROOT
 from tests.support.configs import whole
@@ -255,6 +257,31 @@ def test_n_of_m_written_wrongly_in_yaml_is_explained(
     with pytest.raises(SystemExit) as caught:
         main(["fit", *arguments])
     assert message in str(caught.value) + capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("heal", "want"),
+    [
+        ("layerwise", LayerwiseHeal()),
+        (
+            "{class_path: lightning_cap.healing.LayerwiseHeal, init_args: {num_inputs: 64}}",
+            LayerwiseHeal(num_inputs=64),
+        ),
+        ("null", None),
+    ],
+    ids=["name", "class", "none"],
+)
+def test_a_heal_is_named_or_written_as_a_class_in_yaml(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heal: str, want: Heal | None
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(CAPTrainer, "fit", lambda self, *_, **__: seen.extend(self.callbacks))
+    arguments = shortened(tmp_path)
+    path = tmp_path / "config.yaml"
+    path.write_text(path.read_text().replace("num_gradients: 64", f"num_gradients: 64\n          heal: {heal}"))
+    main(["fit", *arguments])
+    (callback,) = (one for one in seen if isinstance(one, CAPPruningCallback))
+    assert callback.pruner.heal == want
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from lightning_cap.errors import ScheduleError, UnsupportedError
 from lightning_cap.pruners import CAP, Magnitude, MagnitudeUnits
 from lightning_cap.schedules import AlternatingSchedule, OneShot, SparsitySteps
 from lightning_cap.sparsity import Flops
-from tests.support.bad_input.table import NO_COUNTS, Line, wrong
+from tests.support.bad_input.table import NO_COUNTS, NO_HEALS, Line, wrong
 
 SCHEDULE = {0: 0.5}
 NO_NAMES: tuple[Any, ...] = ("*.weight", 3, True, [3], [None], [""], {"a": 1}, object)
@@ -30,6 +30,8 @@ LINES: list[Line] = [
     *bad("include", *NO_NAMES),
     *bad("exclude", *NO_NAMES),
     *bad("num_recomputations", *NO_COUNTS),
+    *bad("heal", *NO_HEALS),
+    *bad("recalibrate", None, 1, "yes", []),
     *bad("recomputation_path", None, True, "cubic", ["linear"], 2, words=["'exponential' or 'linear'"]),
     *bad("existing_zeros", None, 1, "yes"),
     *bad("save", None, True, "all", ["last"], 3, words=["'last', 'best', 'both' or 'none'"]),

@@ -19,7 +19,7 @@ from lightning_cap.report import markdown, print_comparison, report
 from lightning_cap.report.curves import plot_accuracy, plot_grid, plot_losses
 from lightning_cap.report.heatmaps import plot_surface
 from lightning_cap.report.mask_plots import mask_agreement, plot_layers
-from tests.support.bad_input.table import NO_COUNTS, NO_NUMBERS, Command, Line, wrong
+from tests.support.bad_input.table import NO_COUNTS, NO_HEALS, NO_NUMBERS, Command, Line, wrong
 from tests.support.checkpoints import RunsCode, checkpoint
 from tests.support.comparing import Data
 from tests.support.comparison_records import UNPRUNED
@@ -110,6 +110,8 @@ LINES = [
     *wrong(_compare, "folder", 3, True, "", ["a"], object),
     *wrong(_compare, "ckpt_path", 3, True, ["a"], "", object, "best", "last", "hpc"),
     *wrong(_compare, "num_recomputations", *NO_COUNTS, 10**12),
+    *wrong(_compare, "heal", *NO_HEALS),
+    *wrong(_compare, "recalibrate", None, 1, "yes", []),
     *wrong(_compare, "recomputation_path", None, True, "cubic", ["linear"], 2),
     *wrong(_compare, "grids", "damp", 3, True, ["damp"], object),
     *wrong(_compare, "surface", "CAP", 3, {"pruners": ["CAP", "GM"]}, LossSurface),

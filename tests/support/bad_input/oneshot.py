@@ -13,7 +13,7 @@ from lightning_cap import prune
 from lightning_cap.errors import CAPError, ConfigError, GradientError, PatternError, TargetError, UnsupportedError
 from lightning_cap.pruners import CAP, DropAndGrow, Magnitude, Pruner, Taylor
 from lightning_cap.sparsity import NofM
-from tests.support.bad_input.table import NO_COUNTS, NO_NUMBERS, Line, wrong
+from tests.support.bad_input.table import NO_COUNTS, NO_HEALS, NO_NUMBERS, Line, wrong
 
 BATCH = (torch.ones(8, 6), torch.arange(8) % 3)
 
@@ -64,6 +64,8 @@ LINES = [
     *wrong(pruned, "include", "2.weight", 3, True, {"2.weight": 1}, [3], [None], error=TargetError),
     *wrong(pruned, "exclude", "2.weight", 3, True, [3], [""], error=TargetError),
     *wrong(pruned, "num_recomputations", *NO_COUNTS, 10**12),
+    *wrong(pruned, "heal", *NO_HEALS),
+    *wrong(pruned, "recalibrate", None, 1, "yes", []),
     *wrong(pruned, "recomputation_path", None, True, "cubic", ["linear"], 2),
     *wrong(pruned, "progress", "yes", 1, None, []),
     Line("prune: an iterator for two steps", lambda _: pruned(batches=iter([BATCH]), num_recomputations=2), ConfigError,

@@ -18,6 +18,8 @@ import numpy as np
 import torch
 
 from lightning_cap.errors import CAPError, ConfigError
+from lightning_cap.healing import LayerwiseHeal
+from lightning_cap.pruners import CAP
 from lightning_cap.utilities.arguments import shown
 from tests.support.processes import in_fresh_process
 
@@ -87,6 +89,19 @@ def wrong(
 #: What is given where a number belongs.
 NO_NUMBERS: tuple[Any, ...] = ("3", None, True, [3], {"a": 1}, float("nan"), float("inf"), 1j, object, torch.ones(2))
 #: What is given where a whole number of at least 1 belongs.
+#: What is no ``heal``.
+NO_HEALS: tuple[Any, ...] = (
+    "rows",
+    "LAYERWISE",
+    3,
+    True,
+    [],
+    {"num_inputs": 3},
+    LayerwiseHeal,
+    object,
+    CAP,
+    torch.ones(2),
+)
 NO_COUNTS: tuple[Any, ...] = (*NO_NUMBERS, 32.0, 0.5, 0, -1)
 
 

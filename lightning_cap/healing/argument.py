@@ -1,0 +1,23 @@
+"""What can be given as ``heal``."""
+
+from __future__ import annotations
+
+from lightning_cap.errors import ConfigError
+from lightning_cap.healing.base import Heal
+from lightning_cap.healing.layerwise import LayerwiseHeal
+from lightning_cap.utilities.arguments import require_instance, shown
+
+
+def as_heal(value: object) -> Heal | None:
+    """``value`` itself if it is a `Heal` or None; `LayerwiseHeal` with its defaults for ``"layerwise"``.
+
+    Raises:
+        ConfigError: It is something else.
+    """
+    if value is None or isinstance(value, Heal):
+        return value
+    if value == "layerwise" and isinstance(value, str):
+        return LayerwiseHeal()
+    if isinstance(value, type):
+        require_instance("heal", value, Heal, "LayerwiseHeal()")
+    raise ConfigError(f"heal={shown(value)}: give 'layerwise', a Heal, such as LayerwiseHeal(ridge=0.1), or None.")
