@@ -7,6 +7,7 @@ from lightning_cap.sparsity.flops import ModelFlops, model_flops, zero_shares
 from lightning_cap.sparsity.latency import Latency
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.patterns import BlockOf, NofM, OutputRows, Pattern, Unstructured, check_pattern
+from lightning_cap.sparsity.permutation import ChannelOrders, permute_channels
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.sparsity.units import UnitGroup, Units
 
@@ -14,6 +15,7 @@ __all__ = [
     "ERK",
     "Allocation",
     "BlockOf",
+    "ChannelOrders",
     "Cost",
     "Ends",
     "Flops",
@@ -34,5 +36,6 @@ __all__ = [
     "check_pattern",
     "find_ends",
     "model_flops",
+    "permute_channels",
     "zero_shares",
 ]

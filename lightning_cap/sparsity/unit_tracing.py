@@ -72,6 +72,12 @@ def trace_units(
     return Traced(groups, unit_layers(replica.model, calls.flops, groups, found.cores), calls.total, skipped)
 
 
+def check_of(model: nn.Module, example_input: Any) -> UnitCheck:
+    """Tests groups of units of a model that can be traced, on a copy."""
+    args, kwargs = _example(example_input)
+    return _Replica(model, args, kwargs).check()
+
+
 def _skipped(found: Candidates, used: Collection[str], wrong: Collection[str]) -> dict[str, str]:
     """``{layer: why its width is not pruned}``."""
     skipped = dict(found.skipped)

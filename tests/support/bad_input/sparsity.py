@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_cap.errors import CAPError, ConfigError, DataError, PatternError
+from lightning_cap.errors import CAPError, ConfigError, DataError, PatternError, TargetError
 from lightning_cap.sparsity import (
     ERK,
     Allocation,
@@ -23,10 +23,12 @@ from lightning_cap.sparsity import (
     Uniform,
     Unstructured,
     check_pattern,
+    permute_channels,
 )
 from lightning_cap.sparsity.block_layout import BlockLayout
 from lightning_cap.sparsity.cost import steps_to
 from lightning_cap.sparsity.patterns import as_pattern
+from lightning_cap.sparsity.permutation_search import best_order
 from tests.support.bad_input.table import NO_COUNTS, NO_NUMBERS, Line, wrong
 
 SHAPES = {"a": (4, 8), "b": (8, 4)}
@@ -103,6 +105,9 @@ def budgets(allocation: Allocation) -> list[Line]:
     ]
 
 
+NET = nn.Sequential(nn.Linear(4, 8), nn.Linear(8, 8), nn.Linear(8, 3))
+X = torch.ones(2, 4)
+NET_AND_X: dict[str, Any] = {"model": NET, "example_input": X}
 STATE = MaskSet(targets()).state_dict()
 DAMAGED: dict[str, Any] = {
     "no mapping": 3,
@@ -189,4 +194,24 @@ LINES = [
     *wrong(BlockLayout, "block_size", *NO_COUNTS, given={"shapes": SHAPES}),
     *wrong(BlockLayout, "group_size", "4", None, True, 4.0, 0, given={"shapes": SHAPES, "block_size": 4}),
     *wrong(BlockLayout, "by_row", *NO_FLAGS, given={"shapes": SHAPES, "block_size": 4}),
+    *wrong(permute_channels, "model", None, "vit", 3, NET.state_dict(), given={"example_input": X}, error=TargetError),
+    *wrong(permute_channels, "example_input", None, "x", 3, float("nan"), given={"model": NET}),
+    *wrong(permute_channels, "pattern", None, "2:4", 124, NofM, BlockOf(4), given=NET_AND_X, error=PatternError),
+    *wrong(permute_channels, "scores", "w", 3, [torch.ones(8, 4)], {}, given=NET_AND_X),
+    *(
+        line(f"permute_channels: scores of {n}", lambda s=s: permute_channels(**NET_AND_X, scores=s), "scores: ", w)
+        for n, s, w in [
+            ("another weight", {"9.weight": torch.ones(8, 4)}, "'9.weight' is of shape (8, 4)"),
+            ("another shape", {"1.weight": torch.ones(4, 8)}, "the weight has shape (8, 8)"),
+            ("a number", {"1.weight": 3}, "'1.weight' is 3"),
+            ("no name", {3: torch.ones(8, 8)}, "3 is"),
+            ("negative ones", {"1.weight": -torch.ones(8, 8)}, "negative"),
+            ("NaN", {"1.weight": torch.full((8, 8), torch.nan)}, "NaN"),
+        ]
+    ),
+    *wrong(permute_channels, "include", "*", 3, [3], [], given=NET_AND_X, error=TargetError),
+    *wrong(permute_channels, "exclude", "*", 3, [3], given=NET_AND_X, error=TargetError),
+    *wrong(best_order, "scores", None, [1.0], torch.ones(8), torch.ones(2, 6), given={"keep": 2, "group": 4}),
+    *wrong(best_order, "keep", *NO_COUNTS, 4, given={"scores": torch.ones(2, 8), "group": 4}),
+    *wrong(best_order, "group", *NO_COUNTS, 1, given={"scores": torch.ones(2, 8), "keep": 2}),
 ]
