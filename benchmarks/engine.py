@@ -1,7 +1,7 @@
 """The Fisher-block engine against the published procedure, side by side in one run, and against what the machine could do.
 
     python benchmarks/engine.py                     # all of it; on 2 cores about a quarter of an hour
-    python benchmarks/engine.py --rows elimination  # event, elimination, growth, gpu
+    python benchmarks/engine.py --rows elimination  # event, elimination, growth, share, gpu
 
 Every measurement is a process of its own, of one thread or ``--threads``. Events of both engines take turns, ``--repeats``
 times, and the least time of each counts, on gradients that are made on the fly outside the measured time. Prints Markdown
@@ -11,6 +11,7 @@ tables and writes ``results/engine.json``. Without a GPU its rows say so.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
@@ -18,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from engine_cases import Case
 from engine_elimination import flops
 from engine_gpu import model_cases
 from engine_limits import gpu_limit_lines, limit_lines
+from engine_share import ShareCase
 from limits import SECONDS, limits
 from machine import machine
 
@@ -34,7 +36,7 @@ import lightning_cap
 from lightning_cap.utilities.files import save_json
 
 HERE = Path(__file__).resolve().parent
-ROWS = ("event", "elimination", "growth", "gpu")
+ROWS = ("event", "elimination", "growth", "share", "gpu")
 NOT_MEASURED = "not measured (no GPU)"
 # glibc keeps small freed arrays instead of giving them back and faulting them in again: the same for both engines
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**28)}
@@ -53,9 +55,13 @@ class MemoryModel:
     gpu_rows: int = 4096
     gpu_few: int = 64
     gpu_depth: int = 12
+    share_models: tuple[str, ...] = ("vit_tiny_patch16_224", "deit_tiny_patch16_224")
+    share_gradients: tuple[int, ...] = (128, 1024)
+    share_options: dict[str, Any] = field(default_factory=dict)
 
 
-QUICK = MemoryModel(6144, 16, 32, (8, 16), 16, 0.05, 32, 2, 1)
+SMALL = {"depth": 1, "img_size": 32}
+QUICK = MemoryModel(6144, 16, 32, (8, 16), 16, 0.05, 32, 2, 1, ("vit_tiny_patch16_224",), (4,), SMALL)
 
 
 @dataclass(frozen=True)
@@ -204,6 +210,22 @@ def growth_rows(sizes: MemoryModel, threads: int, repeats: int) -> tuple[dict[st
     return found, lines
 
 
+def share_rows(sizes: MemoryModel, threads: int) -> tuple[dict[str, Any], list[Line]]:
+    """What forward and backward passes take of an event's CPU seconds, and its memory against its plan."""
+    found: dict[str, Any] = {}
+    lines = []
+    for model, count in itertools.product(sizes.share_models, sizes.share_gradients):
+        case = ShareCase(model, count, sizes.block_size, threads=threads, model_options=sizes.share_options)
+        found[f"{model}, N = {count}"] = ours = child("engine_share.py", asdict(case), threads)
+        phases = ", ".join(f"{name} {seconds:.1f}" for name, seconds in ours["cpu_seconds"].items())
+        work = f"CPU seconds of an event on {model}, N = {count}, B = {sizes.block_size}, damp {case.damp:g}, {threads} threads"
+        lines.append(Line(work, "", phases, f"{100 * ours['share']:.0f} % in gradients", ">= 80 %"))
+        peak, planned = ours["peak_bytes"], ours["planned_bytes"]
+        ratio = "-" if peak is None else f"{peak / planned:.2f}"
+        lines.append(Line("its peak memory against its plan", megabytes(planned), megabytes(peak), ratio, "1 +- 10 %"))
+    return found, lines
+
+
 def gpu_rows(sizes: MemoryModel, options: dict[str, Any]) -> tuple[dict[str, Any] | None, list[Line]]:
     """Phases at DeiT-Small's size and whole events; each in a process of its own, and a failure is a row."""
     targets = {
@@ -270,6 +292,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             found[row], new = elimination_rows(sizes, peak)
         elif row == "growth":
             found[row], new = growth_rows(sizes, given.threads, given.repeats)
+        elif row == "share":
+            found[row], new = share_rows(sizes, given.threads)
         else:
             found[row], new = gpu_rows(sizes, given.gpu_options)
             extra += ["", *gpu_limit_lines(found[row], found["limits"])] if found[row] else []

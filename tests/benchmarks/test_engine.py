@@ -117,22 +117,34 @@ def test_gpu_rows_run_on_a_cpu(benchmarks: Any, monkeypatch: pytest.MonkeyPatch)
     assert event["passes"] == 1
 
 
+def test_an_event_by_phase(benchmarks: Any) -> None:
+    share = benchmarks("engine_share")
+    options = {"depth": 1, "img_size": 32, "embed_dim": 24, "num_heads": 2}
+    found = share.run(share.ShareCase("vit_tiny_patch16_224", 5, 24, 1e-2, 1, options))
+    assert set(found["cpu_seconds"]) == {"gradients", "collect besides", "accumulate", "plan and solve", "results"}
+    assert all(seconds >= 0 for seconds in found["cpu_seconds"].values())
+    assert found["share"] == pytest.approx(found["cpu_seconds"]["gradients"] / found["total"])
+    assert found["sparsity"] == pytest.approx(0.5, abs=1e-3)
+    assert found["planned_bytes"] > 0
+
+
 @pytest.mark.slow
 def test_engine_prints_a_table_and_writes_json(
     benchmarks: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     engine = benchmarks("engine")
-    cases, elimination = benchmarks("engine_cases"), benchmarks("engine_elimination")
+    cases, elimination, share = (benchmarks(f"engine_{name}") for name in ("cases", "elimination", "share"))
     scripts = {
         "engine_cases.py": lambda spec: cases.run(cases.Case(**spec)),
         "engine_elimination.py": lambda spec: elimination.run(**spec),
+        "engine_share.py": lambda spec: share.run(share.ShareCase(**spec)),
     }
     monkeypatch.setattr(engine, "child", lambda script, spec, threads: json.loads(json.dumps(scripts[script](spec))))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     output = tmp_path / "out" / "engine.json"
     engine.main(["--quick", "--repeats", "2", "--threads", "1", "--output", str(output)])
     written = json.loads(output.read_text())
-    assert {"machine", "limits", "event", "elimination", "growth", "gpu", "table"} <= set(written)
+    assert {"machine", "limits", "event", "elimination", "growth", "share", "gpu", "table"} <= set(written)
     assert len(written["event"]["well"]["ours"]["runs"]) == 2
     assert 0 < written["event"]["ill"]["ours"]["limits"]["solve"]["reached"] < 1
     text = capsys.readouterr().out
@@ -140,6 +152,7 @@ def test_engine_prints_a_table_and_writes_json(
     rows = [line for line in text.splitlines() if line.startswith("| event, d = ")]
     assert [line.split("|")[5].strip() for line in rows] == [">= 20", ">= 8"]
     assert "| accumulate, float32 |" in text
+    assert "% in gradients | >= 80 % |" in text
 
 
 @pytest.mark.slow
