@@ -127,7 +127,7 @@ def prune(
                         result = mender.choose(path.candidates(goal), 0)
                     result.apply(targets)
                     if mender.heal(result.masks, before, 0):
-                        result = replace(result, weights=targets.copies())
+                        result = replace(result, weights=targets.copies(), stats={**result.stats, **mender.stats})
                     masks.update(result.masks)
                     saliency += result.saliency
             if recalibrate:

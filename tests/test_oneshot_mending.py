@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -68,6 +69,34 @@ def test_healing_by_layers_brings_outputs_nearer() -> None:
         prune(net, data(), loss, 0.6, Magnitude(), heal=heal, progress=False)
         apart.append(float((net(data()[0][0]).detach() - want).square().mean()))
     assert apart[1] < 0.7 * apart[0]
+
+
+def test_what_healing_tells_is_with_the_result(caplog: pytest.LogCaptureFixture) -> None:
+    net = nn.Sequential(nn.Linear(FEATURES, 8), nn.MultiheadAttention(8, 2), nn.Linear(8, CLASSES))
+
+    def attending(model: Any, batch: Any) -> Tensor:
+        x = model[0](batch[0])
+        return nn.functional.cross_entropy(model[2](model[1](x, x, x)[0]), batch[1])
+
+    include = ["0.weight", "1.in_proj_weight"]
+    heal = LayerwiseHeal(num_inputs=64)
+    with caplog.at_level(logging.INFO):
+        result = prune(net, data(), attending, 0.5, Magnitude(), include, heal=heal, progress=False)
+    assert result.stats["heal_output_error_after"] < result.stats["heal_output_error_before"]
+    assert "heal: 1.in_proj_weight is left as it was pruned" in caplog.text
+
+
+@pytest.mark.parametrize("readable", [True, False])
+def test_the_better_of_two_rankings_is_taken(readable: bool) -> None:
+    losses = {}
+    for ranking in ("marginal", "cumulative", "auto"):
+        net = plain_net()
+        pruner = CAP(block_size=16, num_gradients=64, damp=1e-5, ranking=ranking)
+        batches = data() if readable else iter(data())
+        prune(net, batches, loss, 0.7, pruner, progress=False)
+        losses[ranking] = float(sum(loss(net, batch).detach() for batch in data()))
+    assert losses["marginal"] != losses["cumulative"]
+    assert losses["auto"] == (min(losses.values()) if readable else losses["marginal"])
 
 
 def test_recalibration_estimates_the_statistics_of_the_pruned_model() -> None:

@@ -254,6 +254,7 @@ class ComparisonRunner:
         if variant.recalibrate:
             event.mender.recalibrate(variant.num_recomputations - 1)
         keep = self._request.keeps_values or self._artifacts.needs(variant, sparsity)
+        result = replace(result, stats={**result.stats, **event.mender.stats})
         self._recorder.add(variant, sparsity, result, saliency, _added(seconds, event.mender.seconds), keep)
 
     def _event(self, variant: Variant, progress: Progress | None = None) -> PruningEvent:

@@ -144,7 +144,7 @@ class PruningEvent:
                     result = self._prune(sparsity, collection_index, masks, before)
                     masks = dict(result.masks)
                     saliency += result.saliency
-                    self.report.stats = result.stats
+                    self.report.stats = {**result.stats, **self.mender.stats}
                     collection_index += 1
                 if self._recalibrate and sparsities:
                     self.mender.recalibrate(collection_index - 1)

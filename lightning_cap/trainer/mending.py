@@ -52,6 +52,7 @@ class Mender:
         healed: Samples that healing has read so far.
         recalibrated: Samples that batch norm was estimated from so far.
         seconds: By phase: ``"heal"`` and ``"recalibrate"``, those that there were.
+        stats: What the last healing tells of itself, each as ``heal_...``.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Mender:
         self._loss, self._context, self._progress = loss, context, progress
         self.healed = self.recalibrated = 0
         self.seconds: dict[str, float] = {}
+        self.stats: dict[str, float] = {}
 
     def choose(self, candidates: Sequence[PruneResult], index: int) -> PruneResult:
         """The one of least mean loss on calibration samples; the first of equals, and where nothing can be read twice.
@@ -116,7 +118,12 @@ class Mender:
                 context=self._context,
                 progress=self._progress,
             )
+        if report.left and not self.healed:
+            name, why = next(iter(report.left.items()))
+            more = f" (and {len(report.left) - 1} more)" if len(report.left) > 1 else ""
+            rank_zero_info(f"heal: {name}{more} is left as it was pruned: {why}.")
         self.healed += report.samples
+        self.stats = {f"heal_{name}": value for name, value in report.stats.items()}
         return True
 
     def recalibrate(self, index: int) -> None:

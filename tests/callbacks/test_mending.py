@@ -73,6 +73,7 @@ def test_an_event_heals_and_recalibrates_and_says_so(tmp_path: Path, caplog: pyt
     }  # fmt: skip
     assert all(seen[0].modes)
     assert int((one["net.4.weight"] == 0).sum()) == 192
+    assert event.stats["heal_output_error_after"] < event.stats["heal_output_error_before"]
 
 
 @pytest.mark.parametrize("epoch", [0, 1])
@@ -132,6 +133,18 @@ def test_averages_have_the_new_statistics(tmp_path: Path, regrows: bool) -> None
 def test_what_cannot_be_healed_is_refused_at_once(kwargs: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         callback(**kwargs)
+
+
+@pytest.mark.parametrize("kwargs", [{"heal": None}, {"recalibrate": False}], ids=["recalibrate", "heal"])
+def test_calibration_data_that_cannot_be_read_is_refused_before_training(tmp_path: Path, kwargs: Any) -> None:
+    class Odd(Toy):
+        def calibration_dataloader(self) -> Any:
+            return 3
+
+    module = Odd()
+    with pytest.raises(ConfigError, match="calibration_dataloader: it returned 3"):
+        run(tmp_path, module=module, include=["net.4.weight"], **kwargs)
+    assert module.batches == []
 
 
 def test_without_batch_norm_it_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -23,6 +23,7 @@ from lightning_cap.fisher.memory_plan import Deployment, MemoryModel, plan_event
 from lightning_cap.pruners import CAP, MFAC
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities.memory import parse_bytes
+from lightning_cap.utilities.rng import Domain
 from tests.support.bad_input.table import NO_COUNTS, NO_NUMBERS, Line, wrong
 
 NO_FUNCTIONS: tuple[Any, ...] = ("loss", None, 3, [], {})
@@ -99,6 +100,7 @@ def drawing() -> list[Line]:
         *wrong(CalibrationBatches, "most_gradients", *NO_COUNTS, given=given),
         *wrong(CalibrationBatches, "seed", *NO_NUMBERS, -1, 0.0, given=given),
         *wrong(CalibrationBatches, "event", *NO_NUMBERS, -1, given=given),
+        *wrong(CalibrationBatches, "use", "HEAL", 6, True, [], object, Domain, given=given),
         *wrong(CalibrationBatches, "sampler", "x", 3, {}, given=given),
     ]
 
