@@ -1,7 +1,8 @@
 """The Fisher-block engine against the published procedure, side by side in one run, and against what the machine could do.
 
     python benchmarks/engine.py                     # all of it; on 2 cores about a quarter of an hour
-    python benchmarks/engine.py --rows elimination  # event, elimination, growth, share, gpu
+    python benchmarks/engine.py --rows elimination  # event, elimination, growth, share, kernels, gpu
+    python benchmarks/engine.py --rows kernels gpu  # all that is about a GPU; kernels needs none
 
 Every measurement is a process of its own, of one thread or ``--threads``. Events of both engines take turns, ``--repeats``
 times, and the least time of each counts, on gradients that are made on the fly outside the measured time. Prints Markdown
@@ -27,6 +28,7 @@ import torch
 from engine_cases import Case
 from engine_elimination import flops
 from engine_gpu import model_cases
+from engine_kernels import MULTIPROCESSORS, kernel_lines
 from engine_limits import gpu_limit_lines, limit_lines
 from engine_share import ShareCase
 from limits import SECONDS, limits
@@ -36,8 +38,9 @@ import lightning_cap
 from lightning_cap.utilities.files import save_json
 
 HERE = Path(__file__).resolve().parent
-ROWS = ("event", "elimination", "growth", "share", "gpu")
+ROWS = ("event", "elimination", "growth", "share", "kernels", "gpu")
 NOT_MEASURED = "not measured (no GPU)"
+NO_GPU = "No GPU is at hand (torch.cuda.is_available() is False): the rows of gpu say so, those of kernels need none."
 # glibc keeps small freed arrays instead of giving them back and faulting them in again: the same for both engines
 ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(2**25), "MALLOC_TRIM_THRESHOLD_": str(2**28)}
 
@@ -52,6 +55,8 @@ class MemoryModel:
     blocks: tuple[int, ...] = (64, 128, 192)
     elimination_blocks: int = 128
     elimination_seconds: float = 2.0
+    kernel_blocks: tuple[int, ...] = (64, 128, 192, 256)
+    kernel_archs: tuple[int, ...] = tuple(MULTIPROCESSORS)
     gpu_rows: int = 4096
     gpu_few: int = 64
     gpu_depth: int = 12
@@ -61,7 +66,7 @@ class MemoryModel:
 
 
 SMALL = {"depth": 1, "img_size": 32}
-QUICK = MemoryModel(6144, 16, 32, (8, 16), 16, 0.05, 32, 2, 1, ("vit_tiny_patch16_224",), (4,), SMALL)
+QUICK = MemoryModel(6144, 16, 32, (8, 16), 16, 0.05, (16,), (80,), 32, 2, 1, ("vit_tiny_patch16_224",), (4,), SMALL)
 
 
 @dataclass(frozen=True)
@@ -226,6 +231,16 @@ def share_rows(sizes: MemoryModel, threads: int) -> tuple[dict[str, Any], list[L
     return found, lines
 
 
+def kernel_facts(sizes: MemoryModel) -> tuple[list[dict[str, Any]] | None, list[str]]:
+    """What the kernels for a GPU take of one, as a table; or why it cannot be told."""
+    spec = {"block_sizes": sizes.kernel_blocks, "archs": sizes.kernel_archs, "dtypes": ["float32", "float64"]}
+    try:
+        found = child("engine_kernels.py", spec, 1)
+    except RuntimeError as error:
+        return None, [f"The kernels for a GPU were not compiled: {error}"]
+    return found["kernels"], kernel_lines(found["kernels"])
+
+
 def gpu_rows(sizes: MemoryModel, options: dict[str, Any]) -> tuple[dict[str, Any] | None, list[Line]]:
     """Phases at DeiT-Small's size and whole events; each in a process of its own, and a failure is a row."""
     targets = {
@@ -294,13 +309,18 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             found[row], new = growth_rows(sizes, given.threads, given.repeats)
         elif row == "share":
             found[row], new = share_rows(sizes, given.threads)
+        elif row == "kernels":
+            found[row], table = kernel_facts(sizes)
+            new = []
+            extra += ["", *table]
         else:
             found[row], new = gpu_rows(sizes, given.gpu_options)
-            extra += ["", *gpu_limit_lines(found[row], found["limits"])] if found[row] else []
+            extra += ["", *gpu_limit_lines(found[row], found["limits"])] if found[row] else ["", NO_GPU]
         lines += new
         save_json(given.output, {**found, "table": [asdict(line) for line in lines]})
         print(f"{row}: done", file=sys.stderr)
-    print("| work | theirs or before | ours | ratio | target |\n|---|---:|---:|---:|---|")
+    if lines:
+        print("| work | theirs or before | ours | ratio | target |\n|---|---:|---:|---:|---|")
     for line in lines:
         print(f"| {line.work} | {line.theirs} | {line.ours} | {line.ratio} | {line.target} |")
     print("\n".join(extra))

@@ -214,6 +214,8 @@ def _reset_peak(device: str) -> int:
 
 
 if __name__ == "__main__":
+    if not torch.cuda.is_available():
+        sys.exit("no GPU is at hand: torch.cuda.is_available() is False")
     spec = json.loads(sys.argv[1])
     wanted = spec.get("options", {})
     print(

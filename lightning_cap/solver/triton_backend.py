@@ -16,9 +16,12 @@ from lightning_cap.kernels.compiling import telling
 
 #: Largest padded block whose ``H`` is kept in registers.
 _REGISTER_BLOCK = 64
-#: Scratch of the programs that share a multiprocessor; all of it together then fits into the L2 cache.
-_SCRATCH_BYTES = 320 * 1024
+#: Registers a thread that the left-looking kernel may use; left alone, ptxas spills some to run more programs side by side.
+_MAX_REGISTERS = 128
 _MOST_WARPS = 8
+_TILE = 64  # places that are summed at a time: a block of 192 takes three, of 256 four
+_EVERY = 32  # removals after which the places close up
+_STATE_ROWS = 5
 
 
 @dataclass(frozen=True)
@@ -42,20 +45,47 @@ class Launch:
         P = max(16, 1 << (B - 1).bit_length())
         constants: dict[str, int | float] = {"B": B, "P": P, "LARGEST": torch.finfo(dtype).max}
         if P <= _REGISTER_BLOCK if in_registers is None else in_registers:
-            return cls(
-                True, constants, _between_one_and(_MOST_WARPS, P * P * words // 2048)
-            )  # 64 registers a thread for H
-        num_warps = _between_one_and(_MOST_WARPS, P // 32)
-        tile = max(1, 1024 * num_warps // (words * P))  # 32 registers a thread for the tile
-        return cls(False, {**constants, "STRIDE": (B + 7) // 8 * 8, "T": tile}, num_warps)
+            num_warps = _between_one_and(_MOST_WARPS, P * P * words // 2048)  # 64 registers a thread for H
+            return cls(True, constants, num_warps)
+        num_warps, C = _between_one_and(_MOST_WARPS, P // 32), min(_TILE, P)
+        entries = 256 * num_warps // words  # of a tile: 8 registers a thread
+        constants |= {"STRIDE": -(-B // _EVERY) * _EVERY, "C": C, "T": max(1, entries // C)}
+        constants |= {"EVERY": min(_EVERY, C), "ROWS": max(1, entries // P)}
+        return cls(False, constants, num_warps)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the compiler is told."""
+        # fusion is spelt out because its default differs between versions of triton
+        told: dict[str, Any] = {"num_warps": self.num_warps, "num_stages": 1, "enable_fp_fusion": True}
+        return told if self.in_registers else {**told, "maxnreg": _MAX_REGISTERS}
+
+    def columns_bytes(self, dtype: torch.dtype) -> int:
+        """Most bytes of the pivot columns that a left-looking program reads in a step; fewer before and after.
+
+        A column is as long as the weights that are left, so that this is little more than a quarter of a block.
+        """
+        B, every = int(self.constants["B"]), int(self.constants["EVERY"])
+        return max(min(B, B - left + every) * left for left in range(every, B + every, every)) * dtype.itemsize
 
     def programs(self, blocks: int, dtype: torch.dtype, device: torch.device) -> int:
-        """Left-looking programs that run side by side, each on its own scratch and one block after another."""
+        """Left-looking programs that run side by side, each on its own scratch and one block after another.
+
+        As many as the registers of a multiprocessor are enough for, if its cache or its share of the L2 cache holds all their
+        columns; but at least two, so that one computes while the other waits. Two of 192 in float32 have 96 KiB at most: that
+        is more than a share of 73 KiB (A6000: 84 share 6 MiB), where the L1 cache of 128 KiB has room for them, and about all
+        of a T4's share (102 KiB, which the blocks themselves pass through too). In float64 it is twice that, and there some
+        is read from memory.
+        """
         if device.type != "cuda":
             return min(blocks, 2)
-        own = int(self.constants["B"] * self.constants["STRIDE"]) * dtype.itemsize
-        each = max(2, min(64 // self.num_warps, _SCRATCH_BYTES // own))
-        return min(blocks, each * torch.cuda.get_device_properties(device).multi_processor_count)
+        properties = torch.cuda.get_device_properties(device)
+        count = properties.multi_processor_count
+        # shared memory is the part of the L1 cache's memory that can be asked for; older versions of torch tell neither size
+        own = getattr(properties, "shared_memory_per_multiprocessor", 0)
+        cache = max(own, getattr(properties, "L2_cache_size", 0) // count)
+        resident = 65536 // (_MAX_REGISTERS * 32 * self.num_warps)
+        return min(blocks, count * max(2, min(resident, cache // self.columns_bytes(dtype))))
 
 
 def unavailable(device: torch.device) -> str | None:
@@ -117,21 +147,21 @@ def eliminate_triton(
 
     k, B = weights.shape
     dtype, device = inverse.dtype, inverse.device
-    rank = torch.empty(k, B, dtype=torch.int32, device=device)
-    losses = torch.empty(k, B, dtype=dtype, device=device)
+    rank = torch.full((k, B), B, dtype=torch.int32, device=device)
+    losses = torch.full((k, B), torch.inf, dtype=dtype, device=device)
     if k == 0:
         return rank, losses
     launch = Launch.choose(B, dtype, in_registers)
     given = inverse.contiguous(), *(t.to(dtype).contiguous() for t in (floor, weights)), alive.contiguous()
     args: list[Any] = [*given[:3], given[3].view(torch.uint8), rank, losses]
-    # fusion is spelt out because its default differs between versions of triton
-    options = {**launch.constants, "num_warps": launch.num_warps, "num_stages": 1, "enable_fp_fusion": True}
+    options = {**launch.constants, **launch.options}
     with torch.cuda.device_of(inverse), telling(kernels.ASTSource):
         if launch.in_registers:
             kernels.eliminate_in_registers[(k,)](*args, group, keep, **options)
         else:
             count = programs or launch.programs(k, dtype, device)
-            scratch = torch.empty(count, B, int(launch.constants["STRIDE"]), dtype=dtype, device=device)
+            shape = count, _STATE_ROWS + B, int(launch.constants["STRIDE"])
+            scratch = torch.empty(shape, dtype=dtype, device=device)
             kernels.eliminate_left_looking[(count,)](*args, scratch, k, group, keep, **options)
     return rank, losses
 

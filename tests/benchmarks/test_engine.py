@@ -133,18 +133,24 @@ def test_engine_prints_a_table_and_writes_json(
     benchmarks: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     engine = benchmarks("engine")
-    cases, elimination, share = (benchmarks(f"engine_{name}") for name in ("cases", "elimination", "share"))
+    cases, elimination, share, kernels = (
+        benchmarks(f"engine_{name}") for name in ("cases", "elimination", "share", "kernels")
+    )
+    fact = {"kernel": "registers", "block_size": 16, "dtype": "float32", "arch": 80, "threads": 32, "registers": 60}
+    fact |= {"spilled_bytes": 0, "shared_bytes": 1024, "columns_bytes": None, "resident": 32}
+    monkeypatch.setattr(kernels, "facts", lambda *given: fact)  # compiled in tests/kernels
     scripts = {
         "engine_cases.py": lambda spec: cases.run(cases.Case(**spec)),
         "engine_elimination.py": lambda spec: elimination.run(**spec),
         "engine_share.py": lambda spec: share.run(share.ShareCase(**spec)),
+        "engine_kernels.py": lambda spec: {"kernels": kernels.run(**spec)},
     }
     monkeypatch.setattr(engine, "child", lambda script, spec, threads: json.loads(json.dumps(scripts[script](spec))))
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     output = tmp_path / "out" / "engine.json"
     engine.main(["--quick", "--repeats", "2", "--threads", "1", "--output", str(output)])
     written = json.loads(output.read_text())
-    assert {"machine", "limits", "event", "elimination", "growth", "share", "gpu", "table"} <= set(written)
+    assert {"machine", "limits", "event", "elimination", "growth", "share", "kernels", "gpu", "table"} <= set(written)
     assert len(written["event"]["well"]["ours"]["runs"]) == 2
     assert 0 < written["event"]["ill"]["ours"]["limits"]["solve"]["reached"] < 1
     text = capsys.readouterr().out
@@ -153,6 +159,26 @@ def test_engine_prints_a_table_and_writes_json(
     assert [line.split("|")[5].strip() for line in rows] == [">= 20", ">= 8"]
     assert "| accumulate, float32 |" in text
     assert "% in gradients | >= 80 % |" in text
+    assert text.count("| registers | 16 | float32 | sm_80 (A100) | 32 | 60 | 0 | 1 KiB | - | 32 |") == 2
+    assert engine.NO_GPU in text
+
+
+def test_without_a_gpu_it_says_so(
+    benchmarks: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = benchmarks("engine")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(engine, "limits", lambda seconds: {"gflops": {}, "gpu": None})
+
+    def fail(*given: Any) -> None:
+        raise RuntimeError("engine_kernels.py failed: no triton")
+
+    monkeypatch.setattr(engine, "child", fail)
+    engine.main(["--rows", "kernels", "gpu", "--output", str(tmp_path / "engine.json")])
+    text = capsys.readouterr().out
+    assert engine.NO_GPU in text
+    assert text.count(engine.NOT_MEASURED) == 9
+    assert "The kernels for a GPU were not compiled: engine_kernels.py failed: no triton" in text
 
 
 @pytest.mark.slow
