@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from lightning_cap.calibration.rows import Loss
+from lightning_cap.errors import ConfigError, GradientError
 from lightning_cap.sparsity.targets import Targets, require_targets
-from lightning_cap.utilities.arguments import require_instance
+from lightning_cap.utilities import distributed
+from lightning_cap.utilities.arguments import require_instance, shown
 from lightning_cap.utilities.compiled import plain_name
 from lightning_cap.utilities.progress import Progress
 
@@ -23,12 +27,14 @@ class HealReport:
 
     Attributes:
         samples: That were read, over all processes.
+        passes: Of a sample through the model, forward alone or forward and backward, over all processes.
         healed: Names of the targets whose rows were solved.
         left: Why each other target was left as it was, such as ``{"attn.in_proj_weight": "not a plain layer"}``.
         stats: Numbers of the method's own.
     """
 
     samples: int
+    passes: int = 0
     healed: tuple[str, ...] = ()
     left: Mapping[str, str] = field(default_factory=dict)
     stats: Mapping[str, float] = field(default_factory=dict)
@@ -43,6 +49,21 @@ class Heal(ABC):
 
     num_inputs: int
 
+    def parameters(self, model: nn.Module, targets: Targets) -> dict[str, nn.Parameter]:
+        """All that `run` may move, by the model's own names: the targets' weights and the biases of their layers.
+
+        The caller copies them before pruning, for ``dense``, and puts them back when something fails.
+
+        Args:
+            model: Has the targets.
+            targets: Weights of it.
+
+        Raises:
+            ConfigError: An argument is something else.
+        """
+        biases = biases_of(model, targets)
+        return {name: model.get_parameter(path) for name, path in targets.paths.items()} | biases
+
     @abstractmethod
     def run(
         self,
@@ -56,7 +77,7 @@ class Heal(ABC):
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
         progress: Progress | None = None,
     ) -> HealReport:
-        """Move, in place, kept weights of the targets and the biases of their layers. Every process must call it.
+        """Move kept weights and other `parameters`, in place. Every process must call it.
 
         Masked weights stay exactly zero, and all else in the model stays as it is.
 
@@ -64,15 +85,14 @@ class Heal(ABC):
             model: Pruned, in eval mode.
             targets: Its weights.
             masks: ``{target: bool (*shape)}``, False = pruned.
-            dense: What weights and biases were before pruning: ``{target: (*shape)}``, and ``{name: (O)}`` for the names that
-                `biases_of` gives.
+            dense: What `parameters` were before pruning, ``{name: (*shape)}``; of targets it must be there.
             batches: This process's batches, of ``num_inputs`` samples or more over all processes.
             loss: ``loss(model, batch)``, called for its forward pass; its value is not used.
             context: Entered around every forward pass, such as autocast.
             progress: ``progress("heal", done, total)``.
 
         Raises:
-            CAPError: Whatever went wrong. The caller then puts weights and biases back.
+            CAPError: Whatever went wrong. The caller then puts `parameters` back.
         """
 
 
@@ -99,3 +119,62 @@ def biases_of(model: nn.Module, targets: Targets) -> dict[str, nn.Parameter]:
         if isinstance(bias, nn.Parameter):
             found[plain_name(f"{layer}.bias" if layer else "bias")] = bias
     return found
+
+
+def check_weights(
+    targets: Targets, masks: Mapping[str, Tensor], dense: Mapping[str, Tensor], others: Mapping[str, Tensor]
+) -> None:
+    """Refuse masks and dense weights that do not fit.
+
+    Args:
+        targets: The weights.
+        masks: Must have a bool tensor for each.
+        dense: Must have a floating-point tensor for each.
+        others: Further parameters, of which ``dense`` may have some.
+
+    Raises:
+        ConfigError: Something is missing, or of another shape or type.
+    """
+    require_instance("masks", masks, Mapping, "result.masks")
+    require_instance("dense", dense, Mapping, "targets.copies()")
+    shapes = targets.shapes
+    _check_tensors("masks", masks, shapes, "a bool tensor", lambda mask: mask.dtype == torch.bool)
+    shapes |= {name: tuple(other.shape) for name, other in others.items() if name in dense}
+    _check_tensors("dense", dense, shapes, "a floating-point tensor", torch.is_floating_point)
+
+
+def _check_tensors(
+    argument: str,
+    tensors: Mapping[str, Tensor],
+    shapes: Mapping[str, tuple[int, ...]],
+    kind: str,
+    is_right: Callable[[Tensor], bool],
+) -> None:
+    for name, shape in shapes.items():
+        tensor = tensors.get(name)
+        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape or not is_right(tensor):
+            raise ConfigError(
+                f"{argument}={shown(tensors)}: {shown(tensor)} for {name!r}. Give {kind} of shape {shape}."
+            )
+
+
+def count_samples(own: int, reached: int, wanted: int) -> int:
+    """The samples that were read, over all processes. Every process must call it.
+
+    Args:
+        own: Of this process.
+        reached: See `first_samples`.
+        wanted: Of all processes; fewer are told.
+
+    Raises:
+        GradientError: There is none at all.
+    """
+    samples: int = sum(distributed.gather_objects(own))
+    if samples == 0:
+        raise GradientError("inputs: the calibration batches are empty. Check the data set and its batch size.")
+    if own and reached < wanted:
+        warnings.warn(
+            f"num_inputs={wanted}: the batches of this process gave only {own} samples; the model is healed by what there is.",
+            stacklevel=4,
+        )
+    return samples

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -15,13 +14,13 @@ from lightning_cap.calibration.batches import first_samples
 from lightning_cap.calibration.checks import check_collector, check_samples
 from lightning_cap.calibration.layer_inputs import inputs_known, run_forward
 from lightning_cap.calibration.rows import Loss
-from lightning_cap.errors import ConfigError, GradientError, TargetError
-from lightning_cap.healing.base import Heal, HealReport, biases_of
+from lightning_cap.errors import TargetError
+from lightning_cap.healing.base import Heal, HealReport, biases_of, check_weights, count_samples
 from lightning_cap.healing.layer import Fit, HealedLayer
 from lightning_cap.healing.lockstep import Lockstep, in_paused_call, pause
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities import distributed, rng
-from lightning_cap.utilities.arguments import require_instance, require_real, shown
+from lightning_cap.utilities.arguments import require_real
 from lightning_cap.utilities.compiled import plain_name
 from lightning_cap.utilities.memory import release_memory
 from lightning_cap.utilities.progress import Progress
@@ -104,16 +103,7 @@ class LayerwiseHeal(Heal):
             for batch, size, done in first_samples(batches, self.num_inputs):
                 passes.start(lambda batch=batch: forward(batch))  # type: ignore[misc]
                 own, reached = own + size, done
-        samples: int = sum(distributed.gather_objects(own))
-        if samples == 0:
-            raise GradientError("inputs: the calibration batches are empty. Check the data set and its batch size.")
-        if own and reached < self.num_inputs:
-            warnings.warn(
-                f"num_inputs={self.num_inputs}: the batches of this process gave only {own} samples; layers are healed by what "
-                "there is.",
-                stacklevel=3,
-            )
-        return samples
+        return count_samples(own, reached, self.num_inputs)
 
 
 def _next(passes: Lockstep) -> str | None:
@@ -186,19 +176,14 @@ class _Work:
             "ridge_raised": float(sum(fit.raised for fit in fits.values())),
             "rows_left": float(sum(fit.left for fit in fits.values())),
         }
-        return HealReport(samples=samples, healed=tuple(fits), left=left, stats=stats)
+        return HealReport(samples=samples, passes=samples, healed=tuple(fits), left=left, stats=stats)
 
 
 def _layers(
     model: nn.Module, targets: Targets, masks: Mapping[str, Tensor], dense: Mapping[str, Tensor]
 ) -> dict[str, HealedLayer]:
     """Those whose inputs are known, by the names of their targets."""
-    require_instance("masks", masks, Mapping, "result.masks")
-    require_instance("dense", dense, Mapping, "targets.copies()")
-    shapes = targets.shapes
-    _check("masks", masks, shapes, "a bool tensor", lambda mask: mask.dtype == torch.bool)
-    biases = {name: tuple(bias.shape) for name, bias in biases_of(model, targets).items() if name in dense}
-    _check("dense", dense, shapes | biases, "a floating-point tensor", torch.is_floating_point)
+    check_weights(targets, masks, dense, biases_of(model, targets))
     layers = {}
     for name, path in targets.paths.items():
         owner = path.rpartition(".")[0]
@@ -207,19 +192,3 @@ def _layers(
             bias = dense.get(plain_name(f"{owner}.bias" if owner else "bias"))
             layers[name] = HealedLayer(name, module, masks[name], dense[name], bias)
     return layers
-
-
-def _check(
-    argument: str,
-    tensors: Mapping[str, Tensor],
-    shapes: Mapping[str, tuple[int, ...]],
-    kind: str,
-    is_right: Callable[[Tensor], bool],
-) -> None:
-    """Refuse what has no tensor of the right kind for every target."""
-    for name, shape in shapes.items():
-        tensor = tensors.get(name)
-        if not isinstance(tensor, Tensor) or tuple(tensor.shape) != shape or not is_right(tensor):
-            raise ConfigError(
-                f"{argument}={shown(tensors)}: {shown(tensor)} for {name!r}. Give {kind} of shape {shape}."
-            )

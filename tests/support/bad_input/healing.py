@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from lightning_cap.healing import LayerwiseHeal
+from lightning_cap.healing import DistillHeal, LayerwiseHeal
 from lightning_cap.healing.base import biases_of
 from lightning_cap.sparsity.targets import Targets
 from tests.support.bad_input.calibration import NO_FUNCTIONS, NO_OBJECTS
@@ -27,7 +27,11 @@ def heal(**named: Any) -> None:
     LayerwiseHeal(num_inputs=4).run(**named)
 
 
-def running() -> list[Line]:
+def distill(**named: Any) -> None:
+    DistillHeal(num_inputs=4, steps=1).run(**named)
+
+
+def running(heal: Callable[..., None]) -> list[Line]:
     given: Mapping[str, Any] = {
         "model": LINEAR,
         "targets": TARGETS,
@@ -58,7 +62,10 @@ def running() -> list[Line]:
 LINES = [
     *wrong(LayerwiseHeal, "num_inputs", *NO_COUNTS, 10**12),
     *wrong(LayerwiseHeal, "ridge", *NO_NUMBERS, 0, -0.1),
-    *running(),
+    *[line for run in (heal, distill) for line in running(run)],
+    *[line for name in ("num_inputs", "steps", "batch_size") for line in wrong(DistillHeal, name, *NO_COUNTS, 10**12)],
+    *[line for name in ("lr", "temperature") for line in wrong(DistillHeal, name, *NO_NUMBERS, 0, -0.1)],
+    *wrong(DistillHeal, "loss", None, 1, "ce", ["kl"], True),
     *wrong(biases_of, "model", *NO_OBJECTS, given={"targets": TARGETS}),
     *wrong(biases_of, "targets", *NO_OBJECTS, LINEAR, given={"model": LINEAR}),
 ]
