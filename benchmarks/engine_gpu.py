@@ -101,7 +101,7 @@ def phases(num_rows: int, depth: int, block_size: int, device: str = "cuda", **o
 def _factor(fisher: Any, alive: Tensor) -> None:
     for index in torch.arange(len(alive), device=alive.device).split(FACTOR_CHUNK):
         damp = torch.full((len(index),), 1e-7, dtype=torch.float64, device=alive.device)
-        spd_inverse(restrict(fisher[index], alive[index], damp))
+        spd_inverse(restrict(fisher[index], alive[index], damp)[0])
 
 
 def event(case: ModelCase, device: str = "cuda", **options: Any) -> dict[str, Any]:

@@ -1,6 +1,7 @@
 """Pruning methods, one file each."""
 
 from lightning_cap.pruners.base import Pruner
+from lightning_cap.pruners.blockwise import RelativeDamp
 from lightning_cap.pruners.cap import CAP
 from lightning_cap.pruners.cap_units import CAPUnits
 from lightning_cap.pruners.drop_and_grow import DropAndGrow
@@ -36,6 +37,7 @@ __all__ = [
     "PruningPath",
     "Random",
     "RandomUnits",
+    "RelativeDamp",
     "Taylor",
     "TaylorUnits",
     "UnitPruner",

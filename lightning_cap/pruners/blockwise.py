@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_cap.calibration.sources import NO_MEMORY, GradientSource, SourceMemory, reading
 from lightning_cap.calibration.statistics import GradientSamples
+from lightning_cap.errors import ConfigError
 from lightning_cap.fisher.blocks import ROW_CHUNK, EmpiricalFisher, Storage
 from lightning_cap.fisher.memory_plan import MemoryModel, MemoryPlan, plan_event
 from lightning_cap.healing import HealArgument, as_heal
@@ -20,6 +21,8 @@ from lightning_cap.pruners.blockwise_path import BlockMethod, BlockwisePath
 from lightning_cap.pruners.paths import pack_alive
 from lightning_cap.solver import reconstruct
 from lightning_cap.solver.backend import Backend, choose_backend
+from lightning_cap.solver.damping import Damp, as_relative, require_damp
+from lightning_cap.solver.damping import RelativeDamp as RelativeDamp
 from lightning_cap.sparsity.allocation import Allocation, Global
 from lightning_cap.sparsity.block_layout import BlockLayout
 from lightning_cap.sparsity.patterns import PatternArgument, as_pattern
@@ -30,6 +33,7 @@ from lightning_cap.utilities.arguments import (
     require_flag,
     require_real,
     require_whole,
+    shown,
 )
 from lightning_cap.utilities.distributed import raise_on_all_ranks, world_size
 from lightning_cap.utilities.memory import parse_bytes
@@ -47,7 +51,7 @@ class Blockwise(BlockMethod):
 
     Args:
         block_size: Weights in a block, ``B``. One never spans two targets, so it is no larger than the largest.
-        damp: ``λ`` of equation 3.
+        damp: ``λ`` of equation 3; or relative to the blocks: a `RelativeDamp`, or ``"auto"``.
         allocation: How zeros are shared out over the targets.
         pattern: Which masks are allowed. Default: `Unstructured`.
         heal: What moves the kept weights after pruning; see `LayerwiseHeal`.
@@ -58,7 +62,7 @@ class Blockwise(BlockMethod):
     """
 
     block_size: int = 192
-    damp: float = 1e-8
+    damp: Damp = 1e-8
     allocation: Allocation = Global()
     pattern: PatternArgument = None
     heal: HealArgument = None
@@ -67,7 +71,7 @@ class Blockwise(BlockMethod):
 
     def __post_init__(self) -> None:
         require_counts(block_size=self.block_size)
-        require_real("damp", self.damp, "(0, inf)", example=1e-8)
+        require_damp(self.damp)
         require_allocation(self.allocation)
         self.heal = as_heal(self.heal)
         self.pattern = in_blocks(as_pattern(self.pattern), type(self).__name__)
@@ -107,7 +111,8 @@ class Blockwise(BlockMethod):
         raised = path.stats["blocks_damping_increased"]
         if raised:
             warnings.warn(
-                f"damp={self.damp:g}: {raised:g} of {path.stats['blocks']:g} Fisher blocks factored only with a larger one (up to "
+                f"damp={shown(self.damp)}: {raised:g} of {path.stats['blocks']:g} Fisher blocks factored only with a larger one, "
+                "or needed it to rise above the rounding of few gradients' sums (up to "
                 f"{path.stats['largest_damp']:g}). Raise damp if there are many.",
                 stacklevel=2,
             )
@@ -181,6 +186,12 @@ class GradientBlockwise(Blockwise):
         model = self.memory_model(layout, alive, source)
         plan = plan_event(model, busy, alive.device, parse_bytes(self.max_memory, "max_memory"))
         plan.check()
+        relative = as_relative(self.damp)
+        if plan.passes > 1 and relative is not None and relative.scope == "layer":
+            raise ConfigError(
+                f"damp={shown(self.damp)}: memory allows the Fisher only in {plan.passes} passes, and a layer's mean is known "
+                "after all of them. Use scope='block', or raise max_memory."
+            )
         return plan
 
     @abstractmethod

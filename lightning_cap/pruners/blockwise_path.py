@@ -16,6 +16,7 @@ from lightning_cap.pruners.base import Pruner
 from lightning_cap.pruners.paths import PruneResult, WeightPath, pack_weights, some_scores
 from lightning_cap.pruners.zero_gradients import check_zeros
 from lightning_cap.solver import Elimination
+from lightning_cap.solver.damping import Damp, block_damps
 from lightning_cap.solver.ranking import at_group_ends, select
 from lightning_cap.sparsity.block_layout import BlockLayout
 from lightning_cap.sparsity.targets import Targets
@@ -28,7 +29,7 @@ from lightning_cap.utilities.progress import Progress
 class BlockMethod(Pruner):
     """A pruner that plans, reads, orders and rebuilds blocks; a `BlockwisePath` says when and which."""
 
-    damp: float
+    damp: Damp
 
     @abstractmethod
     def plan_blocks(self, layout: BlockLayout, alive: Tensor, source: SourceMemory) -> MemoryPlan:
@@ -40,9 +41,12 @@ class BlockMethod(Pruner):
 
     @abstractmethod
     def order_blocks(
-        self, fisher: Any, weights: Tensor, alive: Tensor, chunk: int, progress: Progress | None
+        self, fisher: Any, weights: Tensor, alive: Tensor, damp: Tensor, chunk: int, progress: Progress | None
     ) -> Elimination:
-        """Order and losses of blocks ``(k, B)`` with what `read_blocks` gave for them, ``chunk`` of them at a time."""
+        """Order and losses of blocks ``(k, B)`` with what `read_blocks` gave for them and a ``damp`` ``(k,)`` each.
+
+        ``chunk`` of them are solved at a time.
+        """
 
     def merge_scores(self, losses: Tensor) -> Tensor:
         """What blocks are merged by, ``(k, B)`` float32, not decreasing along a block; of the losses by step."""
@@ -108,18 +112,18 @@ class BlockwisePath(WeightPath):
         self._kept: Any = None  # of the only pass
         self._closed = False
         self._seen: dict[int, Tensor] = {}  # diagonals of the first time that each group was read
-        parts = [Elimination.untouched(0, layout.block_size, pruner.damp, self._alive.device)]
+        parts = [Elimination.untouched(torch.empty(0, device=self._alive.device), layout.block_size)]
         found, count = [], 0  # whether anything of a block is not zero, and the samples
         for number, blocks in enumerate(self.plan.groups if sum(self._sizes) else ()):
             fisher = self._fisher(number)
             here = blocks.to(self._alive.device)
+            diagonal, alive = fisher.diagonal.to(here.device), self._alive[here]
+            damp = block_damps(pruner.damp, diagonal, alive, self._layers(blocks).to(here.device), len(layout.spans))
             with raise_on_all_ranks("Solving the blocks"):
                 parts.append(
-                    pruner.order_blocks(
-                        fisher, self._weights[here].float(), self._alive[here], self.plan.chunk, progress
-                    )
+                    pruner.order_blocks(fisher, self._weights[here].float(), alive, damp, self.plan.chunk, progress)
                 )
-            found.append(((fisher.diagonal != 0).to(here.device) & self._alive[here]).any(-1))
+            found.append(((diagonal != 0) & alive).any(-1))
             count = fisher.count
             self._kept = fisher if self.plan.passes == 1 else None
             del fisher
@@ -153,13 +157,17 @@ class BlockwisePath(WeightPath):
                 "yields the same rows each time (no shuffling, no new augmentation), or raise max_memory."
             )
 
+    def _layers(self, blocks: Tensor) -> Tensor:
+        """The number of the target of each block, ``(k,)`` int64 on the CPU."""
+        ends = torch.tensor([span.stop for span in self._layout.spans.values()])
+        return torch.bucketize(blocks.cpu(), ends, right=True)
+
     def _check_zeros(self, found: Tensor | None, count: int) -> None:
         """Refuse gradients that are all zero. Every process must call it, with ``(K_r,)`` bool of its own blocks."""
         if found is None:  # no process has a weight left to prune
             return
-        ends = torch.tensor([span.stop for span in self._layout.spans.values()])
-        targets = torch.bucketize(self._own, ends, right=True)
-        own = torch.zeros(len(ends), dtype=torch.int64).index_add_(0, targets, found.cpu().long())
+        own = torch.zeros(len(self._layout.spans), dtype=torch.int64)
+        own.index_add_(0, self._layers(self._own), found.cpu().long())
         alive = torch.stack([self._alive[span].any() for span in self._layout.spans.values()]).tolist()
         all_ranks = torch.stack(gather_tensors(own.to(self._alive.device))).sum(0).tolist()
         any_found = {
@@ -172,7 +180,7 @@ class BlockwisePath(WeightPath):
         numbers = [
             float(own.use_float64.sum()),
             float(own.num_damping_increased),
-            max([own.requested_damp, *own.damp.tolist()]),
+            max([0.0, *own.damp.tolist()]),
         ]
         all_ranks = torch.stack(gather_tensors(torch.tensor(numbers, dtype=torch.float64, device=own.damp.device)))
         return {

@@ -12,6 +12,7 @@ from lightning_cap.fisher.blocks import FisherBlocks
 from lightning_cap.pruners.blockwise import FisherBlockwise
 from lightning_cap.solver import Elimination, eliminate
 from lightning_cap.solver.backend import Backend
+from lightning_cap.solver.damping import rounding_damp
 from lightning_cap.solver.ranking import block_scores
 from lightning_cap.utilities.arguments import require_choice
 from lightning_cap.utilities.progress import Progress
@@ -30,7 +31,7 @@ class CAP(FisherBlockwise):
         samples_per_gradient: Inputs ``m`` whose mean loss gives one gradient sample. The scale of the Fisher against
             ``damp`` changes with it, since a gradient is that of the mean loss: noise in it shrinks as ``1/m``.
             ``m = 1`` (per-sample gradients) makes the most of each image.
-        damp: ``λ`` of equation 3.
+        damp: ``λ`` of equation 3, the same for all blocks; or one that follows their gradients, a `RelativeDamp` or ``"auto"``.
         ranking: How blocks are merged: ``"marginal"`` (least predicted loss in all), the paper's ``"cumulative"``, or ``"auto"``:
             the one of both with the lower measured loss, where `PruningPath.candidates` are measured; else the first.
         allocation: How zeros are shared out over the targets. Default: `Global`.
@@ -65,10 +66,11 @@ class CAP(FisherBlockwise):
         return self.backend
 
     def order_blocks(
-        self, fisher: FisherBlocks, weights: Tensor, alive: Tensor, chunk: int, progress: Progress | None
+        self, fisher: FisherBlocks, weights: Tensor, alive: Tensor, damp: Tensor, chunk: int, progress: Progress | None
     ) -> Elimination:
         """One weight at a time, by the Optimal Brain Surgeon."""
-        return eliminate(fisher, weights, alive, self.damp, self.pattern, progress, self.backend, chunk)
+        least = rounding_damp(fisher.diagonal, alive, fisher.count)
+        return eliminate(fisher, weights, alive, damp, self.pattern, progress, self.backend, chunk, least_damp=least)
 
     def merge_scores(self, losses: Tensor) -> Tensor:
         """The scores that ``ranking`` says."""

@@ -25,7 +25,7 @@ from lightning_cap.healing import HealArgument, as_heal
 from lightning_cap.pruners.base import Pruner, check_path_arguments, in_blocks, require_allocation
 from lightning_cap.pruners.scored import ScoredPath, require_weightwise_pattern
 from lightning_cap.pruners.zero_gradients import check_zeros
-from lightning_cap.solver.damping import solve_with_damping
+from lightning_cap.solver.damping import Damp, block_damps, require_damp, solve_with_damping
 from lightning_cap.solver.groups import diagonal_groups, group_losses
 from lightning_cap.solver.linalg import spd_inverse
 from lightning_cap.solver.ranking import smallest
@@ -35,7 +35,7 @@ from lightning_cap.sparsity.masks import check_masks
 from lightning_cap.sparsity.patterns import PatternArgument
 from lightning_cap.sparsity.targets import Targets, require_targets
 from lightning_cap.utilities import distributed
-from lightning_cap.utilities.arguments import require_counts, require_real
+from lightning_cap.utilities.arguments import require_counts, shown
 from lightning_cap.utilities.precision import full_float32
 from lightning_cap.utilities.progress import Progress
 
@@ -58,7 +58,7 @@ class FastCAP(Pruner):
         block_size: Inputs of an output row in a block, ``B``; best no smaller than a row.
         num_gradients: Gradient samples, ``N``.
         samples_per_gradient: Inputs whose mean loss gives one gradient sample.
-        damp: Added to the diagonal of each ``F̄``, ``λ`` of equation 3.
+        damp: Added to the diagonal of each ``F̄``, ``λ`` of equation 3; or relative to it, a `RelativeDamp` or ``"auto"``.
         columns: Columns in a batch of the sweep.
         allocation: See `Scored`.
         pattern: Which masks are allowed; of whole groups those of least saliency are pruned.
@@ -72,7 +72,7 @@ class FastCAP(Pruner):
     block_size: int = 192
     num_gradients: int = 4096
     samples_per_gradient: int = 1
-    damp: float = 1e-8
+    damp: Damp = 1e-8
     columns: int = COLUMNS
     allocation: Allocation = Global()
     pattern: PatternArgument = None
@@ -84,7 +84,7 @@ class FastCAP(Pruner):
         self.pattern = in_blocks(require_weightwise_pattern(self.pattern, "FastCAP"), "FastCAP")
         require_counts(num_gradients=self.num_gradients, samples_per_gradient=self.samples_per_gradient)
         require_counts(block_size=self.block_size, columns=self.columns)
-        require_real("damp", self.damp, "(0, inf)", example=1e-8)
+        require_damp(self.damp)
         require_allocation(self.allocation)
         self.heal = as_heal(self.heal)
 
@@ -131,7 +131,7 @@ class FastCAP(Pruner):
         damping_increased = path.stats["blocks_damping_increased"]
         if damping_increased:
             warnings.warn(
-                f"damp={self.damp:g}: {damping_increased:g} shared Fisher blocks factored only with a larger one (up to "
+                f"damp={shown(self.damp)}: {damping_increased:g} shared Fisher blocks factored only with a larger one (up to "
                 f"{path.stats['largest_damp']:g}). Raise damp if there are many.",
                 stacklevel=2,
             )
@@ -173,14 +173,15 @@ class FastCAPPath(ScoredPath):
         self._factors: dict[str, Tensor] = {}  # (P, B, B) upper, UᵀU = F̄⁻¹
         self._scales: dict[str, Tensor] = {}  # (O, P)
         saliency = torch.zeros(self.weights.shape, dtype=torch.float64, device=self.weights.device)
-        damping_increased, largest = 0, pruner.damp
+        damping_increased, largest = 0, 0.0
         for name, span in layout.spans.items():
             fisher = fishers[name]
-            inverse, damps = _inverse(fisher.mean, pruner.damp)
-            damping_increased, largest = (
-                damping_increased + int((damps > pruner.damp).sum()),
-                max(largest, float(damps.max())),
-            )
+            there = self._by_place(name, self._alive[span]).any(0)  # (P, B)
+            one_layer = torch.zeros(len(there), dtype=torch.int64, device=there.device)
+            asked = block_damps(pruner.damp, fisher.mean.diagonal(dim1=-2, dim2=-1), there, one_layer, 1)
+            inverse, damps = _inverse(fisher.mean, asked)
+            damping_increased += int((damps > asked).sum())
+            largest = max(largest, float(damps.max()))
             self._factors[name] = torch.linalg.cholesky(inverse).mT.contiguous()
             traces = fisher.traces + damps * layout.block_size
             self._scales[name] = traces / traces.mean(0)
@@ -291,10 +292,10 @@ def shared_blocks(layout: BlockLayout, gradients: GradientSource, device: torch.
     return {name: SharedFisher(sums[name], traces[name]) for name in shapes}
 
 
-def _inverse(fisher: Tensor, damp: float) -> tuple[Tensor, Tensor]:
-    """Inverses of the damped blocks ``(P, B, B)``, in float64, and the damps ``(P,)``, raised where they were not enough."""
+def _inverse(fisher: Tensor, damp: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverses of the damped blocks ``(P, B, B)``, in float64, and the damps ``(P,)``, raised where ``damp`` was not enough."""
     eye = torch.eye(fisher.shape[-1], dtype=fisher.dtype, device=fisher.device)
-    damps = torch.full((len(fisher),), damp, dtype=torch.float64, device=fisher.device)
+    damps = damp.clone()
     inverses = torch.empty_like(fisher)
 
     def attempt(blocks: Tensor, more: Tensor, _: torch.dtype) -> Tensor:

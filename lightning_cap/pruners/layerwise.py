@@ -20,7 +20,7 @@ from lightning_cap.solver.ranking import pool_adjacent_violators
 from lightning_cap.sparsity.allocation import Allocation, Uniform
 from lightning_cap.sparsity.block_layout import BlockLayout
 from lightning_cap.sparsity.targets import Targets, require_targets
-from lightning_cap.utilities.arguments import require_choice, require_counts
+from lightning_cap.utilities.arguments import require_choice, require_counts, require_real
 from lightning_cap.utilities.distributed import gather_rows, raise_on_all_ranks, rank, world_size
 from lightning_cap.utilities.progress import Progress
 
@@ -58,6 +58,7 @@ class LayerwiseOBS(Blockwise):
 
     def __post_init__(self) -> None:
         require_counts(num_inputs=self.num_inputs)
+        require_real("damp", self.damp, "(0, inf)", example=0.01)  # relative as it is
         require_choice("backend", self.backend, get_args(Backend))
         super().__post_init__()
 
@@ -102,10 +103,10 @@ class LayerwiseOBS(Blockwise):
         return SharedBlocks(layout, hessians, grams.count, plan.groups[number], plan.device)
 
     def order_blocks(
-        self, fisher: SharedBlocks, weights: Tensor, alive: Tensor, chunk: int, progress: Progress | None
+        self, fisher: SharedBlocks, weights: Tensor, alive: Tensor, damp: Tensor, chunk: int, progress: Progress | None
     ) -> Elimination:
         """By the Optimal Brain Surgeon; losses in the units of the layers' outputs."""
-        out = eliminate(fisher, weights, alive, self.damp, self.pattern, progress, self.backend, chunk)
+        out = eliminate(fisher, weights, alive, damp, self.pattern, progress, self.backend, chunk)
         out.losses.mul_(fisher.scale.unsqueeze(-1))
         return out
 

@@ -41,7 +41,7 @@ class MFAC(GradientBlockwise):
         block_size: Weights in a block, ``B``.
         num_gradients: Gradient samples, ``N``; time grows with its square.
         samples_per_gradient: Inputs whose mean loss gives one gradient sample.
-        damp: ``λ`` of equation 3.
+        damp: ``λ`` of equation 3, the same for all blocks; or one that follows their gradients, a `RelativeDamp` or ``"auto"``.
         mode: ``"dynamic"`` factors the rows' Gram matrix for each use; ``"static"`` works out the vectors of the rank-1 updates
             once and keeps them, ``8·N·d`` bytes more, so that every further sparsity is cheap. Both give the same.
         allocation: How zeros are shared out over the targets. Default: `Global`.
@@ -84,11 +84,10 @@ class MFAC(GradientBlockwise):
         return rows.finish()
 
     def order_blocks(
-        self, fisher: RowBlocks, weights: Tensor, alive: Tensor, chunk: int, progress: Progress | None
+        self, fisher: RowBlocks, weights: Tensor, alive: Tensor, damp: Tensor, chunk: int, progress: Progress | None
     ) -> Elimination:
         """All weights of a block at once, by their saliency."""
-        K, B = weights.shape
-        out = Elimination.untouched(K, B, self.damp, weights.device)
+        out = Elimination.untouched(damp, weights.shape[1])
         busy = self.pattern.removable(alive).any(-1).nonzero().squeeze(1)
         done = 0
 
@@ -121,7 +120,7 @@ class MFAC(GradientBlockwise):
                 fisher.inverses.append((chosen, inverse))
             return good
 
-        solve_with_damping(blocks, torch.full_like(out.damp[blocks], self.damp), torch.float64, attempt)
+        solve_with_damping(blocks, out.damp[blocks], torch.float64, attempt)
 
     def rebuild_blocks(
         self,

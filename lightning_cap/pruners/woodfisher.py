@@ -12,6 +12,7 @@ from lightning_cap.fisher.blocks import FisherBlocks
 from lightning_cap.pruners.blockwise import FisherBlockwise
 from lightning_cap.solver import Elimination, eliminate, reconstruct, update_independently
 from lightning_cap.solver.backend import factor_first
+from lightning_cap.solver.damping import rounding_damp
 from lightning_cap.solver.one_step import rank_by_saliency
 from lightning_cap.utilities.arguments import require_choice
 from lightning_cap.utilities.progress import Progress
@@ -33,7 +34,7 @@ class WoodFisher(FisherBlockwise):
         block_size: Weights in a Fisher block, ``B``.
         num_gradients: Gradient samples, ``N`` of equation 3.
         samples_per_gradient: Inputs whose mean loss gives one gradient sample.
-        damp: ``λ`` of equation 3.
+        damp: ``λ`` of equation 3, the same for all blocks; or one that follows their gradients, a `RelativeDamp` or ``"auto"``.
         update: How kept weights move: ``"joint"``, ``δw = -F⁻¹ E_Qᵀ ([F⁻¹]_QQ)⁻¹ w_Q`` for all removed ones ``Q`` together
             (equation 5); ``"simple"``, each removed weight's own ``δw`` of equation 2 added up, as in the published code; or
             ``"none"``.
@@ -58,14 +59,15 @@ class WoodFisher(FisherBlockwise):
         super().__post_init__()
 
     def order_blocks(
-        self, fisher: FisherBlocks, weights: Tensor, alive: Tensor, chunk: int, progress: Progress | None
+        self, fisher: FisherBlocks, weights: Tensor, alive: Tensor, damp: Tensor, chunk: int, progress: Progress | None
     ) -> Elimination:
         """All weights of a block at once, by their saliency on the dense block."""
         pattern = self.pattern
         order = functools.partial(
             factor_first, lambda inverse, floor, w, left: rank_by_saliency(inverse, floor, w, left, pattern)
         )
-        return eliminate(fisher, weights, alive, self.damp, pattern, progress, chunk=chunk, solve=order)
+        least = rounding_damp(fisher.diagonal, alive, fisher.count)
+        return eliminate(fisher, weights, alive, damp, pattern, progress, chunk=chunk, solve=order, least_damp=least)
 
     def rebuild_blocks(
         self,

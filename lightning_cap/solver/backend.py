@@ -140,14 +140,14 @@ def factor_first(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Batched factorisation in torch, then elimination from the inverses that can be trusted."""
     k, B = weights.shape
-    matrix = restrict(fisher[blocks].to(dtype), alive, damp)
-    floor = matrix.diagonal(dim1=-2, dim2=-1).reciprocal()
+    matrix, roots = restrict(fisher[blocks].to(dtype), alive, damp)
     inverse, well_conditioned = spd_inverse(matrix)
     del matrix
     rank = torch.full((k, B), B, device=weights.device)
     losses = torch.full((k, B), torch.inf, dtype=dtype, device=weights.device)
     if bool(well_conditioned.any()):
-        weights = weights.to(dtype)
+        weights = weights.to(dtype) * roots  # scores do not depend on the scale
+        floor = torch.ones_like(weights)
         if bool(well_conditioned.all()):
             found = eliminate(inverse, floor, weights, alive)
             return found[0].to(rank.dtype), found[1], well_conditioned

@@ -50,14 +50,15 @@ def update_independently(
 
     def work(blocks: Tensor) -> None:
         dtype = torch.float64 if bool(use_float64[blocks[0]]) else torch.float32
-        inverse, _ = spd_inverse(restrict(fisher[blocks].to(dtype), alive[blocks], damp[blocks]))
-        removed = torch.where(pruned[blocks], weights[blocks], 0.0).to(dtype)
+        matrix, roots = restrict(fisher[blocks].to(dtype), alive[blocks], damp[blocks])
+        inverse, _ = spd_inverse(matrix)
+        removed = torch.where(pruned[blocks], weights[blocks], 0.0).to(dtype) * roots
         if group == 1:
             pushed = removed / inverse.diagonal(dim1=-2, dim2=-1)
         else:
             small = diagonal_groups(inverse, group).flatten(0, 1)
             pushed = _solve_small(small, removed.view(-1, group)).view_as(removed)
-        shift = torch.bmm(inverse, pushed.unsqueeze(-1)).squeeze(-1)
+        shift = torch.bmm(inverse, pushed.unsqueeze(-1)).squeeze(-1) / roots
         result[blocks] = torch.where(kept[blocks], weights[blocks] - shift, 0.0).to(result.dtype)
 
     with full_float32():

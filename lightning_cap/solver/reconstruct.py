@@ -7,7 +7,7 @@ from torch import Tensor
 
 from lightning_cap.solver.backend import Backend, Blocks, check_blocks, choose_backend, chunk_blocks
 from lightning_cap.solver.damping import solve_with_damping
-from lightning_cap.solver.linalg import spd_solve
+from lightning_cap.solver.linalg import restrict, spd_solve
 from lightning_cap.solver.numba_backend import reconstruct_numba
 from lightning_cap.utilities.memory import in_chunks
 from lightning_cap.utilities.precision import full_float32
@@ -86,7 +86,6 @@ def _reconstruct_torch(
     rows = matrix.gather(1, places.unsqueeze(-1).expand(-1, -1, matrix.shape[2])).to(dtype)  # (k, size, B)
     rhs = torch.bmm(rows, removed).squeeze(-1).masked_fill_(~real, 0.0)
     matrix = rows.gather(2, places.unsqueeze(1).expand(-1, size, -1))
-    matrix.masked_fill_(~(real.unsqueeze(-1) & real.unsqueeze(-2)), 0.0)
-    matrix.diagonal(dim1=-2, dim2=-1).add_(torch.where(real, damp.to(dtype).unsqueeze(-1), 1.0))
-    shift, solved = spd_solve(matrix, rhs)
-    return torch.zeros_like(weights, dtype=dtype).scatter_(1, places, shift), solved
+    matrix, roots = restrict(matrix, real, damp)
+    shift, solved = spd_solve(matrix, rhs / roots)
+    return torch.zeros_like(weights, dtype=dtype).scatter_(1, places, shift / roots), solved

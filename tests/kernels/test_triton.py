@@ -56,9 +56,10 @@ def problem(k: int, B: int, dtype: torch.dtype, damp: float = 0.1) -> tuple[Tens
 
 def factored(fisher: Tensor, alive: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The inverses and the floors of their diagonals."""
-    matrix = restrict(fisher, alive, torch.zeros(len(fisher)))
+    matrix, roots = restrict(fisher, alive, torch.zeros(len(fisher)))
     inverse = torch.stack([torch.cholesky_inverse(torch.linalg.cholesky(block)) for block in matrix])
-    return inverse.to(dtype), matrix.diagonal(dim1=-2, dim2=-1).reciprocal().to(dtype)
+    inverse = inverse / (roots.unsqueeze(-1) * roots.unsqueeze(-2))
+    return inverse.to(dtype), roots.square().reciprocal().to(dtype)
 
 
 def rule(pattern: Pattern) -> tuple[int, int]:

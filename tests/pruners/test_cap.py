@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from lightning_cap.errors import ConfigError, GradientError, PatternError
-from lightning_cap.pruners import CAP, Magnitude
+from lightning_cap.pruners import CAP, Magnitude, RelativeDamp
 from lightning_cap.sparsity.patterns import BlockOf, NofM
 from lightning_cap.sparsity.targets import Targets
 from tests.references.obs import best_weights, obs_block
@@ -122,6 +122,30 @@ def test_blocks_that_need_more_damp_are_reported() -> None:
     assert result.stats["blocks_float64"] >= result.stats["blocks_damping_increased"]
     assert result.stats["blocks"] == 5
     assert all(w.isfinite().all() for w in result.weights.values())
+
+
+def test_a_damp_below_the_rounding_of_few_gradients_is_raised() -> None:
+    """Sums of fewer rows than weights are singular, and rounding makes them cost less than nothing in some directions."""
+    problem = Quadratic({"w": (1, 192)}, n=150)
+    with pytest.warns(UserWarning, match=r"damp=1e-08: 1 of 1 Fisher blocks .* above the rounding"):
+        path = CAP(block_size=192, damp=1e-8).path(problem.targets, problem.rows)
+    assert path.stats["blocks_damping_increased"] == 1
+    assert 1e-7 < path.stats["largest_damp"] < 1e-4
+    x, w = problem.x["w"].double().numpy(), problem.w0["w"].numpy().ravel()
+    exact = obs_block(x.T @ x / 150, w, np.ones(192, dtype=bool), 1e-8).losses
+    for sparsity in (0.5, 0.75):
+        assert problem.increase(path.at(sparsity), 192, 1e-8) < 1.3 * sum(exact[: int(192 * sparsity)])
+
+
+def test_a_relative_damp_follows_the_scale_of_the_gradients() -> None:
+    problem = Quadratic(SHAPES)
+    results = {}
+    for scale in (1e-3, 1.0, 1e3):
+        rows = [{name: scale * g for name, g in chunk.items()} for chunk in problem.rows]
+        results[scale] = CAP(block_size=24, damp=RelativeDamp(0.1)).path(problem.targets, rows).at(0.5)
+    for result in results.values():
+        assert all(torch.equal(result.masks[n], results[1.0].masks[n]) for n in SHAPES)
+        assert all(torch.allclose(result.weights[n], results[1.0].weights[n], rtol=1e-3, atol=1e-5) for n in SHAPES)
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ SIZES = [1, 7, 16, 48, 64, pytest.param(192, marks=pytest.mark.slow)]
 @pytest.mark.parametrize("B", SIZES)
 @pytest.mark.parametrize(
     ("kind", "damp", "use_float64"),
-    [("random", 1e-1, False), ("duplicated", 1e-4, True), ("few", 1e-5, True), ("scaled", 1e-4, True)],
+    [("random", 1e-1, False), ("duplicated", 1e-6, True), ("few", 1e-5, True), ("scaled", 1e-4, False)],
 )
 def test_matches_the_oracle(eliminate: Eliminate, B: int, kind: str, damp: float, use_float64: bool) -> None:
     K = 1 if B == 192 else 3
@@ -124,9 +124,9 @@ def test_small_damp_needs_float64_where_float32_succeeds_and_is_wrong(
 def test_precision_is_chosen_block_by_block(eliminate: Eliminate) -> None:
     good, weights, alive = problem("random", 3, 32)
     fisher = torch.stack([good[0], nearly_singular(1, 32)[0], good[2]])
-    out = eliminate(fisher, weights, alive, 1e-3, Unstructured())
+    out = eliminate(fisher, weights, alive, 1e-4, Unstructured())
     assert out.use_float64.tolist() == [False, True, False]
-    alone = eliminate(good[2:], weights[2:], alive[2:], 1e-3, Unstructured())
+    alone = eliminate(good[2:], weights[2:], alive[2:], 1e-4, Unstructured())
     assert torch.equal(out.rank[2], alone.rank[0])
 
 

@@ -17,14 +17,27 @@ def test_restrict_keeps_the_alive_part_and_nothing_else() -> None:
     fisher = _spd(2, 5)
     alive = torch.tensor([[True, False, True, True, False], [False] * 5])
     before = fisher.clone()
-    matrix = restrict(fisher, alive, torch.tensor([0.5, 2.0], dtype=torch.float64))
+    matrix, roots = restrict(fisher, alive, torch.tensor([0.5, 2.0], dtype=torch.float64))
     A = [0, 2, 3]
-    torch.testing.assert_close(matrix[0][A][:, A], fisher[0][A][:, A] + 0.5 * torch.eye(3))
+    scaled_back = matrix * roots.unsqueeze(-1) * roots.unsqueeze(-2)
+    torch.testing.assert_close(scaled_back[0][A][:, A], fisher[0][A][:, A] + 0.5 * torch.eye(3))
     assert not matrix[0][[1, 4]][:, A].any()
-    assert matrix[0][1, 1] == matrix[0].diagonal()[A].max()
-    assert (matrix[1] == matrix[1].diagonal().diag()).all()
-    assert (matrix[1].diagonal() > 0).all()
+    assert (matrix.diagonal(dim1=-2, dim2=-1) == 1).all()
+    assert torch.equal(matrix[1], torch.eye(5))
     assert torch.equal(fisher, before)
+
+
+def test_a_diagonal_that_is_not_positive_cannot_be_scaled() -> None:
+    fisher = torch.eye(3).repeat(2, 1, 1)
+    fisher[0, 1, 1] = -1.0
+    matrix, _ = restrict(fisher, torch.ones(2, 3, dtype=torch.bool), torch.full((2,), 1e-3, dtype=torch.float64))
+    assert spd_inverse(matrix)[1].tolist() == [False, True]
+
+
+def test_the_condition_does_not_depend_on_the_scale_of_the_weights() -> None:
+    correlated = _spd(1, 8)
+    far = torch.logspace(-6, 6, 8)
+    assert spd_inverse(correlated * far * far.unsqueeze(-1))[1].all()
 
 
 @pytest.mark.parametrize("B", [1, 7, 48])
@@ -48,7 +61,6 @@ def test_each_block_is_judged_by_itself() -> None:
     assert torch.equal(inverse[1], spd_inverse(good[None])[0][0])
     _, well_conditioned = spd_inverse(batch.double())
     assert well_conditioned.tolist() == [False, True, True, False, True]
-    _, well_conditioned = spd_inverse(
-        torch.diag(torch.tensor([1.0, 0.5 / FLOAT64_CONDITION], dtype=torch.float64))[None]
-    )
+    nearly_one = 1 - 0.25 / FLOAT64_CONDITION
+    _, well_conditioned = spd_inverse(torch.tensor([[[1.0, nearly_one], [nearly_one, 1.0]]], dtype=torch.float64))
     assert not well_conditioned.any()

@@ -18,15 +18,12 @@ _MOST, _MOST64 = float(np.finfo(np.float32).max), float(np.finfo(np.float64).max
 
 @kernel
 def _cholesky(A: Any, n: int, panel: Any, condition: float) -> bool:
-    """``A = Tᵀ T`` with ``T`` lower triangular, in place, four rows at a time from the last.
+    """``A = Tᵀ T`` with ``T`` lower triangular, in place, four rows at a time from the last; the diagonal of ``A`` is 1.
 
-    False if that fails, or if the pivots alone show a condition number beyond ``condition`` (the largest diagonal entry
-    over a squared pivot is a lower bound of it).
+    False if that fails, or if the pivots alone show a condition number beyond ``condition`` (one over a squared pivot is a
+    lower bound of it).
     """
     zero, one, lanes = A.dtype.type(0), A.dtype.type(1), lanes_of(A)
-    most = A[0, 0]
-    for i in range(n):
-        most = max(most, A[i, i])
     for end in range(n, 0, -4):
         start = max(0, end - 4)
         rows, width = end - start, whole(end, lanes)
@@ -36,7 +33,7 @@ def _cholesky(A: Any, n: int, panel: Any, condition: float) -> bool:
         subtract4(panel, width, A, end, n, A, start)
         for a in range(rows - 1, -1, -1):
             pivot = panel[a, start + a]
-            if not (pivot * condition > most) or not np.isfinite(pivot):
+            if not (pivot * condition > one) or not np.isfinite(pivot):
                 return False
             scale = one / np.sqrt(pivot)
             row = A[start + a]
@@ -52,8 +49,8 @@ def _cholesky(A: Any, n: int, panel: Any, condition: float) -> bool:
 
 
 @kernel
-def _invert(A: Any, N: Any, n: int, panel: Any, c: Any, sums: Any) -> float:
-    """From ``T`` to the inverse ``H`` with rows and columns in *reversed* order, lower triangle; returns its 1-norm.
+def _invert(A: Any, N: Any, n: int, panel: Any, c: Any) -> float:
+    """From ``T`` to the inverse ``H`` with rows and columns in *reversed* order, lower triangle; returns its largest entry.
 
     Reversed, ``T`` is the transpose of the common factor ``L``; ``N = L⁻¹`` and ``H = Nᵀ N`` are formed four rows at a time.
     """
@@ -79,8 +76,7 @@ def _invert(A: Any, N: Any, n: int, panel: Any, c: Any, sums: Any) -> float:
             row[start + a] = scale
             for j in range(start + a + 1, row.shape[0]):
                 row[j] = zero
-    for i in range(sums.shape[0]):
-        sums[i] = zero
+    largest = zero
     for start in range(0, n, 4):
         rows, width = min(4, n - start), whole(start + 4, lanes)
         for a in range(4):
@@ -90,18 +86,12 @@ def _invert(A: Any, N: Any, n: int, panel: Any, c: Any, sums: Any) -> float:
         for a in range(rows):
             i = start + a
             row = A[i]
-            total = zero
-            for j in range(i):
+            for j in range(i + 1):
                 row[j] = -panel[a, j]
-                size = abs(panel[a, j])
-                sums[j] += size
-                total += size
-            row[i] = -panel[a, i]
-            sums[i] += total + abs(panel[a, i])
-    norm = zero
-    for i in range(n):
-        norm = max(norm, sums[i])
-    return float(norm)
+            if not np.isfinite(row[i]):
+                return np.inf
+            largest = max(largest, row[i])
+    return float(largest)
 
 
 @kernel
@@ -126,15 +116,18 @@ def _least(scores: Any, m: int) -> Any:
 
 @kernel
 def _eliminate(
-    H: Any, U: Any, n: int, w: Any, floor: Any, where: Any, groups: Any, counts: Any, keep: int, row: Any, c: Any, work: Any,
+    H: Any, U: Any, n: int, w: Any, where: Any, groups: Any, counts: Any, keep: int, row: Any, c: Any, work: Any,
     rank: Any, losses: Any,
 ) -> int:  # fmt: skip
-    """Left-looking elimination; ``H`` in the lower triangle, pivot columns into ``U``; returns the number of steps."""
+    """Left-looking elimination; ``H`` in the lower triangle, pivot columns into ``U``; returns the number of steps.
+
+    No ``H_pp`` falls below 1, one over the diagonal of the scaled block: only rounding could make it.
+    """
     diagonal, scores, barred = work[0], work[1], work[2]
     one, half, largest = U.dtype.type(1), U.dtype.type(0.5), _largest(U)
     for j in range(n):
         where[j] = j
-        diagonal[j] = max(H[j, j], floor[j])
+        diagonal[j] = max(H[j, j], one)
         barred[j] = U.dtype.type(np.inf) if counts[groups[j]] <= keep else U.dtype.type(0)
         scores[j] = _score(w[j], diagonal[j], largest) + barred[j]
     m = n
@@ -155,7 +148,7 @@ def _eliminate(
         m -= 1
         for s in range(t):
             U[s, p] = U[s, m]
-        w[p], diagonal[p], floor[p], where[p], barred[p] = w[m], diagonal[m], floor[m], where[m], barred[m]
+        w[p], diagonal[p], where[p], barred[p] = w[m], diagonal[m], where[m], barred[m]
         group = groups[o]
         counts[group] -= 1
         if keep > 0 and counts[group] == keep:
@@ -170,38 +163,39 @@ def _eliminate(
             u = row[0, j] * scale
             U[t, j] = u
             v = w[j] - factor * u
-            d = max(diagonal[j] - u * u, floor[j])
+            d = max(diagonal[j] - u * u, one)
             w[j], diagonal[j], scores[j] = v, d, _score(v, d, largest) + barred[j]
     return n
 
 
 @kernel
-def _load(triangle: Any, B: int, scale: float, index: Any, n: int, damp: float, A: Any, sums: Any) -> float:
-    """The alive part of a block, scaled and damped, in reversed order, into the lower triangle of ``A``; returns its 1-norm."""
-    zero, factor = A.dtype.type(0), A.dtype.type(scale)
-    for i in range(sums.shape[0]):
-        sums[i] = zero
+def _load(
+    triangle: Any, B: int, scale: float, index: Any, n: int, damp: float, A: Any, roots: Any, inverse_roots: Any
+) -> bool:  # fmt: skip
+    """The alive part of a block, damped, in reversed order, into the lower triangle of ``A``; False if that cannot be.
+
+    It is scaled by its own diagonal to one that is 1 (Jacobi), which leaves it the condition number of the correlations alone.
+    ``roots`` ``(n,)``, out: the square roots of the diagonal, in the order of ``A``.
+    """
     for i in range(n):
-        row = A[i]
+        r = B - 1 - index[n - 1 - i]
+        root = np.sqrt(float(triangle[r * (r + 3) // 2]) * scale + damp)
+        if not (root > 0.0 and np.isfinite(root)):
+            return False
+        roots[i] = root
+        inverse_roots[i] = np.sqrt(scale) / root
+    for i in range(n):
+        row, factor = A[i], inverse_roots[i]
         r = B - 1 - index[n - 1 - i]
         source = triangle[r * (r + 1) // 2 : (r + 1) * (r + 2) // 2]
         if n == B:
-            for j in range(i + 1):
-                row[j] = source[j] * factor
+            for j in range(i):
+                row[j] = source[j] * factor * inverse_roots[j]
         else:
-            for j in range(i + 1):
-                row[j] = source[B - 1 - index[n - 1 - j]] * factor
-        row[i] = A.dtype.type(row[i] + damp)
-        total = zero
-        for j in range(i):
-            size = abs(row[j])
-            sums[j] += size
-            total += size
-        sums[i] += total + abs(row[i])
-    norm = zero
-    for i in range(n):
-        norm = max(norm, sums[i])
-    return float(norm)
+            for j in range(i):
+                row[j] = source[B - 1 - index[n - 1 - j]] * factor * inverse_roots[j]
+        row[i] = A.dtype.type(1)
+    return True
 
 
 @kernel
@@ -219,7 +213,7 @@ def solve_blocks(
         alive: ``(k, B)`` bool.
         damp: ``(k,)`` float64.
         group: Weights in a group; one may be pruned while more than ``keep`` of its group are alive.
-        condition: Largest condition number that is trusted.
+        condition: Largest diagonal entry of the scaled inverse that is trusted.
         kind: Any array of the dtype to work in.
         rank: ``(k, B)``, out: step of each weight, untouched where it is never pruned.
         losses: ``(k, B)``, out: marginal losses by step, untouched past the last.
@@ -228,7 +222,7 @@ def solve_blocks(
     B = W.shape[1]
     A, N, panel, work = matrix(B, B, kind), matrix(B, B, kind), matrix(4, B, kind), matrix(6, B, kind)
     c, c1 = np.zeros((B, 4), kind.dtype), np.zeros((B, 1), kind.dtype)
-    sums, w, floor = work[3], work[4], work[5]
+    w, roots, inverse_roots = work[3], work[4], work[5]
     index, where, groups = np.zeros(B, np.int64), np.zeros(B, np.int64), np.zeros(B, np.int64)
     counts = np.zeros(B // group + 1, np.int64)
     order, out = np.zeros(B, np.int64), np.zeros(B, kind.dtype)
@@ -243,19 +237,17 @@ def solve_blocks(
         if n == 0:
             well_conditioned[b] = True
             continue
-        norm = _load(packed[places[b]], B, scale, index, n, damp[b], A, sums)
-        for i in range(n):
-            w[i] = W[b, index[i]]
-            floor[i] = kind.dtype.type(1) / A[n - 1 - i, n - 1 - i]
-            order[i] = -1
-        if not _cholesky(A, n, panel, condition):
-            well_conditioned[b] = False
-            continue
-        inverse_norm = _invert(A, N, n, panel, c, sums)
-        well_conditioned[b] = np.isfinite(inverse_norm) and norm * inverse_norm < condition
+        well_conditioned[b] = _load(
+            packed[places[b]], B, scale, index, n, damp[b], A, roots, inverse_roots
+        ) and _cholesky(A, n, panel, condition)
+        if well_conditioned[b]:
+            well_conditioned[b] = _invert(A, N, n, panel, c) < condition
         if not well_conditioned[b]:
             continue
-        steps = _eliminate(A, N, n, w, floor, where, groups, counts, keep, panel, c1, work, order, out)
+        for i in range(n):
+            w[i] = W[b, index[i]] * roots[n - 1 - i]
+            order[i] = -1
+        steps = _eliminate(A, N, n, w, where, groups, counts, keep, panel, c1, work, order, out)
         for i in range(n):
             if order[i] >= 0:
                 rank[b, index[i]] = order[i]
@@ -275,8 +267,8 @@ def reconstruct_blocks(
     """
     B = W.shape[1]
     zero = kind.dtype.type(0)
-    A, panel, work = matrix(B, B, kind), matrix(4, B, kind), matrix(4, B, kind)
-    sums, rhs, removed, product = work[0], work[1], work[2], work[3]
+    A, panel, work = matrix(B, B, kind), matrix(4, B, kind), matrix(5, B, kind)
+    rhs, removed, product, roots, inverse_roots = work[0], work[1], work[2], work[3], work[4]
     kept = np.zeros(B, np.int64)
     for b in range(first, last):
         n = 0
@@ -295,12 +287,13 @@ def reconstruct_blocks(
                 total += value * removed[j]
                 product[j] += value * factor
             product[r] += total + kind.dtype.type(source[r]) * factor
-        for i in range(n):
-            rhs[i] = product[B - 1 - kept[n - 1 - i]] * kind.dtype.type(scale)
-        _load(triangle, B, scale, kept, n, damp[b], A, sums)
-        solved[b] = n == 0 or _cholesky(A, n, panel, np.inf)
+        solved[b] = _load(triangle, B, scale, kept, n, damp[b], A, roots, inverse_roots) and _cholesky(
+            A, n, panel, np.inf
+        )
         if not solved[b]:
             continue
+        for i in range(n):
+            rhs[i] = product[B - 1 - kept[n - 1 - i]] * kind.dtype.type(scale) / roots[i]
         for i in range(n - 1, -1, -1):
             rhs[i] /= A[i, i]
             for j in range(i):
@@ -310,5 +303,5 @@ def reconstruct_blocks(
             for j in range(i):
                 total -= A[i, j] * rhs[j]
             rhs[i] = total / A[i, i]
-            out[b, kept[n - 1 - i]] = rhs[i]
+            out[b, kept[n - 1 - i]] = rhs[i] / roots[i]
             solved[b] = solved[b] and np.isfinite(rhs[i])

@@ -27,6 +27,7 @@ from lightning_cap.pruners import (
 from lightning_cap.pruners.base import refuse_splitting
 from lightning_cap.solver import eliminate, reconstruct, update_independently
 from lightning_cap.solver.backend import choose_backend
+from lightning_cap.solver.damping import RelativeDamp
 from lightning_cap.solver.ranking import block_scores
 from lightning_cap.sparsity import ERK, Global, NofM, Targets, Unstructured
 from tests.support.bad_input.table import NO_COUNTS, NO_NUMBERS, Line, wrong
@@ -220,7 +221,9 @@ def splitting(num_recomputations: Any) -> None:
 
 LINES = [
     *(entry for kind in BLOCKS for entry in wrong(kind, "block_size", *NO_COUNTS)),
-    *(entry for kind in BLOCKS for entry in wrong(kind, "damp", *NO_DAMPS, 0, 0.0)),
+    *(entry for kind in BLOCKS for entry in wrong(kind, "damp", *NO_DAMPS, 0, 0.0, "Auto", RelativeDamp, torch.ones(2))),
+    *wrong(RelativeDamp, "fraction", *NO_NUMBERS, 0, -1.0),
+    *wrong(RelativeDamp, "scope", "model", None, 1, ["block"], given={"fraction": 0.1}),
     *(entry for kind in GRADIENTS for entry in wrong(kind, "num_gradients", *NO_COUNTS)),
     *(entry for kind in GRADIENTS for entry in wrong(kind, "samples_per_gradient", "1", None, True, 32.0, 0)),
     *(entry for kind in ALL for entry in wrong(kind, "allocation", None, "ERK", ERK, 0.5, [Global()])),
@@ -257,7 +260,7 @@ LINES = [
     *wrong(splitting, "num_recomputations", *NO_COUNTS),
     *wrong(solve, "weights", "w", [1.0], torch.ones(4), torch.ones(2, 4, dtype=torch.int64)),
     *wrong(solve, "alive", "all", torch.ones(2, 4), torch.ones(4, 2, dtype=torch.bool)),
-    *wrong(solve, "damp", *NO_DAMPS, 0),
+    *wrong(solve, "damp", *NO_DAMPS, 0, torch.ones(3), torch.zeros(2), torch.ones(2, dtype=torch.int64)),
     *wrong(solve, "pattern", None, "2:4", NofM),
     *wrong(solve, "chunk", *(value for value in NO_COUNTS if value is not None)),
     *wrong(solve, "backend", "cuda", None, 3),
