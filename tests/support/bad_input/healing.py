@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from lightning_cap.healing import DistillHeal, LayerwiseHeal
-from lightning_cap.healing.base import biases_of
 from lightning_cap.sparsity.targets import Targets
 from tests.support.bad_input.calibration import NO_FUNCTIONS, NO_OBJECTS
 from tests.support.bad_input.table import NO_COUNTS, NO_NUMBERS, Line, wrong
@@ -66,6 +65,4 @@ LINES = [
     *[line for name in ("num_inputs", "steps", "batch_size") for line in wrong(DistillHeal, name, *NO_COUNTS, 10**12)],
     *[line for name in ("lr", "temperature") for line in wrong(DistillHeal, name, *NO_NUMBERS, 0, -0.1)],
     *wrong(DistillHeal, "loss", None, 1, "ce", ["kl"], True),
-    *wrong(biases_of, "model", *NO_OBJECTS, given={"targets": TARGETS}),
-    *wrong(biases_of, "targets", *NO_OBJECTS, LINEAR, given={"model": LINEAR}),
 ]
