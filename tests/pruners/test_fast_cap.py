@@ -164,9 +164,9 @@ def test_what_does_not_work_is_refused(targets: Targets, rows: Rows) -> None:
         FastCAP(block_size=8).path(targets, [])
     with pytest.raises(GradientError, match=r"rows of 'a' are missing, its weight has \(10, 12\)"):
         FastCAP(block_size=8).path(targets, [{"b": rows[0]["b"]}])
-    large = [{name: 1e8 * part for name, part in chunk.items()} for chunk in rows]
-    with pytest.warns(UserWarning, match=r"damp=0\.01: 1 shared Fisher blocks factored only with a larger one"):
-        assert FastCAP(block_size=12, damp=1e-2).path(targets, large[:1]).stats["largest_damp"] > 1e-2
+    alike = [{name: 1e8 * part[..., :1].expand_as(part) for name, part in chunk.items()} for chunk in rows]
+    with pytest.warns(UserWarning, match=r"damp=0\.01: \d+ shared Fisher blocks factored only with a larger one"):
+        assert FastCAP(block_size=12, damp=1e-2).path(targets, alike[:1]).stats["largest_damp"] > 1e-2
     rows[1]["b"][0, 0, 0] = torch.nan
     with pytest.raises(GradientError, match="those of 'b' are not finite"):
         FastCAP(block_size=8).path(targets, rows)
