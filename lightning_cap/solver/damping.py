@@ -22,7 +22,7 @@ Attempt = Callable[[Tensor, Tensor, torch.dtype], Tensor]
 Scope = Literal["block", "layer"]
 
 #: Of ``damp="auto"``.
-AUTO_FRACTION = 0.05
+AUTO_FRACTION = 0.02
 
 _FACTOR = 10.0
 _OF_ZEROS = 1e-30  # the damp of a block whose gradients are all zero: its weights are ordered by magnitude

@@ -51,7 +51,13 @@ def test_passes_over_groups_of_blocks_give_the_same_result(storage: Any, passes:
     problem = Quadratic(shapes)
     masks = {"a": torch.rand(60, 24, generator=torch.Generator().manual_seed(0)) > 0.3}
     masks["a"][:4] = False  # whole blocks
-    settings: dict[str, Any] = {"block_size": 24, "damp": 1e-3, "storage": storage, "pattern": pattern}
+    settings: dict[str, Any] = {
+        "block_size": 24,
+        "damp": 1e-3,
+        "storage": storage,
+        "pattern": pattern,
+        "shrinkage": 0.0,
+    }
     whole = CAP(**settings).path(problem.targets, problem.rows, masks)
     source = Counted(problem.rows)
     pruner = _scarce(problem.targets, passes, **settings)

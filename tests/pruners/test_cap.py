@@ -23,7 +23,7 @@ SHAPES = {"a": (6, 8), "conv": (4, 3, 3, 3), "b": (1, 5)}
 @pytest.mark.parametrize("damp", [1e-8, 1e-1])
 def test_predicted_loss_is_the_true_one(ranking: Any, block_size: int, damp: float) -> None:
     problem = Quadratic(SHAPES)
-    path = CAP(block_size=block_size, damp=damp, ranking=ranking).path(problem.targets, problem.rows)
+    path = CAP(block_size=block_size, damp=damp, ranking=ranking, shrinkage=0.0).path(problem.targets, problem.rows)
     for sparsity in (0.2, 0.5, 0.75, 0.95):
         result = path.at(sparsity)
         assert result.predicted_loss == pytest.approx(problem.increase(result, block_size, damp), rel=2e-3)
@@ -32,7 +32,7 @@ def test_predicted_loss_is_the_true_one(ranking: Any, block_size: int, damp: flo
 @pytest.mark.parametrize("seed", range(3))
 def test_beats_magnitude_where_weights_are_correlated(seed: int) -> None:
     problem = Quadratic(SHAPES, seed=seed)
-    cap = CAP(block_size=200, damp=1e-6).path(problem.targets, problem.rows)
+    cap = CAP(block_size=200, damp=1e-6, shrinkage=0.0).path(problem.targets, problem.rows)
     magnitude = Magnitude().path(problem.targets)
     for sparsity in (0.3, 0.5, 0.7, 0.9):
         ours, theirs = (problem.increase(path.at(sparsity), 200) for path in (cap, magnitude))
@@ -116,7 +116,7 @@ def test_blocks_that_need_more_damp_are_reported() -> None:
     with pytest.warns(
         UserWarning, match=r"damp=0\.01: [1-4] of 5 Fisher blocks factored only with a larger one.*Raise damp"
     ):
-        path = CAP(block_size=8, damp=1e-2).path(targets, [rows])
+        path = CAP(block_size=8, damp=1e-2, shrinkage=0.0).path(targets, [rows])
     result = path.at(0.5)
     assert 1 <= result.stats["blocks_damping_increased"] <= 4
     assert result.stats["blocks_float64"] >= result.stats["blocks_damping_increased"]

@@ -32,11 +32,11 @@ CASES: dict[str, dict[str, Any]] = {
     "cumulative": {"ranking": "cumulative"},
     "uniform": {"allocation": Uniform()},
     "2:4": {"pattern": NofM(2, 4)},
-    "float64": {"damp": 1e-8},
+    "float64": {"damp": 1e-8, "shrinkage": 0.0},
     "full": {"storage": "full", "backend": "torch"},
     "few blocks": {"block_size": 2048},
     "skipped": {},
-    "passes": {},
+    "passes": {"shrinkage": 0.0},  # passes pool their own blocks alone
     "ties": {},
 }
 

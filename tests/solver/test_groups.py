@@ -82,7 +82,7 @@ def test_the_path_cuts_at_whole_groups(ranking: Literal["marginal", "cumulative"
     if masked:  # as an earlier event left them
         masks = {n: (torch.rand(math.prod(s) // 4, 1, generator=generator) > 0.2).expand(-1, 4).reshape(s)
                  for n, s in shapes.items()}  # fmt: skip
-    path = CAP(block_size=16, num_gradients=80, damp=1e-2, ranking=ranking, pattern=BlockOf(4)).path(
+    path = CAP(block_size=16, num_gradients=80, damp=1e-2, shrinkage=0.0, ranking=ranking, pattern=BlockOf(4)).path(
         targets, rows, masks
     )
     before = {name: torch.ones(s, dtype=torch.bool) for name, s in shapes.items()}
