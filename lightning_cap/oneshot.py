@@ -105,7 +105,7 @@ def prune(
     note_missing_batch_norm(model, recalibrate)
     masks = MaskSet(targets)
     masks.mask_zeros()
-    parts = ModelParts(model, targets, biases=pruner.heal is not None, statistics=recalibrate)
+    parts = ModelParts(model, targets, heals=[heal_of(pruner)], statistics=recalibrate)
     before = parts.copies()
     goals = steps_to(sparsity, pruner.reached(targets, masks), num_recomputations, recomputation_path)
     pruner.check_goals(targets, masks, goals)

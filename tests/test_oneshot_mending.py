@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_cap import prune
 from lightning_cap.errors import ConfigError
-from lightning_cap.healing import LayerwiseHeal
+from lightning_cap.healing import DistillHeal, LayerwiseHeal
 from lightning_cap.healing.batchnorm import estimate_statistics
 from lightning_cap.pruners import CAP, CAPUnits, DropAndGrow, Magnitude, Pruner
 from lightning_cap.utilities import distributed
@@ -127,6 +127,28 @@ def test_failures_put_everything_back() -> None:
             prune(net, data(8), sparsity=0.75, pruner=Magnitude(), progress=False, **kwargs)  # type: ignore[arg-type]
         assert not changed(net, before)
         assert net.training
+
+
+def test_a_failure_puts_back_all_that_distillation_moves() -> None:
+    seen = iter(range(100))
+
+    def fails(model: nn.Module, batch: Any) -> Tensor:
+        if next(seen) > 20:
+            raise RuntimeError("too late")
+        return loss(model, batch)
+
+    heal = DistillHeal(num_inputs=32, steps=30, batch_size=16, lr=1e-2)
+    for given in (fails, loss):
+        net = normalized_net()
+        before = state(net)
+        arguments: dict[str, Any] = {"sparsity": 0.75, "pruner": Magnitude(), "heal": heal, "progress": False}
+        if given is fails:
+            with pytest.raises(RuntimeError, match="too late"):
+                prune(net, data(), fails, **arguments)
+            assert not changed(net, before)
+        else:
+            prune(net, data(), loss, **arguments)
+            assert changed(net, before) == set(dict(net.named_parameters()))
 
 
 @pytest.mark.parametrize(

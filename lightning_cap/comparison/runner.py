@@ -60,10 +60,10 @@ class ComparisonRunner:
         self._masks = MaskSet(self._targets)
         self._masks.mask_zeros()
         check_targets(request.variants, self._targets, self._masks, request.sparsities)
-        heals = any(heal_of(variant.pruner) is not None for variant in request.variants)
+        heals = [heal_of(variant.pruner) for variant in request.variants]
         recalibrates = any(variant.recalibrate for variant in request.variants)
         note_missing_batch_norm(module, recalibrates)
-        self._parts = ModelParts(module, self._targets, biases=heals, statistics=recalibrates)
+        self._parts = ModelParts(module, self._targets, heals=heals, statistics=recalibrates)
         self._before = self._parts.copies()
         calibrates = any(variant.calibrates for variant in request.variants)
         self._basis = basis_of(trainer, module, self._targets, calibrates)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from lightning_cap.healing.base import biases_of
+from lightning_cap.healing.base import Heal
 from lightning_cap.healing.batchnorm import batch_norms
-from lightning_cap.sparsity.targets import Targets
-from lightning_cap.utilities.arguments import require_flag, require_instance
+from lightning_cap.sparsity.targets import Targets, require_targets
+from lightning_cap.utilities.arguments import require_flag, require_instance, require_list
 
 
 class ModelParts:
@@ -19,18 +19,25 @@ class ModelParts:
     Args:
         model: Has the targets.
         targets: Their weights always belong to it.
-        biases: Whether the biases of their layers do, which healing moves.
+        heals: What moves more than those, if it is to be copied too; None stands for none.
         statistics: Whether those of batch norms do.
 
     Raises:
         ConfigError: An argument is something else.
     """
 
-    def __init__(self, model: nn.Module, targets: Targets, *, biases: bool = False, statistics: bool = False) -> None:
-        require_flag("biases", biases)
+    def __init__(
+        self, model: nn.Module, targets: Targets, *, heals: Sequence[Heal | None] = (), statistics: bool = False
+    ) -> None:
+        require_instance("model", model, nn.Module, "timm.create_model('resnet18')")
+        require_targets(targets)
+        require_list("heals", heals, "[LayerwiseHeal()]")
         require_flag("statistics", statistics)
-        own = biases_of(model, targets)
-        self._tensors: dict[str, Tensor] = {**targets, **(own if biases else {})}
+        self._tensors: dict[str, Tensor] = dict(targets)
+        for heal in heals:
+            require_instance("heals", heal, Heal, "LayerwiseHeal()", optional=True)
+            moved = heal.parameters(model, targets) if heal is not None else {}
+            self._tensors.update({name: tensor for name, tensor in moved.items() if name not in targets})
         for name, layer in batch_norms(model).items() if statistics else ():
             for kind in ("running_mean", "running_var"):
                 self._tensors[f"{name}.{kind}"] = getattr(layer, kind)

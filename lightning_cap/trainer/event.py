@@ -118,7 +118,7 @@ class PruningEvent:
         heal = heal_of(pruner)
         self._calibrates = pruner.statistic is not None or heal is not None or recalibrate
         self._recalibrate = recalibrate
-        self._parts = ModelParts(module, targets, biases=heal is not None, statistics=recalibrate)
+        self._parts = ModelParts(module, targets, heals=[heal], statistics=recalibrate)
         self.mender = module_mender(trainer, module, targets, heal, seed, progress)
 
     def run(self, sparsities: Sequence[float], collection_index: int) -> int:
