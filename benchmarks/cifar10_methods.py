@@ -76,8 +76,8 @@ METHODS = {
     "WoodFisher, simple update": Method(lambda s, damp: WoodFisher(**_in_blocks(s, damp), update="simple"), FISHER),
     "WoodFisher": Method(lambda s, damp: WoodFisher(**_in_blocks(s, damp)), FISHER),
     "FastCAP": Method(lambda s, damp: FastCAP(**{**_in_blocks(s, damp), "block_size": 1024}), FISHER),
-    "CAP cumulative": Method(lambda s, damp: CAP(**_in_blocks(s, damp), ranking="cumulative"), FISHER),
-    "CAP marginal": Method(lambda s, damp: CAP(**_in_blocks(s, damp), ranking="marginal"), FISHER),
+    "CAP cumulative": Method(lambda s, damp: CAP(**_in_blocks(s, damp), shrinkage=0.0, ranking="cumulative"), FISHER),
+    "CAP marginal": Method(lambda s, damp: CAP(**_in_blocks(s, damp), shrinkage=0.0, ranking="marginal"), FISHER),
 }
 #: Without ``--methods``.
 PAPER = ("magnitude", "CAP cumulative", "CAP marginal")

@@ -63,7 +63,7 @@ class Case:
 
 def make_pruner(block_size: int, num_gradients: int, damp: float, **options: Any) -> CAP:
     """Where the arguments of the engine (``backend``, ``storage``, ``row_chunk``, ``max_memory``) reach the pruner."""
-    return CAP(block_size=block_size, num_gradients=num_gradients, damp=damp, **options)
+    return CAP(block_size=block_size, num_gradients=num_gradients, damp=damp, shrinkage=0.0, **options)
 
 
 class Rows:

@@ -98,16 +98,17 @@ def _loop() -> Any:
     @njit(nogil=True)
     def loop(inverse: Any, floors: Any, weights: Any, kind: Any, keep: int, rank: Any) -> None:
         B = inverse.shape[1]
-        A, N, panel, work = matrix(B, B, kind), matrix(B, B, kind), matrix(4, B, kind), matrix(6, B, kind)
-        w, floor, c, losses = work[4], work[5], np.zeros((B, 1), kind.dtype), np.zeros(B, kind.dtype)
+        A, U, panel, work = matrix(B, B, kind), matrix(B, B, kind), matrix(4, B, kind), matrix(6, B, kind)
+        w, root, c, losses = work[4], work[5], np.zeros((B, 1), kind.dtype), np.zeros(B, kind.dtype)
         where, groups, counts = np.zeros(B, np.int64), np.zeros(B, np.int64), np.zeros(1, np.int64)
         for b in range(inverse.shape[0]):
             for i in range(B):
-                w[i], floor[i] = weights[b, i], floors[b, i]
+                root[i] = 1 / np.sqrt(floors[b, i])  # blocks are solved scaled to a diagonal of one
+                w[i] = weights[b, i] * root[i]
                 for j in range(i + 1):
-                    A[i, j] = inverse[b, i, j]
+                    A[i, j] = inverse[b, i, j] * root[i] * root[j]
             counts[0] = B
-            eliminate(A, N, B, w, floor, where, groups, counts, keep, panel, c, work, rank[b], losses)
+            eliminate(A, U, B, w, where, groups, counts, keep, panel, c, work, rank[b], losses)
 
     return loop
 

@@ -32,6 +32,7 @@ from tests.support.toy import Toy, ToyData, callback, loaders, trainer
 PACKAGE = Path(lightning_cap.__file__).parent
 TORCHS = {  # private names of torch's and argparse's, which this is not about
     "_actions",
+    "_BatchNorm",
     "_ConvNd",
     "_ConvTransposeNd",
     "_NormBase",

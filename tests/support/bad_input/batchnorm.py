@@ -59,7 +59,7 @@ LINES = [
     ),
     *wrong(ModelParts, "model", *NO_MODELS, given=PARTS),
     *wrong(ModelParts, "targets", None, "fc.weight", 3, {"fc.weight": 1}, given=PARTS),
-    *wrong(ModelParts, "heals", None, 1, "yes", [1], given=PARTS),
+    *wrong(ModelParts, "heals", None, 1, "yes", given=PARTS),
     *wrong(ModelParts, "statistics", None, 1, "yes", given=PARTS),
     *wrong(ModelParts(**PARTS).restore, "values", None, "weight", 3, [torch.ones(2)]),
     *estimate("model", *NO_MODELS),

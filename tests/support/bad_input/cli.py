@@ -64,7 +64,7 @@ LINES: list[Command] = [
     fit("letters for a learning rate", ["--model.optimizer.lr=abc"], "model.optimizer.lr: give a number", "not abc"),
     fit("letters for epochs", ["--trainer.max_epochs=abc"], "trainer.max_epochs: give a whole number or null, not abc"),
     fit("a list for a number", ["--data.batch_size=[1]"], "data.batch_size: give a whole number"),
-    fit("no such choice", [f"{PRUNER}.ranking=best"], "pruner.ranking: give 'marginal', 'cumulative', not best"),
+    fit("no such choice", [f"{PRUNER}.ranking=best"], "pruner.ranking: give 'marginal', 'cumulative', 'auto', not best"),
     fit("a seed below 0", ["--seed_everything=-1"], "seed_everything=-1"),
     fit("a class of a near name", ["--data=DigitDataModule"], "data: ", "did you mean 'DigitsDataModule'?"),
     fit("a class that its module lacks", ["--data=lightning_cap.data.DigitDataModule"], "did you mean 'DigitsDataModule'?"),

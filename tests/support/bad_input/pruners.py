@@ -221,7 +221,7 @@ def splitting(num_recomputations: Any) -> None:
 
 LINES = [
     *(entry for kind in BLOCKS for entry in wrong(kind, "block_size", *NO_COUNTS)),
-    *(entry for kind in BLOCKS for entry in wrong(kind, "damp", *NO_DAMPS, 0, 0.0, "Auto", RelativeDamp, torch.ones(2))),
+    *(entry for kind in BLOCKS for entry in wrong(kind, "damp", *NO_DAMPS, 0, 0.0, "Auto", RelativeDamp)),
     *wrong(RelativeDamp, "fraction", *NO_NUMBERS, 0, -1.0),
     *wrong(RelativeDamp, "scope", "model", None, 1, ["block"], given={"fraction": 0.1}),
     *(entry for kind in GRADIENTS for entry in wrong(kind, "num_gradients", *NO_COUNTS)),
