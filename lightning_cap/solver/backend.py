@@ -91,13 +91,12 @@ def choose_backend(
     """
     require_choice("backend", backend, get_args(Backend))
     known = pattern is None or pattern.kept_in_group is not None
+    groups = pattern is not None and pattern.whole_groups
     if backend == "auto":
-        if not known:
-            return "torch"
         if device.type == "cpu":
-            return "numba"
-        return "triton" if unavailable(device) is None else "torch"
-    if backend != "torch" and not known:
+            return "numba" if known or groups else "torch"
+        return "triton" if known and unavailable(device) is None else "torch"
+    if backend != "torch" and not known and not (groups and backend == "numba"):
         raise ConfigError(
             f"backend={backend!r} does not know the pattern {pattern} (its kept_in_group is None). Use backend='auto' or 'torch'."
         )
@@ -114,7 +113,7 @@ def choose_solve(backend: Backend, device: torch.device, pattern: Pattern) -> So
     chosen, group, keep = choose_backend(backend, device, pattern), pattern.group_size, pattern.kept_in_group or 0
     if chosen == "numba":
         return lambda fisher, blocks, weights, alive, damp, dtype: solve_numba(
-            fisher, blocks, weights, alive, damp, group, keep, dtype
+            fisher, blocks, weights, alive, damp, group, keep, pattern.whole_groups, dtype
         )
     if chosen == "triton":
         return functools.partial(

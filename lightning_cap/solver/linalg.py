@@ -9,12 +9,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_cap.kernels.cpu.threads import over_blocks
+
 #: Largest ``F_pp [F⁻¹]_pp`` that float32 factorisation *and* elimination are trusted with: a condition number that does not
 #: depend on the scale of any weight. Losses were measured to be off by about the rounding unit (6e-8) times it, so by
 #: two parts in a thousand here; what true loss the resulting masks have changes no more than by rounding the Fisher's own sums.
 FLOAT32_CONDITION = 3e4
 #: The same for float64; beyond it the damp of the block is raised.
 FLOAT64_CONDITION = 1e13
+
+_COMPILED = 512  # up to this size a block and its inverse stay in a core's cache, and our code is faster than LAPACK's
 
 
 def restrict(fisher: Tensor, alive: Tensor, damp: Tensor) -> tuple[Tensor, Tensor]:
@@ -53,13 +57,27 @@ def spd_inverse(matrix: Tensor) -> tuple[Tensor, Tensor]:
         The inverses ``(k, B, B)`` and a bool ``(k,)``: factored, finite and with the largest ``F_pp [F⁻¹]_pp`` below
         `FLOAT32_CONDITION` or `FLOAT64_CONDITION`.
     """
-    factor, info = torch.linalg.cholesky_ex(matrix)
-    failed = (info != 0) | ~torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all(-1)
-    factor[failed] = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-    inverse = _inverse_of_factor(factor)
+    if matrix.device.type == "cpu" and matrix.shape[-1] <= _COMPILED:
+        inverse, factored = _compiled_inverse(matrix)
+    else:
+        factor, info = torch.linalg.cholesky_ex(matrix)
+        factored = (info == 0) & torch.isfinite(factor.diagonal(dim1=-2, dim2=-1)).all(-1)
+        factor[~factored] = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+        inverse = _inverse_of_factor(factor)
     condition = (matrix.diagonal(dim1=-2, dim2=-1) * inverse.diagonal(dim1=-2, dim2=-1)).amax(-1)
     limit = FLOAT32_CONDITION if matrix.dtype == torch.float32 else FLOAT64_CONDITION
-    return inverse, ~failed & torch.isfinite(condition) & (condition < limit)
+    return inverse, factored & torch.isfinite(condition) & (condition < limit)
+
+
+def _compiled_inverse(matrices: Tensor) -> tuple[Tensor, Tensor]:
+    """Inverses of symmetric ``(k, B, B)``, and which factored, ``(k,)`` bool; on the CPU, in their dtype."""
+    from lightning_cap.kernels.cpu.obs import invert_blocks
+
+    given = matrices.contiguous()
+    out, factored = torch.empty_like(given), torch.zeros(len(given), dtype=torch.bool)
+    arrays = given.numpy(), out.numpy(), factored.numpy()
+    over_blocks(lambda first, last: invert_blocks(*arrays, first, last), len(given))
+    return out, factored
 
 
 def _inverse_of_factor(factor: Tensor) -> Tensor:

@@ -12,7 +12,15 @@ from lightning_cap.solver import linalg
 
 
 def solve_numba(
-    fisher: Any, blocks: Tensor, weights: Tensor, alive: Tensor, damp: Tensor, group: int, keep: int, dtype: torch.dtype
+    fisher: Any,
+    blocks: Tensor,
+    weights: Tensor,
+    alive: Tensor,
+    damp: Tensor,
+    group: int,
+    keep: int,
+    together: bool,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Factor and eliminate blocks on the CPU; see `lightning_cap.solver.backend.Solve`."""
     from lightning_cap.kernels.cpu.obs import solve_blocks
@@ -25,7 +33,9 @@ def solve_numba(
     condition = linalg.FLOAT32_CONDITION if dtype == torch.float32 else linalg.FLOAT64_CONDITION
     given = (*_triangles(fisher, blocks), *(t.contiguous().numpy() for t in (weights.to(dtype), alive, damp)))
     taken = tuple(t.numpy() for t in (rank, losses, well_conditioned))
-    over_blocks(lambda first, last: solve_blocks(*given, group, keep, condition, kind, *taken, first, last), k)
+    over_blocks(
+        lambda first, last: solve_blocks(*given, group, keep, together, condition, kind, *taken, first, last), k
+    )
     return rank, losses, well_conditioned
 
 

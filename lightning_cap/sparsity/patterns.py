@@ -29,7 +29,7 @@ class Pattern(ABC):
         """The rule of the compiled solvers: a weight may be pruned while more than this many of its group are alive.
 
         None (the default of a new pattern) if that is not the whole rule; its blocks are then solved by the torch
-        backend, which asks `removable`.
+        backend, which asks `removable`, unless whole groups are pruned together.
         """
         return None
 

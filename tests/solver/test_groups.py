@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -34,9 +34,10 @@ def _problem(B: int, blocks: int, rows: int, masked: bool, seed: int = 0) -> tup
 @pytest.mark.parametrize(("B", "size"), [(8, 4), (8, 2), (48, 4), (64, 4), (64, 16), (6, 6)])
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("damp", [1e-2, 1e-8])
-def test_against_the_textbook(B: int, size: int, masked: bool, damp: float) -> None:
+@pytest.mark.parametrize("backend", ["numba", "torch"])
+def test_against_the_textbook(B: int, size: int, masked: bool, damp: float, backend: Any) -> None:
     fisher, weights, alive = _problem(B, 3, 3 * B, masked)
-    out = eliminate(fisher, weights, alive, damp, BlockOf(size))
+    out = eliminate(fisher, weights, alive, damp, BlockOf(size), backend=backend)
     assert torch.equal(out.steps, alive.sum(-1))
     assert torch.equal(out.rank < B, alive)
     for k in range(3):

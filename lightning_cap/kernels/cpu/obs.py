@@ -169,6 +169,91 @@ def _eliminate(
 
 
 @kernel
+def _group_cost(small: Any, left: Any, w: Any, start: int, end: int, tile: Any, rest: Any, places: Any) -> Any:
+    """``½ w_gᵀ (H_gg)⁻¹ w_g`` a weight (equation 5) of the group ``start .. end``, over its weights left; infinite if none are.
+
+    ``small[start : end]`` holds its ``H_gg``. No pivot falls below 1, as no ``H_pp`` does.
+    """
+    one, largest = small.dtype.type(1), _largest(small)
+    loss, count = small.dtype.type(0), 0
+    for o in range(start, end):
+        if left[o]:
+            places[count], rest[count] = o - start, w[o]
+            count += 1
+    if count == 0:
+        return small.dtype.type(np.inf)
+    for a in range(count):
+        for b in range(a + 1):
+            tile[a, b] = small[start + places[a], places[b]]
+    for j in range(count):
+        pivot = max(tile[j, j], one)
+        step = rest[j] / pivot
+        loss += rest[j] * step
+        for a in range(j + 1, count):
+            rest[a] -= tile[a, j] * step
+            factor = tile[a, j] / pivot
+            for b in range(j + 1, a + 1):
+                tile[a, b] -= factor * tile[b, j]
+    cost = loss * small.dtype.type(0.5) / small.dtype.type(count)
+    return cost if cost <= largest else largest
+
+
+@kernel
+def _eliminate_groups(
+    H: Any, U: Any, n: int, w: Any, where: Any, place: Any, groups: Any, starts: Any, small: Any, left: Any, tile: Any, row: Any,
+    c: Any, work: Any, rank: Any, losses: Any,
+) -> None:  # fmt: skip
+    """As `_eliminate`, a group at a time, those of least loss a weight first; ``w`` stays in the order of ``H``.
+
+    ``small`` ``(n, size)`` holds the part of the current ``H`` that lies inside the groups: entry ``o, l`` couples weight ``o``
+    with weight ``l`` of its group.
+    """
+    costs, column, rest, places = work[0], work[1], work[2], np.zeros(small.shape[1], np.int64)
+    one = U.dtype.type(1)
+    num_groups = groups[n - 1] + 1
+    for o in range(n):
+        where[o], place[o], left[o] = o, o, True
+        for q in range(starts[groups[o]], starts[groups[o] + 1]):
+            small[o, q - starts[groups[o]]] = H[max(o, q), min(o, q)]
+    for g in range(num_groups):
+        costs[g] = _group_cost(small, left, w, starts[g], starts[g + 1], tile, rest, places)
+    t, m = 0, n
+    while t < n:
+        chosen = 0
+        for g in range(num_groups):
+            if costs[g] < costs[chosen]:  # ties go to the earlier group
+                chosen = g
+        for o in range(starts[chosen], starts[chosen + 1]):
+            p = place[o]
+            rank[o], losses[t], left[o] = t, costs[chosen], False
+            scale = one / np.sqrt(max(small[o, o - starts[chosen]], one))
+            factor = w[o] * scale
+            for s in range(t):
+                c[s, 0] = U[s, p]
+            m -= 1
+            for s in range(t):
+                U[s, p] = U[s, m]
+            where[p] = where[m]
+            place[where[p]] = p
+            for j in range(m):
+                row[0, j] = H[max(o, where[j]), min(o, where[j])]
+            subtract1(row, m, U, t, c)
+            for j in range(m):
+                u, q = row[0, j] * scale, where[j]
+                U[t, j] = column[q] = u
+                w[q] -= factor * u
+            for j in range(m):
+                q = where[j]
+                first = starts[groups[q]]
+                for r in range(first, starts[groups[q] + 1]):
+                    if left[r]:
+                        small[q, r - first] -= column[q] * column[r]
+            t += 1
+        for g in range(num_groups):
+            costs[g] = _group_cost(small, left, w, starts[g], starts[g + 1], tile, rest, places)
+
+
+@kernel
 def _load(
     triangle: Any, B: int, scale: float, index: Any, n: int, damp: float, A: Any, roots: Any, inverse_roots: Any
 ) -> bool:  # fmt: skip
@@ -200,8 +285,8 @@ def _load(
 
 @kernel
 def solve_blocks(
-    packed: Any, places: Any, scale: float, W: Any, alive: Any, damp: Any, group: int, keep: int, condition: float,
-    kind: Any, rank: Any, losses: Any, well_conditioned: Any, first: int, last: int,
+    packed: Any, places: Any, scale: float, W: Any, alive: Any, damp: Any, group: int, keep: int, together: bool,
+    condition: float, kind: Any, rank: Any, losses: Any, well_conditioned: Any, first: int, last: int,
 ) -> None:  # fmt: skip
     """Factor and eliminate blocks ``first .. last`` in the dtype of ``kind``.
 
@@ -213,6 +298,7 @@ def solve_blocks(
         alive: ``(k, B)`` bool.
         damp: ``(k,)`` float64.
         group: Weights in a group; one may be pruned while more than ``keep`` of its group are alive.
+        together: Groups are removed as a whole.
         condition: Largest diagonal entry of the scaled inverse that is trusted.
         kind: Any array of the dtype to work in.
         rank: ``(k, B)``, out: step of each weight, untouched where it is never pruned.
@@ -224,8 +310,14 @@ def solve_blocks(
     c, c1 = np.zeros((B, 4), kind.dtype), np.zeros((B, 1), kind.dtype)
     w, roots, inverse_roots = work[3], work[4], work[5]
     index, where, groups = np.zeros(B, np.int64), np.zeros(B, np.int64), np.zeros(B, np.int64)
-    counts = np.zeros(B // group + 1, np.int64)
+    counts, starts, place = (
+        np.zeros(B // group + 1, np.int64),
+        np.zeros(B // group + 2, np.int64),
+        np.zeros(B, np.int64),
+    )
     order, out = np.zeros(B, np.int64), np.zeros(B, kind.dtype)
+    members = group if together else 1
+    small, tile, left = matrix(B, members, kind), matrix(members, members, kind), np.zeros(B, np.bool_)
     for b in range(first, last):
         n = 0
         counts[:] = 0
@@ -247,12 +339,34 @@ def solve_blocks(
         for i in range(n):
             w[i] = W[b, index[i]] * roots[n - 1 - i]
             order[i] = -1
-        steps = _eliminate(A, N, n, w, where, groups, counts, keep, panel, c1, work, order, out)
+        if together:
+            steps = n
+            for g in range(B // group):
+                starts[g + 1] = starts[g] + counts[g]
+            _eliminate_groups(A, N, n, w, where, place, groups, starts, small, left, tile, panel, c1, work, order, out)
+        else:
+            steps = _eliminate(A, N, n, w, where, groups, counts, keep, panel, c1, work, order, out)
         for i in range(n):
             if order[i] >= 0:
                 rank[b, index[i]] = order[i]
         for t in range(steps):
             losses[b, t] = min(out[t], _MOST)
+
+
+@kernel
+def invert_blocks(blocks: Any, out: Any, factored: Any, first: int, last: int) -> None:
+    """Inverses of symmetric ``blocks[first : last]`` ``(k, B, B)`` into ``out``; ``factored`` ``(k,)``: whether each did."""
+    B = blocks.shape[1]
+    A, N, panel = matrix(B, B, blocks), matrix(B, B, blocks), matrix(4, B, blocks)
+    c = np.zeros((B, 4), blocks.dtype)
+    for b in range(first, last):
+        for i in range(B):
+            for j in range(i + 1):
+                A[i, j] = blocks[b, B - 1 - i, B - 1 - j]
+        factored[b] = _cholesky(A, B, panel, np.inf) and _invert(A, N, B, panel, c) < np.inf
+        for i in range(B):
+            for j in range(i + 1):
+                out[b, i, j] = out[b, j, i] = A[i, j]
 
 
 @kernel
