@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from lightning_cap.healing import DistillHeal, Heal
 from lightning_cap.pruners import (
     CAP,
     MFAC,
@@ -24,6 +25,7 @@ from lightning_cap.sparsity.allocation import Global, Uniform
 FISHER = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 RELATIVE = (1e-3, 1e-2, 1e-1)
 MFAC_ROWS = 256
+ROW_BLOCK = 144  # rows of ResNet-20's convolutions are 144, 288 and 576 long
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,11 @@ class Scale:
 
 @dataclass(frozen=True)
 class Method:
-    """A pruner at a damp; without a grid there is none to tune."""
+    """A pruner at a damp; without a grid there is none to tune. What ``heal`` heals keeps its BatchNorm statistics."""
 
     make: Callable[[Scale, float], Pruner]
     damps: Sequence[float] = ()
+    heal: Heal | None = None
 
     @property
     def seeded(self) -> bool:
@@ -61,6 +64,11 @@ def _by_layer(scale: Scale, damp: float) -> dict[str, Any]:
     return {"num_inputs": scale.num_gradients * scale.samples_per_gradient, "damp": damp}
 
 
+def _by_default(scale: Scale, _: float) -> CAP:
+    """CAP as it is unless told otherwise, in blocks that end with rows."""
+    return CAP(block_size=ROW_BLOCK, **_reading(scale))
+
+
 METHODS = {
     "random": Method(lambda s, _: Random()),
     "magnitude, uniform": Method(lambda s, _: Magnitude(allocation=Uniform())),
@@ -78,6 +86,13 @@ METHODS = {
     "FastCAP": Method(lambda s, damp: FastCAP(**{**_in_blocks(s, damp), "block_size": 1024}), FISHER),
     "CAP cumulative": Method(lambda s, damp: CAP(**_in_blocks(s, damp), shrinkage=0.0, ranking="cumulative"), FISHER),
     "CAP marginal": Method(lambda s, damp: CAP(**_in_blocks(s, damp), shrinkage=0.0, ranking="marginal"), FISHER),
+    f"CAP marginal, B = {ROW_BLOCK}": Method(
+        lambda s, damp: CAP(**{**_in_blocks(s, damp), "block_size": ROW_BLOCK}, shrinkage=0.0), FISHER
+    ),
+    "CAP, defaults": Method(_by_default),
+    "CAP, defaults, distilled": Method(
+        _by_default, heal=DistillHeal(num_inputs=2048, steps=128, batch_size=32, lr=1e-3)
+    ),
 }
 #: Without ``--methods``.
 PAPER = ("magnitude", "CAP cumulative", "CAP marginal")

@@ -38,6 +38,7 @@ from lightning_cap.calibration.layer_inputs import InputCollector
 from lightning_cap.calibration.statistics import GradientSamples, LayerInputs
 from lightning_cap.classifier import load_weights
 from lightning_cap.data import ImageNetDataModule
+from lightning_cap.healing import Heal
 from lightning_cap.pruners import MFAC, PruneResult, PruningPath, Random
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities.files import save_json
@@ -76,6 +77,7 @@ class Settings:
     sparsities: list[float]
     seeds: list[int]
     pad: str
+    images: str
     augmentation: str = "pad 4, random 32x32 crop, horizontal flip"
 
 
@@ -104,6 +106,7 @@ class Benchmark:
     clock: Stopwatch
     tuning: tuple[Tensor, Tensor] | None = None  # images and labels that no calibration sample is drawn from
     calibration: list[Tensor] = field(default_factory=list)  # images of the first seed
+    batches: list[Any] = field(default_factory=list)  # of the seed at hand, with labels
     damps: dict[str, float] = field(default_factory=dict)
     grid: dict[str, dict[str, float]] = field(default_factory=dict)
     runs: list[dict[str, Any]] = field(default_factory=list)
@@ -121,7 +124,7 @@ class Benchmark:
             for name, method in chosen.items():
                 if method.seeded or number == 0:
                     with self.path(targets, name, method, self.damps[name], sources, seed) as path:
-                        self.sweep(path, name, seed if method.seeded else None)
+                        self.sweep(path, name, seed if method.seeded else None, method.heal)
         return {
             "dense": dense,
             "val_images": len(self.labels),
@@ -143,7 +146,7 @@ class Benchmark:
             scores = {}
             for damp in method.damps:
                 with self.path(targets, name, method, damp, sources, self.settings.seeds[0]) as path:
-                    pruned = [self.pruned(path.at(s)) for s in self.settings.tuned_at]
+                    pruned = [self.pruned(path.at(s), method.heal) for s in self.settings.tuned_at]
                     scores[f"{damp:g}"] = statistics.fmean(self.accuracy(m, self.tuning) for m in pruned)
                 print(f"tuning {name}, damp {damp:g}: {scores[f'{damp:g}']:.2f}", file=sys.stderr)
             self.grid[name] = scores
@@ -176,6 +179,7 @@ class Benchmark:
             batches = list(
                 CalibrationBatches(DataLoader(augmented, DRAW_BATCH), count * samples, samples, seed=seed, event=0)
             )
+        self.batches = batches
         self.calibration = self.calibration or [batch[0] for batch in batches[: RECALIBRATED // len(batches[0][0])]]
         found: dict[str, Any] = {}
         read = {type(method.make(Scale(4, 2, 1), 1.0).statistic) for method in chosen.values()}
@@ -187,21 +191,26 @@ class Benchmark:
                 found["inputs"] = list(InputCollector(self.model, targets, loss, batches, count * samples))
         return found
 
-    def pruned(self, result: PruneResult) -> nn.Module:
-        """A copy of the model with a result applied."""
+    def pruned(self, result: PruneResult, heal: Heal | None) -> nn.Module:
+        """A copy of the model with a result applied, and healed or with new BatchNorm statistics."""
         pruned = copy.deepcopy(self.model)
-        result.apply(Targets.from_model(pruned))
-        if self.settings.recalibrate:
+        targets = Targets.from_model(pruned)
+        dense = {name: p.detach().clone() for name, p in (heal.parameters(pruned, targets) if heal else {}).items()}
+        result.apply(targets)
+        if heal is not None:
+            with self.clock.phase("healing"):
+                heal.run(pruned, targets, result.masks, dense, self.batches, loss)
+        elif self.settings.recalibrate:
             with self.clock.phase("BatchNorm statistics"):
                 recalibrate(pruned, self.calibration)
         return pruned
 
-    def sweep(self, path: Any, method: str, seed: int | None) -> None:
+    def sweep(self, path: Any, method: str, seed: int | None, heal: Heal | None) -> None:
         """Evaluate a copy of the model at every sparsity of the path."""
         for sparsity in self.settings.sparsities:
             with self.clock.phase("cut and reconstruction"):
                 result: PruneResult = path.at(sparsity)
-                pruned = self.pruned(result)
+            pruned = self.pruned(result, heal)
             accuracy = self.accuracy(pruned)
             print(f"{method}, seed {seed}, {100 * sparsity:g} %: {accuracy:.2f}", file=sys.stderr)
             self.runs.append(
@@ -293,6 +302,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with cifar10/ and weights/")
+    parser.add_argument("--images", default="cifar10", help="folder in --data with train.tar and val.tar")
     parser.add_argument("--weights", type=Path, help="folder of the weights, if it is another one")
     parser.add_argument("--model", choices=sorted(CASES), default="resnet20")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.6, 0.7, 0.8, 0.9])
@@ -346,17 +356,19 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         sparsities=options.sparsities,
         seeds=options.seeds,
         pad=options.pad,
+        images=options.images,
     )
     clock = Stopwatch()
     model = case.make().eval()
     load_weights(model, (options.weights or options.data / "weights") / f"{options.model}_cifar10.safetensors")
-    data = open_data(options.data / "cifar10")
+    data = open_data(options.data / options.images)
     with clock.phase("validation images"):
         images, labels = decode(data.validation_set(), options.val_images)
         tuning = decode(data.training_set(augment=False), options.tune_images, HELD_OUT) if options.tune else None
     measured = Benchmark(settings, model, data, images, labels, clock, tuning).run()
     results = {"settings": asdict(settings), "machine": machine(), **measured}
     suffix = ("_per_sample" if options.per_sample else "") + ("" if options.pad == "mean" else f"_pad_{options.pad}")
+    suffix += "" if options.images == "cifar10" else f"_{options.images.removeprefix('cifar10-')}"
     suffix += ("_all" if "all" in options.methods else "") + ("_recalibrated" if options.recalibrate else "")
     output = options.output or Path(__file__).parent / "results" / f"cifar10_oneshot_{options.model}{suffix}.json"
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -71,6 +71,7 @@ METHODS = {
 }
 #: Names that stand for several.
 SETS = {
+    "2:4": ["magnitude 2:4", "CAP, damp 1e-4, 2:4", "CAP, shrunk, 2:4"],
     "table": ["magnitude", "layer-wise OBS", "WoodFisher", "CAP, published", "CAP, damp 1e-4", "CAP, shrunk", "magnitude 2:4",
               "CAP, damp 1e-4, 2:4", "CAP, shrunk, 2:4"],
     "heal": ["CAP, damp 1e-4, healed", "CAP, shrunk, layer-wise"],

@@ -39,6 +39,7 @@ from lightning_cap.data import ImageNetDataModule
 from lightning_cap.fisher.blocks import EmpiricalFisher, FisherBlocks
 from lightning_cap.healing import Heal
 from lightning_cap.pruners import PruneResult
+from lightning_cap.sparsity.permutation import permute_channels
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities.files import save_json
 from lightning_cap.utilities.peak_memory import watch_peak
@@ -61,6 +62,7 @@ class Settings:
     block_size: int
     held_out: bool
     labels: str
+    permute: bool
     augmentation: str = "random resized crop, horizontal flip, color jitter (light1)"
 
 
@@ -71,6 +73,8 @@ class Benchmark:
         self.settings = settings
         self.model = timm.create_model(MODEL, pretrained=False).eval()
         load_weights(self.model, folder / "weights" / f"{MODEL}.safetensors")
+        if settings.permute:
+            permute_channels(self.model, torch.zeros(1, 3, 224, 224))
         self.targets = Targets.from_model(self.model, include=INCLUDE)
         data = ImageNetDataModule(
             str(folder / "imagenet1k-sample"), recipe="light1", batch_size=BATCH, num_workers=0, mixup=0.0, cutmix=0.0,
@@ -262,6 +266,7 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--labels", default="given", help="a temperature: sample them from the dense model's probabilities"
     )
+    parser.add_argument("--permute", action="store_true", help="channels first, for 2:4")
     parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--output", type=Path, help="JSON file (default: in benchmarks/results)")
     return parser.parse_args(args)
@@ -281,10 +286,12 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         options.block_size,
         options.held_out,
         options.labels,
+        options.permute,
     )
     measured = Benchmark(settings, options.data).run()
     results = {"settings": asdict(settings), "machine": machine(), **measured}
     suffix = ("_held_out" if options.held_out else "") + ("" if options.labels == "given" else "_sampled_labels")
+    suffix += "_permuted" if options.permute else ""
     suffix += "" if options.methods == ["table"] else f"_{options.methods[0].replace(' ', '_').replace(':', '')}"
     output = options.output or Path(__file__).parent / "results" / f"imagenet_vit_tiny{suffix}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
