@@ -74,8 +74,8 @@ def prune(
         num_recomputations: Prune in so many steps of rising sparsity, with fresh gradients for each.
         recomputation_path: How it rises: ``"exponential"``, the density falls by the same factor in each step, or ``"linear"``.
         progress: Show a progress bar.
-        heal: ``"layerwise"`` or a `Heal`: moves the weights that are kept, and biases, after each step, by the inputs of
-            layers alone. Default: what the pruner's own ``heal`` says.
+        heal: ``"layerwise"``, ``"distill"`` or a `Heal`: moves the weights that are kept, and biases, after each step, without
+            labels. Default: what the pruner's own ``heal`` says.
         recalibrate: Estimate the statistics of batch norm anew in the end, from up to 1,024 samples of ``batches``.
 
     Returns:

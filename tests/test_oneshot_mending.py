@@ -169,7 +169,10 @@ def test_what_cannot_be_healed_is_refused(kwargs: Any, message: str) -> None:
 
 def test_a_pruner_knows_its_heal_by_name() -> None:
     assert CAP(heal="layerwise").heal == LayerwiseHeal()
-    with pytest.raises(ConfigError, match=r"heal='rows': give 'layerwise', a Heal, such as LayerwiseHeal\(ridge=0.1\)"):
+    assert CAP(heal="distill").heal == DistillHeal()
+    with pytest.raises(
+        ConfigError, match=r"heal='rows': give 'layerwise', 'distill', a Heal, such as LayerwiseHeal\(ridge=0.1\)"
+    ):
         CAP(heal="rows")  # type: ignore[arg-type]
 
 

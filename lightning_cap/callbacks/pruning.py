@@ -83,8 +83,8 @@ class CAPPruningCallback(SavingRun):
         evaluate: Validate right before and after each event that begins a cycle (all, unless ``pruner.regrows``); log both.
         seed: Key of the calibration samples and their augmentation, with the event and the sample's index.
         cost: What goals count: `Parameters`, or of units `Flops` or `Latency`. Default: what the pruner's own ``cost`` says.
-        heal: ``"layerwise"`` or a `Heal`: moves the weights that are kept after each recomputation, without labels. Default: what
-            the pruner's own ``heal`` says.
+        heal: ``"layerwise"``, ``"distill"`` or a `Heal`: moves the weights that are kept after each recomputation, without
+            labels. Default: what the pruner's own ``heal`` says.
         recalibrate: Estimate the statistics of batch norm anew at the end of each event, from up to 1,024 calibration samples.
 
     Raises:

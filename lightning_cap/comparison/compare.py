@@ -80,8 +80,8 @@ def compare(
             out the weights in ``masks/``, which take ``1 - sparsity`` of those of the targets.
         loss_samples: Calibration samples whose loss is measured beside that of the validation data, 0 for none.
         max_rows_memory: Main memory for shared gradients of a process, as ``"20GB"`` or bytes. Default: a quarter of the free.
-        heal: ``"layerwise"`` or a `Heal`, for all pruners: moves the weights that are kept, without labels. Default: what each
-            pruner's own ``heal`` says; it can also be a setting in ``grids``.
+        heal: ``"layerwise"``, ``"distill"`` or a `Heal`, for all pruners: moves the weights that are kept, without labels. Default:
+            what each pruner's own ``heal`` says; it can also be a setting in ``grids``.
         recalibrate: Estimate the statistics of batch norm anew for each result, from up to 1,024 calibration samples.
 
     Returns:

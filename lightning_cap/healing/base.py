@@ -96,8 +96,8 @@ class Heal(ABC):
         """
 
 
-#: A `Heal`, ``"layerwise"`` for the one of that name with its defaults, or None for none.
-HealArgument = Heal | Literal["layerwise"] | None
+#: A `Heal`, ``"layerwise"`` or ``"distill"`` for the one of that name with its defaults, or None for none.
+HealArgument = Heal | Literal["layerwise", "distill"] | None
 
 
 def biases_of(model: nn.Module, targets: Targets) -> dict[str, nn.Parameter]:

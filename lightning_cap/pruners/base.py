@@ -40,7 +40,7 @@ class Pruner(ABC):
         allocation: How zeros are shared out over the targets.
         pattern: Which masks it gives.
         cost: What a goal counts.
-        heal: What moves the kept weights after pruning: a `Heal`, ``"layerwise"``, or None for nothing.
+        heal: What moves the kept weights after pruning: a `Heal`, ``"layerwise"``, ``"distill"``, or None for nothing.
         takes_units: Whether it prunes units: its targets are those of `Units.targets`.
         predicts_loss: Whether the sum of its saliencies is an estimate of the increase of the training loss, in its unit. Of
             others nothing is called a predicted loss.

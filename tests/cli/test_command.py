@@ -17,7 +17,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning_cap import CAPPruningCallback
 from lightning_cap.cli import CAPCLI, CAPTrainer, main
 from lightning_cap.comparison import ComparisonRecord
-from lightning_cap.healing import Heal, LayerwiseHeal
+from lightning_cap.healing import DistillHeal, Heal, LayerwiseHeal
 from lightning_cap.utilities.records import read_records
 from tests.support import ROOT
 from tests.support.configs import whole
@@ -263,13 +263,14 @@ def test_n_of_m_written_wrongly_in_yaml_is_explained(
     ("heal", "want"),
     [
         ("layerwise", LayerwiseHeal()),
+        ("distill", DistillHeal()),
         (
             "{class_path: lightning_cap.healing.LayerwiseHeal, init_args: {num_inputs: 64}}",
             LayerwiseHeal(num_inputs=64),
         ),
         ("null", None),
     ],
-    ids=["name", "class", "none"],
+    ids=["name", "other name", "class", "none"],
 )
 def test_a_heal_is_named_or_written_as_a_class_in_yaml(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, heal: str, want: Heal | None
