@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from cifar10_data import DRAW_BATCH, PaddedAfterwards, decode, open_data
 from cifar10_methods import METHODS, PAPER, Method, Scale
+from float64_share import float64_share
 from machine import machine
 from resnet20 import ResNet20
 from timm.models.vision_transformer import VisionTransformer
@@ -283,8 +284,10 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"Dense: {results['dense']:.1f} % top-1 on {results['val_images']} validation images; pruned: {results['targets']} "
         f"weight tensors, {results['weights']} weights; gradient seeds {', '.join(map(str, results['settings']['seeds']))}.",
         "",
-        "| top-1 in % at a sparsity of | " + " | ".join(f"{100 * s:g} %" for s in sparsities) + " |",
-        "| --- |" + " ---: |" * len(sparsities),
+        "| top-1 in % at a sparsity of | "
+        + " | ".join(f"{100 * s:g} %" for s in sparsities)
+        + " | blocks in float64 |",
+        "| --- |" + " ---: |" * (len(sparsities) + 1),
     ]
     for method, cells in results["summary"].items():
         shown = [
@@ -292,6 +295,7 @@ def markdown(results: Mapping[str, Any]) -> str:
             for c in (cells[f"{s:g}"] for s in sparsities)
         ]
         damp = f" (damp {results['damps'][method]:g})" if method in results["grid"] else ""
+        shown.append(float64_share([run for run in results["runs"] if run["method"] == method]))
         lines.append(f"| {method}{damp} | " + " | ".join(shown) + " |")
     lines += ["", "| phase | seconds, all seeds |", "| --- | ---: |"]
     lines += [f"| {name} | {value:.1f} |" for name, value in results["seconds"].items()]

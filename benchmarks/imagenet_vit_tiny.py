@@ -25,6 +25,7 @@ from typing import Any
 import timm
 import torch
 import torch.nn.functional as F
+from float64_share import float64_share
 from imagenet_methods import METHODS, SETS, Method
 from machine import machine
 from torch import Tensor, nn
@@ -228,8 +229,10 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"{settings['num_gradients']} gradients, blocks of {settings['block_size']}, seeds {seeds}. Top-1 in %, with the standard "
         "deviation over seeds, and the divergence from the dense model's outputs.",
         "",
-        "| method | " + " | ".join(head) + " | image passes | gradients, s | solving, s | healing, s | memory, GB |",
-        "| --- |" + " ---: |" * (len(head) + 5),
+        "| method | "
+        + " | ".join(head)
+        + " | image passes | gradients, s | solving, s | healing, s | memory, GB | float64 |",
+        "| --- |" + " ---: |" * (len(head) + 6),
     ]
     for name, heal in names:
         here = [run for run in runs if (run["method"], run["heal"]) == (name, heal)]
@@ -239,7 +242,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         cells += [str(here[0]["passes"] + here[0]["heal_passes"])]
         cells += [f"{statistics.fmean(r[key] for r in here):.0f}" for key in ("gradients", "solving", "healing")]
         peaks = [r["peak_bytes"] for r in here if r["peak_bytes"]]
-        cells += [f"{max(peaks) / 1e9:.1f}" if peaks else ""]
+        cells += [f"{max(peaks) / 1e9:.1f}" if peaks else "", float64_share(here)]
         lines.append(f"| {name}{heal and ' + '}{heal} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

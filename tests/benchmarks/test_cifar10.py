@@ -153,9 +153,9 @@ def test_oneshot_writes_json_and_table(
     assert cell["sd"] >= 0
 
     table = capsys.readouterr().out.splitlines()
-    head = table.index("| top-1 in % at a sparsity of | 50 % | 90 % |")
+    head = table.index("| top-1 in % at a sparsity of | 50 % | 90 % | blocks in float64 |")
     assert [line.split("|")[1].strip() for line in table[head + 2 : head + 5]] == list(oneshot.PAPER)
-    assert all(line.count("|") == 4 for line in table[head : head + 5])
+    assert all(line.count("|") == 5 for line in table[head : head + 5])
 
 
 def test_same_seed_gives_the_same_rows(oneshot: Any, data: Path, tmp_path: Path) -> None:
