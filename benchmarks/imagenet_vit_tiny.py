@@ -93,8 +93,8 @@ class Benchmark:
         self.dense = self.logits(self.model)
         self.runs: list[dict[str, Any]] = []
 
-    def run(self) -> dict[str, Any]:
-        """Measure everything."""
+    def run(self) -> Iterator[dict[str, Any]]:
+        """Measure everything; what is known after each seed."""
         dense = 100 * float((self.dense.argmax(1) == self.labels).float().mean())
         print(f"dense: {dense:.1f}", file=sys.stderr)
         for number, seed in enumerate(self.settings.seeds):
@@ -107,7 +107,7 @@ class Benchmark:
             for name, method in chosen.items():
                 if not method.reads_gradients:
                     self.method(name, method, seed, None, 0.0)
-        return {"dense": dense, "images": len(self.labels), "weights": self.targets.numel, "runs": self.runs}
+            yield {"dense": dense, "images": len(self.labels), "weights": self.targets.numel, "runs": self.runs}
 
     def batches(self, seed: int, count: int) -> list[Any]:
         """Augmented calibration batches."""
@@ -148,7 +148,7 @@ class Benchmark:
         if fisher is not None:
             pruner.read_blocks = lambda *_: fisher  # type: ignore[attr-defined]
         elif isinstance(pruner.statistic, LayerInputs):
-            passes = pruner.statistic.num_inputs
+            passes = pruner.statistic.num_samples
             source = InputCollector(self.model, self.targets, loss, self.batches(seed, passes), passes)
         started, peak = time.perf_counter(), watch_peak(torch.device("cpu"))
         with warnings.catch_warnings():
@@ -291,14 +291,15 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
         options.labels,
         options.permute,
     )
-    measured = Benchmark(settings, options.data).run()
-    results = {"settings": asdict(settings), "machine": machine(), **measured}
     suffix = ("_held_out" if options.held_out else "") + ("" if options.labels == "given" else "_sampled_labels")
     suffix += "_permuted" if options.permute else ""
     suffix += "" if options.methods == ["table"] else f"_{options.methods[0].replace(' ', '_').replace(':', '')}"
     output = options.output or Path(__file__).parent / "results" / f"imagenet_vit_tiny{suffix}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    save_json(output, results)
+    results: dict[str, Any] = {}
+    for measured in Benchmark(settings, options.data).run():
+        results = {"settings": asdict(settings), "machine": machine(), **measured}
+        save_json(output, results)
     print(markdown(results))
     print(f"\nWritten to {os.path.relpath(output)}.")
     return results

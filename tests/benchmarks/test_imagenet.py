@@ -46,14 +46,14 @@ def command(tmp_path: Path, *more: str) -> list[str]:
 def test_methods_get_the_same_gradients_and_are_healed(
     script: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    methods = ["magnitude", "CAP, damp 1e-4", "CAP, shrunk", "CAP, shrunk, 2:4"]
+    methods = ["magnitude", "layer-wise OBS", "CAP, damp 1e-4", "CAP, shrunk", "CAP, shrunk, 2:4"]
     results = script.main(command(tmp_path, "--methods", *methods))
     assert json.loads((tmp_path / "out.json").read_text()) == results
     assert (results["images"], results["weights"]) == (12, 12 * 16 * 16)
     runs = [(run["method"], run["heal"], run["seed"]) for run in results["runs"]]
     for seed in (0, 1):
         assert {run[:2] for run in runs if run[2] == seed} == {
-            ("CAP, damp 1e-4", ""), ("CAP, shrunk", ""), ("CAP, shrunk", "distilled"), ("CAP, shrunk, 2:4", ""),
+            ("layer-wise OBS", ""), ("CAP, damp 1e-4", ""), ("CAP, shrunk", ""), ("CAP, shrunk", "distilled"), ("CAP, shrunk, 2:4", ""),
             ("CAP, shrunk, 2:4", "distilled"),
         }  # fmt: skip
     assert [run[2] for run in runs if run[0] == "magnitude"] == [None]
