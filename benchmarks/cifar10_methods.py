@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lightning_cap.healing import DistillHeal, Heal
@@ -39,11 +39,19 @@ class Scale:
 
 @dataclass(frozen=True)
 class Method:
-    """A pruner at a damp; without a grid there is none to tune. What ``heal`` heals keeps its BatchNorm statistics."""
+    """A pruner at a damp.
+
+    Attributes:
+        make: ``make(scale, damp)``.
+        damps: Grid to tune it over; none without.
+        heal: What heals its results, which keep their BatchNorm statistics then.
+        stages: Prunes in so many steps, each with as many gradients of its own.
+    """
 
     make: Callable[[Scale, float], Pruner]
     damps: Sequence[float] = ()
     heal: Heal | None = None
+    stages: int = 1
 
     @property
     def seeded(self) -> bool:
@@ -90,6 +98,9 @@ METHODS = {
         lambda s, damp: CAP(**{**_in_blocks(s, damp), "block_size": ROW_BLOCK}, shrinkage=0.0), FISHER
     ),
     "CAP, defaults": Method(_by_default),
+    "CAP, defaults, 4 stages of a quarter of the gradients": Method(
+        lambda s, _: _by_default(replace(s, num_gradients=max(1, s.num_gradients // 4)), 0.0), stages=4
+    ),
     "CAP, defaults, distilled": Method(
         _by_default, heal=DistillHeal(num_inputs=2048, steps=128, batch_size=32, lr=1e-3)
     ),

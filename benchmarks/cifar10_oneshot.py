@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import itertools
 import os
 import statistics
 import sys
@@ -40,6 +41,7 @@ from lightning_cap.calibration.statistics import GradientSamples, LayerInputs
 from lightning_cap.classifier import load_weights
 from lightning_cap.data import ImageNetDataModule
 from lightning_cap.healing import Heal
+from lightning_cap.oneshot import prune
 from lightning_cap.pruners import MFAC, PruneResult, PruningPath, Random
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities.files import save_json
@@ -123,7 +125,9 @@ class Benchmark:
             if number == 0:
                 self.tune(targets, chosen, sources)
             for name, method in chosen.items():
-                if method.seeded or number == 0:
+                if method.stages > 1:
+                    self.staged(name, method, seed)
+                elif method.seeded or number == 0:
                     with self.path(targets, name, method, self.damps[name], sources, seed) as path:
                         self.sweep(path, name, seed if method.seeded else None, method.heal)
         return {
@@ -201,30 +205,56 @@ class Benchmark:
         if heal is not None:
             with self.clock.phase("healing"):
                 heal.run(pruned, targets, result.masks, dense, self.batches, loss)
-        elif self.settings.recalibrate:
+            return pruned
+        return self.recalibrated(pruned)
+
+    def recalibrated(self, model: nn.Module) -> nn.Module:
+        """The model itself, with new BatchNorm statistics if they are asked for."""
+        if self.settings.recalibrate:
             with self.clock.phase("BatchNorm statistics"):
-                recalibrate(pruned, self.calibration)
-        return pruned
+                recalibrate(model, self.calibration)
+        return model
 
     def sweep(self, path: Any, method: str, seed: int | None, heal: Heal | None) -> None:
         """Evaluate a copy of the model at every sparsity of the path."""
         for sparsity in self.settings.sparsities:
             with self.clock.phase("cut and reconstruction"):
                 result: PruneResult = path.at(sparsity)
-            pruned = self.pruned(result, heal)
-            accuracy = self.accuracy(pruned)
-            print(f"{method}, seed {seed}, {100 * sparsity:g} %: {accuracy:.2f}", file=sys.stderr)
-            self.runs.append(
-                {
-                    "method": method,
-                    "seed": seed,
-                    "target": sparsity,
-                    "sparsity": result.sparsity,
-                    "accuracy": accuracy,
-                    "predicted_loss": result.predicted_loss,
-                    "stats": dict(result.stats),
-                }
-            )
+            self.record(method, seed, sparsity, result, self.pruned(result, heal))
+
+    def staged(self, name: str, method: Method, seed: int) -> None:
+        """Prune copies of the model in steps, each with the samples that follow, and evaluate them."""
+        s = self.settings
+        pruner = method.make(Scale(s.block_size, s.num_gradients, s.samples_per_gradient), s.damp)
+        for sparsity in s.sparsities:
+            model = copy.deepcopy(self.model)
+            with self.clock.phase(f"all of {name}"):
+                result = prune(
+                    model,
+                    Onwards(self.batches),
+                    loss,
+                    sparsity,
+                    pruner,
+                    num_recomputations=method.stages,
+                    progress=False,
+                )
+            self.record(name, seed, sparsity, result, self.recalibrated(model))
+
+    def record(self, method: str, seed: int | None, sparsity: float, result: PruneResult, pruned: nn.Module) -> None:
+        """Evaluate a pruned model."""
+        accuracy = self.accuracy(pruned)
+        print(f"{method}, seed {seed}, {100 * sparsity:g} %: {accuracy:.2f}", file=sys.stderr)
+        self.runs.append(
+            {
+                "method": method,
+                "seed": seed,
+                "target": sparsity,
+                "sparsity": result.sparsity,
+                "accuracy": accuracy,
+                "predicted_loss": result.predicted_loss,
+                "stats": dict(result.stats),
+            }
+        )
 
     def accuracy(self, model: nn.Module, on: tuple[Tensor, Tensor] | None = None) -> float:
         """Top-1 in percent, in eval mode; on the validation images unless told."""
@@ -236,6 +266,16 @@ class Benchmark:
                 for x, y in zip(images.split(EVAL_BATCH), labels.split(EVAL_BATCH), strict=True)
             )
         return 100 * correct / len(labels)
+
+
+class Onwards:
+    """Batches that each reading goes on with, from the first again after the last."""
+
+    def __init__(self, batches: Sequence[Any]) -> None:
+        self._left = itertools.cycle(batches)
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._left
 
 
 def loss(model: nn.Module, batch: Any) -> Tensor:

@@ -53,8 +53,8 @@ def test_methods_get_the_same_gradients_and_are_healed(
     runs = [(run["method"], run["heal"], run["seed"]) for run in results["runs"]]
     for seed in (0, 1):
         assert {run[:2] for run in runs if run[2] == seed} == {
-            ("layer-wise OBS", ""), ("CAP, damp 1e-4", ""), ("CAP, shrunk", ""), ("CAP, shrunk", "distilled"), ("CAP, shrunk, 2:4", ""),
-            ("CAP, shrunk, 2:4", "distilled"),
+            ("layer-wise OBS", ""), ("CAP, damp 1e-4", ""), ("CAP, shrunk", ""), ("CAP, shrunk", "distilled"),
+            ("CAP, shrunk, 2:4", ""), ("CAP, shrunk, 2:4", "distilled"),
         }  # fmt: skip
     assert [run[2] for run in runs if run[0] == "magnitude"] == [None]
     assert all(run["zeros"] == pytest.approx(0.5, abs=1e-3) for run in results["runs"])
