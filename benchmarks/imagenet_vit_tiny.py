@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import os
 import statistics
 import sys
@@ -47,6 +48,7 @@ from lightning_cap.utilities.peak_memory import watch_peak
 
 MODEL = "vit_tiny_patch16_224"
 INCLUDE = ["*.attn.qkv.weight", "*.attn.proj.weight", "*.mlp.fc?.weight"]
+YARDSTICK = "CAP, published"
 HELD_OUT = 5  # every fifth training image
 BATCH, EVAL_BATCH = 32, 100
 HEAL_SEED = 1000  # added to the seed: healing sees other augmentations than the gradients
@@ -244,7 +246,34 @@ def markdown(results: Mapping[str, Any]) -> str:
         peaks = [r["peak_bytes"] for r in here if r["peak_bytes"]]
         cells += [f"{max(peaks) / 1e9:.1f}" if peaks else "", float64_share(here)]
         lines.append(f"| {name}{heal and ' + '}{heal} | " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    return "\n".join([*lines, *_paired(runs, names)])
+
+
+def _paired(runs: Sequence[Mapping[str, Any]], names: Sequence[tuple[str, str]]) -> list[str]:
+    """Points above `YARDSTICK`, seed by seed, with the standard error of their mean; nothing of fewer than two seeds."""
+    top1 = {(run["method"], run["heal"], run["goal"], run["seed"]): run["top1"] for run in runs}
+    goals = sorted({run["goal"] for run in runs if run["method"] == YARDSTICK})
+    rows = []
+    for name in names:
+        cells = []
+        for goal in goals:
+            own = {seed: value for (*what, seed), value in top1.items() if what == [*name, goal]}
+            gains = [own[seed] - top1[YARDSTICK, "", goal, seed] for seed in own if (YARDSTICK, "", goal, seed) in top1]
+            error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else None
+            cells.append("" if error is None else f"{statistics.fmean(gains):+.1f} ± {error:.1f}")
+        if name[0] != YARDSTICK and any(cells):
+            rows.append(f"| {name[0]}{name[1] and ' + '}{name[1]} | " + " | ".join(cells) + " |")
+    head = [f"| points above {YARDSTICK}, paired by seed | " + " | ".join(f"{100 * g:g} %" for g in goals) + " |"]
+    return ["", *head, "| --- |" + " ---: |" * len(goals), *rows] if rows else []
+
+
+def joined(parts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One result of several that differ in seeds and methods; of runs without a seed the first counts."""
+    runs: dict[Any, Mapping[str, Any]] = {}
+    for run in (run for part in parts for run in part["runs"]):
+        runs.setdefault((run["method"], run["heal"], run["goal"], run["seed"]), run)
+    seeds = sorted({seed for part in parts for seed in part["settings"]["seeds"]})
+    return {**parts[0], "runs": list(runs.values()), "settings": {**parts[0]["settings"], "seeds": seeds}}
 
 
 def _cell(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -258,7 +287,11 @@ def _cell(runs: Sequence[Mapping[str, Any]]) -> str:
 def parse(args: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with imagenet1k-sample/ and weights/")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--data", type=Path, help="folder with imagenet1k-sample/ and weights/")
+    what.add_argument(
+        "--show", type=Path, nargs="+", help="print the table of the runs in these JSON files, of other seeds each"
+    )
     parser.add_argument("--methods", nargs="+", choices=[*SETS, *METHODS], default=["table"], metavar="NAME")
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.6, 0.7])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the calibration samples")
@@ -278,6 +311,10 @@ def parse(args: Sequence[str] | None) -> argparse.Namespace:
 def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark, print its tables and write its JSON; returns what was written."""
     options = parse(args)
+    if options.show:
+        results = joined([json.loads(path.read_text()) for path in options.show])
+        print(markdown(results))
+        return results
     if options.threads:
         torch.set_num_threads(options.threads)
     methods = list(dict.fromkeys(name for given in options.methods for name in SETS.get(given, [given])))
@@ -296,7 +333,7 @@ def main(args: Sequence[str] | None = None) -> dict[str, Any]:
     suffix += "" if options.methods == ["table"] else f"_{options.methods[0].replace(' ', '_').replace(':', '')}"
     output = options.output or Path(__file__).parent / "results" / f"imagenet_vit_tiny{suffix}.json"
     output.parent.mkdir(parents=True, exist_ok=True)
-    results: dict[str, Any] = {}
+    results = {}
     for measured in Benchmark(settings, options.data).run():
         results = {"settings": asdict(settings), "machine": machine(), **measured}
         save_json(output, results)

@@ -63,6 +63,8 @@ def test_methods_get_the_same_gradients_and_are_healed(
     shown = capsys.readouterr().out
     assert "| CAP, shrunk + distilled |" in shown
     assert "| 2:4 |" in shown
+    assert script.main(["--show", str(tmp_path / "out.json"), str(tmp_path / "out.json")]) == results
+    assert capsys.readouterr().out.strip() in shown
 
 
 @pytest.mark.slow
