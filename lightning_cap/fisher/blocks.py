@@ -30,6 +30,7 @@ from lightning_cap.utilities.precision import full_float32
 Storage = Literal["auto", "full", "packed"]
 
 ROW_CHUNK = 32
+_POOLED_FLOATS = 2**22  # of blocks that are shrunk at a time
 _TEMPORARY_FLOATS = 2**26  # of whole blocks while packed ones are updated on a GPU
 
 
@@ -178,7 +179,8 @@ class EmpiricalFisher:
             self._check()
         if self._shrinkage and isinstance(self._sums, Shrinkable):
             with full_float32():
-                shrink_blocks(self._sums, self._layout, self._selection, self._shrinkage, len(self._shares) > 1)
+                among = self._device if len(self._shares) > 1 else None
+                shrink_blocks(self._sums, self._layout, self._selection, self._shrinkage, among)
         return FisherBlocks(self._sums, 1 / self.count, self._device)
 
     def _check(self) -> None:
@@ -274,7 +276,8 @@ class _FullSums(BlockSums, Shrinkable):
             self._sums[some] = blocks.lerp_(target * root.unsqueeze(2) * root.unsqueeze(1), share)
 
     def _chunks(self, index: Tensor) -> Sequence[Tensor]:
-        chunks: Sequence[Tensor] = index.to(self.device).split(max(1, _TEMPORARY_FLOATS // self._sums[0].numel()))
+        size = max(1, _POOLED_FLOATS // self._sums.shape[-1] ** 2)
+        chunks: Sequence[Tensor] = index.to(self.device).split(size)
         return chunks
 
 
@@ -350,5 +353,5 @@ class _PackedSums(BlockSums, Shrinkable):
         return triangles[..., i * (i + 3) // 2]
 
     def _chunks(self, index: Tensor) -> Sequence[Tensor]:
-        chunks: Sequence[Tensor] = index.to(self.device).split(max(1, _TEMPORARY_FLOATS // self.sums.shape[1]))
+        chunks: Sequence[Tensor] = index.to(self.device).split(max(1, _POOLED_FLOATS // self.sums.shape[1]))
         return chunks

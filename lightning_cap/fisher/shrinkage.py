@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_cap.sparsity.block_layout import BlockLayout, Selection
 from lightning_cap.utilities import distributed
 
-_FLOATS = 2**24  # of pooled blocks that are summed over ranks at once
+_FLOATS = 2**21  # of pooled blocks that are summed over ranks at once
 
 
 class Shrinkable(ABC):
@@ -31,7 +31,9 @@ class Shrinkable(ABC):
         """``F_b ← (1 - share) F_b + share · D_b^½ R D_b^½``, with ``R`` the correlations of ``pooled``, ``D_b = diag F_b``."""
 
 
-def shrink_blocks(sums: Shrinkable, layout: BlockLayout, selection: Selection, share: float, sharded: bool) -> None:
+def shrink_blocks(
+    sums: Shrinkable, layout: BlockLayout, selection: Selection, share: float, among: torch.device | None
+) -> None:
     """Shrink the correlations of every block towards the mean of all blocks at its place in the output rows of its target.
 
     The diagonal stays. A block that is alone at its place stays as it is. The blocks of all processes are pooled; of several
@@ -42,22 +44,24 @@ def shrink_blocks(sums: Shrinkable, layout: BlockLayout, selection: Selection, s
         layout: Block view of the targets.
         selection: The blocks that this process holds.
         share: How far, ``α`` in [0, 1]: 0 keeps the blocks, 1 leaves nothing of their own correlations.
-        sharded: Whether other processes hold other blocks; then all must call it.
+        among: Where what processes tell each other has to be, if other processes hold other blocks; then all must call it.
     """
     places = block_places(layout)
     own = places[selection.blocks]
     groups = torch.arange(int(places.max()) + 1)
     counts = torch.zeros(len(groups), dtype=torch.int64).scatter_add_(0, own, torch.ones_like(own))
-    if sharded:
-        counts = torch.stack(distributed.gather_tensors(counts)).sum(0)
+    if among is not None:
+        counts = torch.stack(distributed.gather_tensors(counts.to(among))).sum(0).cpu()
     order = own.argsort(stable=True)
     ends = torch.searchsorted(own[order], groups, right=True).tolist()
     members = {g: order[(ends[g - 1] if g else 0) : ends[g]] for g in groups.tolist()}
     size = max(1, _FLOATS // layout.block_size**2)
     for some in (counts > 1).nonzero().squeeze(1).split(size):
-        pooled = torch.stack([sums.pool(members[g]) for g in some.tolist()]) if len(some) else torch.empty(0)
-        if sharded:
-            pooled = distributed.sum_over_ranks(pooled)
+        if not len(some):  # nothing is shared, as all processes know
+            return
+        pooled = torch.stack([sums.pool(members[g]) for g in some.tolist()])
+        if among is not None:
+            pooled = distributed.sum_over_ranks(pooled.to(among)).to(pooled.device)
         for group, total in zip(some.tolist(), pooled, strict=True):
             if len(members[group]):
                 sums.shrink(members[group], total, share)

@@ -146,5 +146,5 @@ def rounding_damp(diagonal: Tensor, alive: Tensor, num_rows: int) -> Tensor:
         ``(K,)`` float64, zero for blocks with no more alive weights than rows.
     """
     count = alive.sum(-1)
-    mean = diagonal.double().masked_fill(~alive, 0.0).sum(-1) / count.clamp_min(1)
+    mean = diagonal.to(alive.device).double().masked_fill(~alive, 0.0).sum(-1) / count.clamp_min(1)
     return torch.where(count > num_rows, 2.0**-24 * count.double().sqrt() * mean, 0.0)

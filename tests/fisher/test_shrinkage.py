@@ -1,15 +1,17 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from lightning_cap.errors import ConfigError
-from lightning_cap.fisher.blocks import EmpiricalFisher
-from lightning_cap.fisher.shrinkage import block_places
-from lightning_cap.sparsity.block_layout import BlockLayout
+from lightning_cap.fisher import shrinkage
+from lightning_cap.fisher.blocks import EmpiricalFisher, Storage
+from lightning_cap.fisher.shrinkage import block_places, shrink_blocks
+from lightning_cap.sparsity.block_layout import BlockLayout, Selection
 from lightning_cap.utilities import distributed
 from tests.support.processes import on_ranks
 
@@ -28,8 +30,28 @@ def _rows(count: int = 20) -> dict[str, Tensor]:
 def _blocks(layout: BlockLayout, shrinkage: float, storage: str = "packed") -> Tensor:
     fisher = EmpiricalFisher(layout, CPU, storage=storage, shrinkage=shrinkage)  # type: ignore[arg-type]
     fisher.update(_rows())
-    blocks = fisher.finish()
-    return blocks[torch.arange(len(blocks))]
+    found = fisher.finish()
+    return found[torch.arange(len(found))]
+
+
+@pytest.mark.parametrize("shapes", [{"a": (9, 8)}, {"a": (1, 8)}], ids=["pooled", "alone"])
+def test_processes_tell_each_other_on_their_device(monkeypatch: pytest.MonkeyPatch, shapes: dict[str, Any]) -> None:
+    """As NCCL knows no tensor of main memory, wherever the sums are kept."""
+    layout, told = BlockLayout(shapes, 8), []
+
+    def gather(tensor: Tensor) -> list[Tensor]:
+        told.append(tensor.device.type)
+        return [torch.tensor([layout.num_blocks])]
+
+    def total(tensor: Tensor) -> Tensor:
+        told.append(tensor.device.type)
+        return torch.ones(tensor.shape, dtype=tensor.dtype)
+
+    monkeypatch.setattr(shrinkage.distributed, "gather_tensors", gather)
+    monkeypatch.setattr(shrinkage.distributed, "sum_over_ranks", total)
+    sums = EmpiricalFisher(layout, CPU, storage="full")._sums
+    shrink_blocks(sums, layout, Selection(layout), 0.5, torch.device("meta"))  # type: ignore[arg-type]
+    assert told == ["meta"] * (2 if layout.num_blocks > 1 else 1)
 
 
 def _shrunk(blocks: Tensor, places: list[int], share: float) -> Tensor:
@@ -110,17 +132,21 @@ def test_finds_the_true_curvature_from_fewer_samples() -> None:
     assert errors[1] < 0.75 * errors[0]  # the diagonal, which stays, included
 
 
-def test_processes_pool_their_blocks(tmp_path: Path) -> None:
-    alone = shard_shrunk()
-    parts = on_ranks(2, tmp_path, shard_shrunk)
+@pytest.mark.parametrize("storage", ["packed", "full"])
+@pytest.mark.parametrize("idle", [False, True])
+def test_processes_pool_their_blocks(tmp_path: Path, storage: Storage, idle: bool) -> None:
+    alone = shard_shrunk(storage, idle)
+    parts = on_ranks(2, tmp_path, shard_shrunk, storage, idle)
     torch.testing.assert_close(torch.cat(parts), alone, rtol=1e-6, atol=1e-6)
 
 
-def shard_shrunk() -> Tensor:
+def shard_shrunk(storage: Storage, idle: bool) -> Tensor:
+    """The blocks of this process; if ``idle``, all are the first one's."""
     world, rank = distributed.world_size(), distributed.rank()
     layout = BlockLayout({"a": (9, 7), "b": (4, 10)}, 8)
-    shares = torch.arange(layout.num_blocks).tensor_split(world)
-    fisher = EmpiricalFisher(layout, CPU, shares=shares if world > 1 else None, shrinkage=0.5)
+    blocks = torch.arange(layout.num_blocks)
+    shares = [blocks, *[blocks[:0]] * (world - 1)] if idle else blocks.tensor_split(world)
+    fisher = EmpiricalFisher(layout, CPU, storage=storage, shares=shares if world > 1 else None, shrinkage=0.5)
     generator = torch.Generator().manual_seed(0)
     rows = {name: torch.randn(12, *shape, generator=generator) for name, shape in layout.shapes.items()}
     for start in range(0, 12, world):
