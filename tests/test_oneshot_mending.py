@@ -53,6 +53,16 @@ def test_healing_follows_every_step_and_is_told_of_the_dense_model() -> None:
     assert bool((net[4].weight[~result.masks[TARGET]] == 0).all())
 
 
+def test_a_model_that_is_sparser_already_is_not_healed() -> None:
+    net, heal = normalized_net(), Shift()
+    prune(net, data(), loss, 0.75, Magnitude(), progress=False)
+    before = state(net)
+    with pytest.warns(UserWarning, match=r"the model is already at 0\.75"):
+        prune(net, data(), loss, 0.5, Magnitude(), heal=heal, progress=False)
+    assert heal.calls == []
+    assert changed(net, before) == set()
+
+
 @pytest.mark.parametrize("given", ["pruner", "argument"])
 def test_a_heal_is_given_with_the_pruner_or_beside_it(given: str) -> None:
     net, heal = plain_net(), Shift()

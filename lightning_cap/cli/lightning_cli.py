@@ -80,7 +80,7 @@ class CAPTrainer(pl.Trainer):
             recomputation_path: How they rise: exponential (the density falls by the same factor in each) or linear.
             loss_samples: Calibration samples to measure the loss on, beside the validation data.
             max_rows_memory: Main memory for gradients that pruners share, e.g. 20GB. Default: a quarter of what is free.
-            heal: layerwise, or a class path: moves the kept weights without labels. Default: what each pruner's own heal says.
+            heal: layerwise, distill or a class path: moves kept weights without labels. Default: what each pruner's own heal says.
             recalibrate: Estimate the statistics of batch norm anew for each result, from calibration samples.
         """
         asked = comparison_arguments(

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -44,10 +44,12 @@ class Heal(ABC):
     """A way to heal. YAML names it by class path, such as ``lightning_cap.healing.LayerwiseHeal``.
 
     Attributes:
-        num_inputs: Samples that it reads, over all processes, by forward passes alone.
+        num_inputs: Samples that it reads, over all processes.
+        passes: What they are read by, for messages.
     """
 
     num_inputs: int
+    passes: ClassVar[str] = "forward passes alone"
 
     def parameters(self, model: nn.Module, targets: Targets) -> dict[str, nn.Parameter]:
         """All that `run` may move, by the model's own names: the targets' weights and the biases of their layers.
@@ -87,7 +89,7 @@ class Heal(ABC):
             masks: ``{target: bool (*shape)}``, False = pruned.
             dense: What `parameters` were before pruning, ``{name: (*shape)}``; of targets it must be there.
             batches: This process's batches, of ``num_inputs`` samples or more over all processes.
-            loss: ``loss(model, batch)``, called for its forward pass; its value is not used.
+            loss: ``loss(model, batch)``, called for the forward pass in it; its value is not used.
             context: Entered around every forward pass, such as autocast.
             progress: ``progress("heal", done, total)``.
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, ClassVar, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -39,9 +40,12 @@ class DistillHeal(Heal):
     batch norm are not. The learning rate rises over the first tenth of the steps and falls to zero at the end. The outputs are
     those of the outermost module with such parameters that the loss calls last.
 
-    Memory: the samples stay where they are given until the end, with the dense outputs. Of each parameter there are four copies in
-    float32 (gradient, both moments of Adam, the parameter itself), beside a forward and backward pass of ``batch_size`` samples, or
-    of a batch where that is less.
+    Every process takes its share of each update from its own batches, so on another number of processes an update may be of other
+    samples: then results differ by more than rounding. On the same number they are the same.
+
+    Memory: the samples stay where they are given until the end, with the dense outputs. Of each parameter there are six copies in
+    float32 (its gradient twice, both moments of Adam, itself, and the dense one), one more on several processes, beside a forward
+    and backward pass of ``batch_size`` samples, or of a batch where that is less. The plan of an event does not count them.
 
     Args:
         num_inputs: Samples that are read, over all processes; again from the first when the steps take more.
@@ -54,6 +58,8 @@ class DistillHeal(Heal):
     Raises:
         ConfigError: An argument is out of range.
     """
+
+    passes: ClassVar[str] = "forward and backward passes"
 
     num_inputs: int = 2048
     steps: int = 64
@@ -99,7 +105,7 @@ class DistillHeal(Heal):
         check_weights(targets, masks, dense, parameters)
         forward = _Forward(model, loss, context)
         update = _Update(parameters, masks, self.lr, self.steps)
-        first, last, most = 0.0, 0.0, max(1, self.steps // 10)
+        apart: list[float] = []
         with rng.preserved(), torch.inference_mode(False):
             with distributed.raise_on_all_ranks("The dense model's outputs"), _swapped(parameters, dense):
                 samples = _Samples(forward, batches, self.num_inputs)
@@ -107,9 +113,8 @@ class DistillHeal(Heal):
             for step in range(self.steps):
                 with distributed.raise_on_all_ranks("Healing"):
                     gradients, told = self._gradients(forward, samples, list(parameters.values()))
-                apart = update.take(gradients, told)
-                first += apart / most if step < most else 0.0
-                last += apart / most if step >= self.steps - most else 0.0
+                found = update.take(gradients, told)
+                apart += [] if found is None else [found]
                 if progress is not None:
                     progress("heal", step + 1, self.steps)
         release_memory(targets.device)
@@ -117,7 +122,12 @@ class DistillHeal(Heal):
             raise GradientError(
                 "gradients: none of the healing is finite. Check the model, the calibration data and the precision."
             )
-        stats = {"divergence_first": first, "divergence_last": last, "steps_skipped": float(update.skipped)}
+        few = max(1, len(apart) // 10)
+        stats = {
+            "divergence_first": statistics.fmean(apart[:few]),
+            "divergence_last": statistics.fmean(apart[-few:]),
+            "steps_skipped": float(update.skipped),
+        }
         passes = total + update.samples
         return HealReport(samples=total, passes=passes, healed=tuple(targets), stats=stats)
 
@@ -280,21 +290,22 @@ class _Update:
         self.samples = self.skipped = 0
 
     @torch.no_grad()
-    def take(self, gradients: list[Tensor], told: Tensor) -> float:
+    def take(self, gradients: list[Tensor], told: Tensor) -> float | None:
         """A step along the mean gradient. Every process must call it.
 
         Args:
-            gradients: Sums over this process's samples.
+            gradients: Sums over this process's samples; emptied.
             told: Their number, and how far outputs are apart in all.
 
         Returns:
-            How far they are apart in the mean.
+            How far they are apart in the mean; None where the step was left out.
         """
         flat = distributed.sum_over_ranks(torch.cat([told, *(g.flatten().to(told) for g in gradients)]))
+        gradients.clear()
         count, apart = float(flat[0]), float(flat[1])
         self.samples += int(count)
-        parts = (flat[2:] / max(1.0, count)).split([value.numel() for value in self._values])
         finite = bool(torch.isfinite(flat).all())
+        parts = flat[2:].div_(max(1.0, count)).split([value.numel() for value in self._values])
         for group in self._adam.param_groups:
             group["lr"] = (
                 self._lr * min(1.0, (self._step + 1) / (_WARM_UP * self._steps)) * (1 - self._step / self._steps)
@@ -302,7 +313,7 @@ class _Update:
         self._step += 1
         if not finite:
             self.skipped += 1
-            return 0.0
+            return None
         for value, part, mask in zip(self._values, parts, self._masks, strict=True):
             value.grad = part.view_as(value).to(value)
             if mask is not None:

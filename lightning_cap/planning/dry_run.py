@@ -123,11 +123,11 @@ def mending_notes(pruners: Iterable[Pruner], recalibrate: bool) -> list[str]:
         pruners: Of the run.
         recalibrate: Whether batch norm is estimated anew.
     """
-    inputs = sorted({heal.num_inputs for heal in map(heal_of, pruners) if heal is not None})
-    notes = [f"after each collection {count} samples are read for healing, by forward passes alone" for count in inputs]
+    found = sorted({(heal.num_inputs, heal.passes) for heal in map(heal_of, pruners) if heal is not None})
+    notes = [f"after each collection {count} samples are read for healing, by {passes}" for count, passes in found]
     if recalibrate:
         notes.append(f"after each event {NUM_SAMPLES} samples are read for batch norm, by forward passes alone")
-    return [f"{note}; its seconds are not in the plan" for note in notes]
+    return [f"{note}; its seconds and memory are not in the plan" for note in notes]
 
 
 def samples_to_try(pruners: Iterable[Pruner], measure: bool) -> int | None:

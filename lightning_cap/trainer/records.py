@@ -56,10 +56,10 @@ class EventRecord(Record):
         unit: What was collected: ``"gradients"`` or ``"inputs"``.
         samples: How many of them were used, in all.
         skipped: How many were left out as not finite.
-        healed_samples: That healing has read, forward passes alone; 0 without healing.
+        healed_samples: That healing has read; 0 without healing.
         recalibration_samples: That the statistics of batch norm were estimated from; 0 where they were not.
         grown_back: Weights that grew back.
-        peak_bytes: Planned peak extra memory on the device of the weights.
+        peak_bytes: Planned peak extra memory on the device of the weights, without healing.
         measured_bytes: Peak extra memory there as measured, of the process that took most; None where it cannot be measured. See
             `lightning_cap.utilities.peak_memory.watch_peak` for what is in it.
         seconds: Seconds per phase: plan, collect, solve, apply; heal and recalibrate, where there were any.

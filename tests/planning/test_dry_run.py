@@ -10,4 +10,7 @@ def test_what_is_read_to_mend_the_model_is_noted() -> None:
         "after each collection 512 samples are read for healing",
         "after each event 1024 samples are read for batch norm",
     ]
+    assert mending_notes([CAP(heal="distill")], recalibrate=False)[0].startswith(
+        "after each collection 2048 samples are read for healing, by forward and backward passes"
+    )
     assert mending_notes([Magnitude()], recalibrate=False) == []

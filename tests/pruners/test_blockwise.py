@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -41,6 +42,16 @@ def _scarce(targets: Targets, passes: int, source: SourceMemory = NO_MEMORY, **s
     """With just the memory for so many passes."""
     pruner: CAP = with_passes(passes, partial(CAP, **settings), targets, source)
     return pruner
+
+
+def test_passes_that_shrink_differently_are_told() -> None:
+    problem = Quadratic({"a": (60, 24), "b": (20, 12)})
+    for shrinkage, heard in ((0.5, 1), (0.0, 0)):
+        pruner = _scarce(problem.targets, 2, block_size=24, damp=1e-3, shrinkage=shrinkage)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pruner.path(problem.targets, problem.rows)
+        assert len([w for w in caught if "only in 2 passes" in str(w.message)]) == heard
 
 
 @pytest.mark.parametrize("pattern", [None, NofM(2, 4)])
