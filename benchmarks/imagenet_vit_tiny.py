@@ -44,7 +44,6 @@ from lightning_cap.pruners import PruneResult
 from lightning_cap.sparsity.permutation import permute_channels
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities.files import save_json
-from lightning_cap.utilities.peak_memory import watch_peak
 
 MODEL = "vit_tiny_patch16_224"
 INCLUDE = ["*.attn.qkv.weight", "*.attn.proj.weight", "*.mlp.fc?.weight"]
@@ -152,7 +151,7 @@ class Benchmark:
         elif isinstance(pruner.statistic, LayerInputs):
             passes = pruner.statistic.num_samples
             source = InputCollector(self.model, self.targets, loss, self.batches(seed, passes), passes)
-        started, peak = time.perf_counter(), watch_peak(torch.device("cpu"))
+        started = time.perf_counter()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "damp=")
             path = pruner.path(self.targets, source)
@@ -167,7 +166,6 @@ class Benchmark:
                 "solving": solving + time.perf_counter() - started,
                 "stats": dict(result.stats),
             }
-            row["peak_bytes"] = peak()
             for heal_name, heal in (("", None), *method.heals.items()):
                 self.runs.append({**row, "heal": heal_name, **self.judged(result, heal, seed)})
                 last = self.runs[-1]
@@ -231,10 +229,8 @@ def markdown(results: Mapping[str, Any]) -> str:
         f"{settings['num_gradients']} gradients, blocks of {settings['block_size']}, seeds {seeds}. Top-1 in %, with the standard "
         "deviation over seeds, and the divergence from the dense model's outputs.",
         "",
-        "| method | "
-        + " | ".join(head)
-        + " | image passes | gradients, s | solving, s | healing, s | memory, GB | float64 |",
-        "| --- |" + " ---: |" * (len(head) + 6),
+        "| method | " + " | ".join(head) + " | image passes | gradients, s | solving, s | healing, s | float64 |",
+        "| --- |" + " ---: |" * (len(head) + 5),
     ]
     for name, heal in names:
         here = [run for run in runs if (run["method"], run["heal"]) == (name, heal)]
@@ -243,8 +239,7 @@ def markdown(results: Mapping[str, Any]) -> str:
         ]
         cells += [str(here[0]["passes"] + here[0]["heal_passes"])]
         cells += [f"{statistics.fmean(r[key] for r in here):.0f}" for key in ("gradients", "solving", "healing")]
-        peaks = [r["peak_bytes"] for r in here if r["peak_bytes"]]
-        cells += [f"{max(peaks) / 1e9:.1f}" if peaks else "", float64_share(here)]
+        cells.append(float64_share(here))
         lines.append(f"| {name}{heal and ' + '}{heal} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, *_paired(runs, names)])
 

@@ -152,6 +152,8 @@ def _hook(name: str, moments: _Moments) -> Callable[[nn.Module, tuple[Any, ...],
     def take(layer: nn.Module, args: tuple[Any, ...], named: dict[str, Any]) -> None:
         x = (args[0] if args else next(iter(named.values()))).detach()
         count = x.numel() // x.shape[1]
+        if count < 2 and moments.count:
+            return  # a last batch of one: normalised by the statistics of the one before it, and not counted
         if count < 2:
             raise ConfigError(
                 f"recalibrate=True: a batch of {x.shape[0]} samples gives the batch norm {name!r} a single value per channel, of "

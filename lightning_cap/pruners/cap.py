@@ -48,7 +48,8 @@ class CAP(FisherBlockwise):
         allow_tf32: Let a GPU multiply gradients in TF32 (ten bits of mantissa) for the Fisher: faster, less exact.
         shrinkage: How far the correlations inside each block are shrunk towards their mean over all blocks at the same place of the
             output rows of its layer, in [0, 1]. The diagonal of each block stays its own. It takes the place of many gradients,
-            most of all where ``block_size`` divides the rows. 0 is as in the paper.
+            most of all where ``block_size`` divides the rows. Rows of all groups of a grouped convolution count as alike. 0 is as
+            in the paper.
 
     Raises:
         ConfigError: A number is out of range, or the backend cannot run.

@@ -110,6 +110,15 @@ def test_two_processes_find_what_one_finds(tmp_path: Path) -> None:
     assert one.samples == other.samples == want.samples == 20
 
 
+def test_a_last_batch_of_one_sample_is_left_out() -> None:
+    torch.manual_seed(0)
+    given = [(torch.randn(4, 2, 5, 5).double(),), (torch.randn(1, 2, 5, 5).double(),)]
+    want, found = (estimate_statistics(model(), batches, output_energy) for batches in (given[:1], given))
+    torch.testing.assert_close(found.mean["3"], want.mean["3"])
+    torch.testing.assert_close(found.var["3"], want.var["3"])
+    assert not torch.equal(found.mean["1"], want.mean["1"])  # which gets more than one value from it
+
+
 @pytest.mark.parametrize(
     ("given", "error", "message"),
     [
