@@ -25,6 +25,7 @@ from lightning_cap.sparsity.allocation import Global, Uniform
 FISHER = (1e-8, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
 RELATIVE = (1e-3, 1e-2, 1e-1)
 MFAC_ROWS = 256
+DISTILL = DistillHeal(num_inputs=2048, steps=128, batch_size=32, lr=1e-3)
 ROW_BLOCK = 144  # rows of ResNet-20's convolutions are 144, 288 and 576 long
 
 
@@ -57,7 +58,7 @@ class Method:
     def seeded(self) -> bool:
         """Whether its result depends on the seed of the samples."""
         pruner = self.make(Scale(4, 2, 1), 1.0)
-        return pruner.statistic is not None or isinstance(pruner, Random)
+        return pruner.statistic is not None or isinstance(pruner, Random) or self.heal is not None
 
 
 def _reading(scale: Scale) -> dict[str, int]:
@@ -101,9 +102,8 @@ METHODS = {
     "CAP, defaults, 4 stages of a quarter of the gradients": Method(
         lambda s, _: _by_default(replace(s, num_gradients=max(1, s.num_gradients // 4)), 0.0), stages=4
     ),
-    "CAP, defaults, distilled": Method(
-        _by_default, heal=DistillHeal(num_inputs=2048, steps=128, batch_size=32, lr=1e-3)
-    ),
+    "CAP, defaults, distilled": Method(_by_default, heal=DISTILL),
+    "magnitude, distilled": Method(lambda s, _: Magnitude(), heal=DISTILL),
 }
 #: Without ``--methods``.
 PAPER = ("magnitude", "CAP cumulative", "CAP marginal")

@@ -59,6 +59,7 @@ METHODS = {
     "CAP, shrunk": Method(cap(RelativeDamp(FRACTION)), SHRINKAGE, {"distilled": DistillHeal()}),
     "CAP, shrunk, layer-wise": Method(cap(RelativeDamp(FRACTION)), SHRINKAGE, {"layer-wise": LayerwiseHeal()}),
     "CAP, damp 1e-4, healed": Method(cap(1e-4), heals=BOTH),
+    "magnitude, healed": Method(lambda B, N: Magnitude(), heals={"distilled": DistillHeal()}),
     "magnitude 2:4": Method(lambda B, N: Magnitude(pattern=NofM(2, 4))),
     "CAP, damp 1e-4, 2:4": Method(cap(1e-4, pattern=NofM(2, 4))),
     "CAP, shrunk, 2:4": Method(
@@ -74,7 +75,7 @@ SETS = {
     "2:4": ["magnitude 2:4", "CAP, damp 1e-4, 2:4", "CAP, shrunk, 2:4"],
     "table": ["magnitude", "layer-wise OBS", "WoodFisher", "CAP, published", "CAP, damp 1e-4", "CAP, shrunk", "magnitude 2:4",
               "CAP, damp 1e-4, 2:4", "CAP, shrunk, 2:4"],
-    "heal": ["CAP, damp 1e-4, healed", "CAP, shrunk, layer-wise"],
+    "heal": ["magnitude, healed", "CAP, damp 1e-4, healed", "CAP, shrunk, layer-wise"],
     "ablation": ["CAP, damp 1e-4", *[name for name in METHODS if name.startswith(("damp", "relative", "shrinkage"))],
                  "CAP, shrunk"],
 }  # fmt: skip
