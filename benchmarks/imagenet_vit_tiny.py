@@ -256,7 +256,7 @@ def _paired(runs: Sequence[Mapping[str, Any]], names: Sequence[tuple[str, str]])
             gains = [own[seed] - top1[YARDSTICK, "", goal, seed] for seed in own if (YARDSTICK, "", goal, seed) in top1]
             error = statistics.stdev(gains) / len(gains) ** 0.5 if len(gains) > 1 else None
             cells.append("" if error is None else f"{statistics.fmean(gains):+.1f} ± {error:.1f}")
-        if name[0] != YARDSTICK and any(cells):
+        if name[0] != YARDSTICK and "2:4" not in name[0] and any(cells):
             rows.append(f"| {name[0]}{name[1] and ' + '}{name[1]} | " + " | ".join(cells) + " |")
     head = [f"| points above {YARDSTICK}, paired by seed | " + " | ".join(f"{100 * g:g} %" for g in goals) + " |"]
     return ["", *head, "| --- |" + " ---: |" * len(goals), *rows] if rows else []
