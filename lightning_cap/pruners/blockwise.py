@@ -108,19 +108,20 @@ class Blockwise(BlockMethod):
         """Read what the blocks need and order every block to its end."""
         check_path_arguments(targets, gradients, progress)
         path = BlockwisePath(self, targets, self._layout(targets), masks, gradients, progress)
-        self._tell(path)
+        for warning in self._warnings(path):
+            warnings.warn(warning, stacklevel=2)
         return path
 
-    def _tell(self, path: BlockwisePath) -> None:
-        """Say what the user should know of a path."""
+    def _warnings(self, path: BlockwisePath) -> list[str]:
+        """What the user should know of a path."""
         raised = path.stats["blocks_damping_increased"]
-        if raised:
-            warnings.warn(
-                f"damp={shown(self.damp)}: {raised:g} of {path.stats['blocks']:g} Fisher blocks factored only with a larger one, "
-                "or needed it to rise above the rounding of few gradients' sums (up to "
-                f"{path.stats['largest_damp']:g}). Raise damp if there are many.",
-                stacklevel=3,
-            )
+        if not raised:
+            return []
+        return [
+            f"damp={shown(self.damp)}: {raised:g} of {path.stats['blocks']:g} Fisher blocks factored only with a larger one, "
+            "or needed it to rise above the rounding of few gradients' sums (up to "
+            f"{path.stats['largest_damp']:g}). Raise damp if there are many."
+        ]
 
     def _layout(self, targets: Targets) -> BlockLayout:
         require_targets(targets)
@@ -223,14 +224,14 @@ class FisherBlockwise(GradientBlockwise):
         require_flag("allow_tf32", self.allow_tf32)
         require_real("shrinkage", self.shrinkage, "[0, 1]", example=0.5)
 
-    def _tell(self, path: BlockwisePath) -> None:
-        super()._tell(path)
+    def _warnings(self, path: BlockwisePath) -> list[str]:
+        found = super()._warnings(path)
         if path.plan.passes > 1 and self.shrinkage:
-            warnings.warn(
+            found.append(
                 f"shrinkage={self.shrinkage:g}: memory allows the Fisher only in {path.plan.passes} passes, each of which shrinks "
-                "its blocks towards their own mean. Masks differ from those of one pass: raise max_memory, or give shrinkage=0.",
-                stacklevel=3,
+                "its blocks towards their own mean. Masks differ from those of one pass: raise max_memory, or give shrinkage=0."
             )
+        return found
 
     def memory_model(self, layout: BlockLayout, alive: Tensor, source: SourceMemory) -> MemoryModel:
         """Blocks in the storage and the backend of this pruner."""
