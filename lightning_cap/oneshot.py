@@ -125,9 +125,8 @@ def prune(
                     trial = getattr(source, "trial", None)
                     with pruner.path(targets, source, masks, progress=show) as path:
                         result = mender.choose(path.candidates(goal), 0)
-                    changed = any(not torch.equal(mask, masks[name].to(mask)) for name, mask in result.masks.items())
                     result.apply(targets)
-                    if changed and mender.heal(result.masks, before, 0):
+                    if mender.heal(result.masks, before, 0):
                         result = replace(result, weights=targets.copies(), stats={**result.stats, **mender.stats})
                     masks.update(result.masks)
                     saliency += result.saliency

@@ -263,22 +263,16 @@ class _FullSums(BlockSums, Shrinkable):
         return self._sums.diagonal(dim1=-2, dim2=-1)
 
     def pool(self, index: Tensor) -> Tensor:
-        chunks = self._chunks(index)
         total = torch.zeros(self._sums.shape[1:], dtype=torch.float64, device=self.device)
-        return sum((self._sums[some].sum(0, dtype=torch.float64) for some in chunks), total)
+        return sum((self._sums[some].sum(0, dtype=torch.float64) for some in _some_of(index, self._sums)), total)
 
     def shrink(self, index: Tensor, pooled: Tensor, share: float) -> None:
         i = torch.arange(pooled.shape[0], device=self.device)
         target = correlations(pooled, i.unsqueeze(1), i, pooled.diagonal()).float().fill_diagonal_(1.0)
-        for some in self._chunks(index):
+        for some in _some_of(index, self._sums):
             blocks = self._sums[some]
             root = blocks.diagonal(dim1=-2, dim2=-1).sqrt()
             self._sums[some] = blocks.lerp_(target * root.unsqueeze(2) * root.unsqueeze(1), share)
-
-    def _chunks(self, index: Tensor) -> Sequence[Tensor]:
-        size = max(1, _POOLED_FLOATS // self._sums.shape[-1] ** 2)
-        chunks: Sequence[Tensor] = index.to(self.device).split(size)
-        return chunks
 
 
 class _PackedSums(BlockSums, Shrinkable):
@@ -330,7 +324,7 @@ class _PackedSums(BlockSums, Shrinkable):
             packed, chosen, out = self.sums.numpy(), index.numpy(), total.numpy()
             over_blocks(lambda first, last: pool_triangles(packed, chosen, out, first, last), len(total))
             return total
-        return sum((self.sums[some].sum(0, dtype=torch.float64) for some in self._chunks(index)), total)
+        return sum((self.sums[some].sum(0, dtype=torch.float64) for some in _some_of(index, self.sums)), total)
 
     def shrink(self, index: Tensor, pooled: Tensor, share: float) -> None:
         B = self._block_size
@@ -343,7 +337,7 @@ class _PackedSums(BlockSums, Shrinkable):
             over_blocks(lambda first, last: shrink_triangles(packed, chosen, goal, share, first, last), len(index))
             return
         target[rows == columns] = 1.0
-        for some in self._chunks(index):
+        for some in _some_of(index, self.sums):
             root = self._on_diagonal(self.sums[some]).sqrt()
             self.sums[some] = self.sums[some].lerp_(target * root[:, rows] * root[:, columns], share)
 
@@ -352,6 +346,8 @@ class _PackedSums(BlockSums, Shrinkable):
         i = torch.arange(self._block_size, device=triangles.device)
         return triangles[..., i * (i + 3) // 2]
 
-    def _chunks(self, index: Tensor) -> Sequence[Tensor]:
-        chunks: Sequence[Tensor] = index.to(self.device).split(max(1, _POOLED_FLOATS // self.sums.shape[1]))
-        return chunks
+
+def _some_of(index: Tensor, sums: Tensor) -> Sequence[Tensor]:
+    """The index of blocks in parts that are pooled or shrunk at a time."""
+    parts: Sequence[Tensor] = index.to(sums.device).split(max(1, _POOLED_FLOATS // sums.shape[1:].numel()))
+    return parts

@@ -95,7 +95,7 @@ class Mender:
         return replace(candidates[best], stats={**candidates[best].stats, "candidate": float(best)})
 
     def heal(self, masks: Mapping[str, Tensor], dense: Mapping[str, Tensor], index: int) -> bool:
-        """Heal the model, which has pruned weights, if it is to be.
+        """Heal the model, which has pruned weights, if it is to be and pruning has changed it.
 
         Args:
             masks: Of the targets.
@@ -106,6 +106,8 @@ class Mender:
             Whether it was.
         """
         if self._heal is None or self._reader is None:
+            return False
+        if all(torch.equal(weight, dense[name]) for name, weight in self._targets.weights().items()):
             return False
         with self._timed("heal"), self._reader(self._heal.num_inputs, Domain.HEAL, index) as batches:
             report = self._heal.run(

@@ -15,6 +15,7 @@ from numba.extending import intrinsic
 
 from lightning_cap.kernels.cpu.jit import kernel
 
+_MOST, _MOST64 = float(np.finfo(np.float32).max), float(np.finfo(np.float64).max)
 BYTES = 64  # one vector: a cache line; split into registers where those are narrower
 
 
@@ -91,6 +92,12 @@ one_row_wide = _tile(1, 4)
 def lanes_of(kind: Any) -> int:
     """Entries of an array's type in 64 bytes."""
     return BYTES // kind.itemsize
+
+
+@kernel
+def largest_of(kind: Any) -> Any:
+    """The largest number of an array's type."""
+    return kind.dtype.type(_MOST) if kind.itemsize == 4 else kind.dtype.type(_MOST64)
 
 
 @kernel
