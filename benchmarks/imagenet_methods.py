@@ -6,7 +6,19 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from lightning_cap.healing import DistillHeal, Heal, LayerwiseHeal
-from lightning_cap.pruners import CAP, LayerwiseOBS, Magnitude, Pruner, RelativeDamp, WoodFisher
+from lightning_cap.pruners import (
+    CAP,
+    MFAC,
+    DiagonalFisher,
+    FastCAP,
+    GradientTimesWeight,
+    LayerwiseOBS,
+    Magnitude,
+    Pruner,
+    RelativeDamp,
+    Taylor,
+    WoodFisher,
+)
 from lightning_cap.sparsity import NofM
 
 SHRINKAGE, FRACTION = 0.5, 0.02
@@ -33,7 +45,7 @@ class Method:
 
     @property
     def reads_gradients(self) -> bool:
-        """Whether it reads a Fisher."""
+        """Whether it reads the Fisher blocks that methods share."""
         return isinstance(self.make(4, 2), (CAP, WoodFisher))
 
 
@@ -49,11 +61,26 @@ def woodfisher(damp: float) -> Callable[[int, int], Pruner]:
     return lambda B, N: WoodFisher(block_size=B, num_gradients=N, damp=damp)
 
 
+def mfac(damp: float | RelativeDamp) -> Callable[[int, int], Pruner]:
+    """M-FAC at a damp; of the gradients a quarter, since it keeps them all."""
+    return lambda B, N: MFAC(num_gradients=max(2, N // 4), damp=damp)
+
+
+def fast_cap(damp: float | RelativeDamp) -> Callable[[int, int], Pruner]:
+    """FastCAP at a damp."""
+    return lambda B, N: FastCAP(block_size=B, num_gradients=N, damp=damp)
+
+
 BOTH = {"layer-wise": LayerwiseHeal(), "distilled": DistillHeal()}
 METHODS = {
     "magnitude": Method(lambda B, N: Magnitude()),
     "layer-wise OBS": Method(lambda B, N: LayerwiseOBS(num_inputs=512)),
     "WoodFisher": Method(woodfisher(1e-4)),
+    "diagonal Fisher (OBD)": Method(lambda B, N: DiagonalFisher(num_gradients=N)),
+    "gradient times weight": Method(lambda B, N: GradientTimesWeight(num_gradients=N)),
+    "Taylor": Method(lambda B, N: Taylor(num_gradients=N)),
+    "M-FAC": Method(mfac(RelativeDamp(FRACTION))),
+    "FastCAP": Method(fast_cap(RelativeDamp(FRACTION))),
     "CAP, published": Method(cap(1e-8, "cumulative")),
     "CAP, damp 1e-4": Method(cap(1e-4)),
     "CAP, shrunk": Method(cap(RelativeDamp(FRACTION)), SHRINKAGE, {"distilled": DistillHeal()}),
@@ -65,6 +92,8 @@ METHODS = {
     "CAP, shrunk, 2:4": Method(
         cap(RelativeDamp(FRACTION), pattern=NofM(2, 4)), SHRINKAGE, {"distilled": DistillHeal()}
     ),
+    **{f"M-FAC, damp {damp:g}": Method(mfac(damp)) for damp in (1e-6, 1e-4)},
+    **{f"FastCAP, damp {damp:g}": Method(fast_cap(damp)) for damp in (1e-6, 1e-4)},
     **{f"damp {damp:g}": Method(cap(damp)) for damp in (1e-8, 1e-6, 1e-5, 1e-3)},
     **{f"relative damp {f:g}": Method(cap(RelativeDamp(f))) for f in (0.03, 0.1, 0.3)},
     **{f"shrinkage {s:g}": Method(cap(RelativeDamp(FRACTION)), s) for s in (0.3, 0.8)},
@@ -73,6 +102,7 @@ METHODS = {
 #: Names that stand for several.
 SETS = {
     "2:4": ["magnitude 2:4", "CAP, damp 1e-4, 2:4", "CAP, shrunk, 2:4"],
+    "others": ["diagonal Fisher (OBD)", "gradient times weight", "Taylor", "M-FAC", "FastCAP", "WoodFisher", "layer-wise OBS"],
     "table": ["magnitude", "layer-wise OBS", "WoodFisher", "CAP, published", "CAP, damp 1e-4", "CAP, shrunk", "magnitude 2:4",
               "CAP, damp 1e-4, 2:4", "CAP, shrunk, 2:4"],
     "heal": ["magnitude, healed", "CAP, damp 1e-4, healed", "CAP, shrunk, layer-wise"],

@@ -34,8 +34,6 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from lightning_cap.calibration.batches import CalibrationBatches
 from lightning_cap.calibration.gradients import GradientCollector
-from lightning_cap.calibration.layer_inputs import InputCollector
-from lightning_cap.calibration.statistics import LayerInputs
 from lightning_cap.classifier import load_weights
 from lightning_cap.data import ImageNetDataModule
 from lightning_cap.fisher.blocks import EmpiricalFisher, FisherBlocks
@@ -148,9 +146,9 @@ class Benchmark:
         passes = self.settings.num_gradients if method.reads_gradients else 0
         if fisher is not None:
             pruner.read_blocks = lambda *_: fisher  # type: ignore[attr-defined]
-        elif isinstance(pruner.statistic, LayerInputs):
+        elif pruner.statistic is not None:
             passes = pruner.statistic.num_samples
-            source = InputCollector(self.model, self.targets, loss, self.batches(seed, passes), passes)
+            source = pruner.statistic.collector(self.model, self.targets, loss, self.batches(seed, passes))
         started = time.perf_counter()
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "damp=")
