@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from lightning_cap.errors import ConfigError, DataError
 from lightning_cap.sparsity.targets import Targets, require_targets
+from lightning_cap.utilities import distributed
 from lightning_cap.utilities.arguments import require_instance, shown
 from lightning_cap.utilities.bits import pack_bits, unpack_bits
+from lightning_cap.utilities.sharded import as_shard, is_sharded, local, part_of, whole
 
 _Groups = list[tuple[list[Tensor], list[Tensor]]]  # tensors and multipliers, one pair per device and type
 
@@ -31,6 +33,9 @@ class MaskSet(Mapping[str, Tensor]):
     A product keeps NaN: a masked weight or gradient that is NaN or infinite becomes NaN, so that a step that diverged
     shows as it does in a dense model (a gradient scaler has seen it, and skips the step, before gradients are masked).
 
+    Of sharded targets masks are sharded as these are. Each process puts the mask of its own rows in force, and looks those up in
+    the model each time, without communication; but all must change masks, and ask for `state_dict`, together.
+
     Args:
         targets: The weights that the masks belong to.
 
@@ -41,16 +46,20 @@ class MaskSet(Mapping[str, Tensor]):
     def __init__(self, targets: Targets) -> None:
         require_targets(targets)
         self._targets = targets
-        self._masks = {name: torch.ones_like(w, dtype=torch.bool) for name, w in targets.items()}
-        self._masks_changed()
+        self._masks = {
+            name: as_shard(torch.ones_like(local(w), dtype=torch.bool, requires_grad=False), w)
+            for name, w in targets.items()
+        }
+        self._kept = {name: weight.numel() for name, weight in targets.items()}
+        self._drop_made()
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what is made from the masks, so that copies and pickles do not carry it."""
-        return {"_targets": self._targets, "_masks": self._masks}
+        return {"_targets": self._targets, "_masks": self._masks, "_kept": self._kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
-        self._masks_changed()
+        self._drop_made()
 
     def __getitem__(self, name: str) -> Tensor:
         return self._masks[name]
@@ -72,38 +81,41 @@ class MaskSet(Mapping[str, Tensor]):
 
     def sparsity(self) -> dict[str, float]:
         """Zeros over weights of each target."""
-        return {name: 1 - int(mask.sum()) / mask.numel() for name, mask in self._masks.items()}
+        return {name: 1 - kept / self._masks[name].numel() for name, kept in self._kept.items()}
 
     @property
     def global_sparsity(self) -> float:
         """Zeros over all weights of the targets."""
-        kept = sum(int(mask.sum()) for mask in self._masks.values())
-        return 1 - kept / self._targets.numel
+        return 1 - sum(self._kept.values()) / self._targets.numel
 
     def update(self, masks: Mapping[str, Tensor]) -> None:
         """Copy ``masks`` in, all or none; weights that were masked stay masked."""
         require_instance("masks", masks, Mapping, "result.masks")
         check_masks(self._targets, masks)
-        self._masks |= {name: self._masks[name] & mask.to(self._masks[name].device) for name, mask in masks.items()}
+        self._masks |= {name: as_shard(local(old) & part_of(masks[name], old), old) for name, old in self._some(masks)}
         self._masks_changed()
 
     def replace(self, masks: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Put ``masks`` in the place of those in force; weights may come back.
 
         Returns:
-            ``{target name: bool (*shape)}``, True = was masked and is kept now; only targets with such weights.
+            ``{target name: bool (*shape)}``, True = was masked and is kept now; only targets with such weights, or all if sharded.
         """
         require_instance("masks", masks, Mapping, "result.masks")
         check_masks(self._targets, masks)
-        new = {name: mask.to(self._masks[name].device, copy=True) for name, mask in masks.items()}
-        grown = {name: mask & ~self._masks[name] for name, mask in new.items()}
-        self._masks |= new
+        grown = {}
+        for name, old in self._some(masks):
+            new = part_of(masks[name], old).clone()
+            back = new & ~local(old)
+            if is_sharded(old) or bool(back.any()):
+                grown[name] = as_shard(back, old)
+            self._masks[name] = as_shard(new, old)
         self._masks_changed()
-        return {name: back for name, back in grown.items() if bool(back.any())}
+        return grown
 
     def unmask_all(self) -> dict[str, Tensor]:
         """Keep every weight again. Returns the regrown weights, as `replace`."""
-        return self.replace({name: torch.ones_like(mask) for name, mask in self._masks.items()})
+        return self.replace({name: as_shard(torch.ones_like(local(m)), m) for name, m in self._masks.items()})
 
     def mask_zeros(self) -> None:
         """Take the zeros that the weights have now as pruned; targets that are all zero stay free, with a warning.
@@ -115,26 +127,27 @@ class MaskSet(Mapping[str, Tensor]):
         if units is not None:
             self.update(units.masks(self._targets.shapes, units.nonzero(weights)))
             return
-        blank = [name for name, weight in weights.items() if not bool(weight.any())]
+        found = torch.tensor([bool(local(weight).any()) for weight in weights.values()], dtype=torch.int64)
+        blank = [name for name, any_left in zip(weights, self._of_all(found), strict=True) if not any_left]
         if blank:
             warnings.warn(
                 f"{len(blank)} targets, first {blank[0]!r}, are all zero. They are taken as not yet trained, not as pruned, "
                 "and stay free.",
                 stacklevel=2,
             )
-        self.update({name: weight != 0 for name, weight in weights.items() if name not in blank})
+        self.update({name: as_shard(local(w) != 0, w) for name, w in weights.items() if name not in blank})
 
     @torch.no_grad()
     def apply_to_weights(self) -> None:
         """Set masked weights to zero."""
         for weights, multipliers in self._weight_groups():
-            torch._foreach_mul_(weights, multipliers)
+            torch._foreach_mul_([local(weight) for weight in weights], multipliers)
 
     @torch.no_grad()
     def apply_to_gradients(self) -> None:
         """Set the gradients of masked weights to zero."""
         for weights, multipliers in self._weight_groups():
-            pairs = [(g, m) for w, m in zip(weights, multipliers, strict=True) if (g := w.grad) is not None]
+            pairs = [(local(g), m) for w, m in zip(weights, multipliers, strict=True) if (g := w.grad) is not None]
             if pairs:
                 torch._foreach_mul_([g for g, _ in pairs], [m for _, m in pairs])
 
@@ -144,9 +157,9 @@ class MaskSet(Mapping[str, Tensor]):
         require_instance("optimizer", optimizer, torch.optim.Optimizer, "torch.optim.AdamW(model.parameters())")
         for name, weight in self._targets.items():
             state = optimizer.state.get(weight, {})
-            entries = [v for v in state.values() if isinstance(v, Tensor) and v.shape == weight.shape]
+            entries = [local(v) for v in state.values() if isinstance(v, Tensor) and v.shape == weight.shape]
             if entries:
-                torch._foreach_mul_(entries, [self._masks[name]] * len(entries))
+                torch._foreach_mul_(entries, [local(self._masks[name])] * len(entries))
 
     @torch.no_grad()
     def apply_to_copy(self, model: nn.Module) -> None:
@@ -162,12 +175,15 @@ class MaskSet(Mapping[str, Tensor]):
             groups = self._grouped({names[path]: p for path, p in model.named_parameters() if path in names})
             self._copy_groups[model] = groups
         for weights, multipliers in groups:
-            torch._foreach_mul_(weights, multipliers)
+            torch._foreach_mul_([local(weight) for weight in weights], multipliers)
 
     def state_dict(self) -> dict[str, Any]:
-        """Bit-packed masks: ``{name: {"shape": list, "bits": uint8}}``, one byte for eight weights."""
+        """Bit-packed masks: ``{name: {"shape": list, "bits": uint8}}``, one byte for eight weights.
+
+        Of sharded targets too these are whole masks, gathered one at a time: any number of processes can go on with them.
+        """
         return {
-            name: {"shape": list(mask.shape), "bits": pack_bits(mask.flatten().cpu())}
+            name: {"shape": list(mask.shape), "bits": pack_bits(whole(mask).flatten().cpu())}
             for name, mask in self._masks.items()
         }
 
@@ -187,20 +203,37 @@ class MaskSet(Mapping[str, Tensor]):
                 f"({saved.get(different[0])} saved, {shapes.get(different[0])} here). Use the include/exclude and the model "
                 "that the checkpoint was made with."
             )
-        for name, mask in unpack_masks(state).items():
-            self._masks[name] = mask.to(self._masks[name].device)
+        for name, entry in state.items():
+            mask = unpack_masks({name: entry})[name]
+            self._masks[name] = as_shard(part_of(mask, self._masks[name]).clone(), self._masks[name])
         self._masks_changed()
 
+    def _some(self, masks: Mapping[str, Tensor]) -> list[tuple[str, Tensor]]:
+        """Name and mask in force of the targets in ``masks``."""
+        return [(name, self._masks[name]) for name in masks]
+
+    def _of_all(self, counts: Tensor) -> list[int]:
+        """The sums over all processes, if these hold different rows."""
+        if self._targets.is_sharded:
+            counts = distributed.sum_over_ranks(counts.to(self._targets.device))
+        return [int(count) for count in counts.tolist()]
+
     def _masks_changed(self) -> None:
-        """Drop what was made from the masks, and find the targets that have masked weights (a host sync each)."""
-        self._thinned = [name for name, mask in self._masks.items() if not bool(mask.all())]
+        """Count what is kept (a host sync for each target), and drop what was made from the masks."""
+        counts = torch.tensor([int(local(mask).sum()) for mask in self._masks.values()], dtype=torch.int64)
+        self._kept = dict(zip(self._masks, self._of_all(counts), strict=True))
+        self._drop_made()
+
+    def _drop_made(self) -> None:
+        """Drop what was made from the masks."""
+        self._thinned = [name for name, kept in self._kept.items() if kept < self._masks[name].numel()]
         self._multipliers: dict[tuple[str, torch.device, torch.dtype], Tensor] = {}
         self._groups: _Groups | None = None
         self._copy_groups: WeakKeyDictionary[nn.Module, _Groups] = WeakKeyDictionary()
 
     def _weight_groups(self) -> _Groups:
         groups = self._groups
-        if groups is None or _moved(groups):
+        if groups is None or self._targets.is_sharded or _moved(groups):
             groups = self._groups = self._grouped(self._targets)
         return groups
 
@@ -219,8 +252,18 @@ class MaskSet(Mapping[str, Tensor]):
         """The mask as ones and zeros of the type, strides and device of ``like``; weights and averages share it."""
         key = (name, like.device, like.dtype)
         if key not in self._multipliers:
-            self._multipliers[key] = torch.empty_like(like, requires_grad=False).copy_(self._masks[name])
+            self._multipliers[key] = torch.empty_like(local(like), requires_grad=False).copy_(local(self._masks[name]))
         return self._multipliers[key]
+
+
+def count_masked(masks: Mapping[str, Tensor]) -> dict[str, int]:
+    """Masked weights of each target, ``{target: count}``. Every process must call it, if the masks are sharded."""
+    counts = {name: int((~local(mask)).sum()) for name, mask in masks.items()}
+    if any(is_sharded(mask) for mask in masks.values()):
+        device = next(iter(masks.values())).device
+        total = distributed.sum_over_ranks(torch.tensor(list(counts.values()), device=device))
+        counts = dict(zip(counts, total.tolist(), strict=True))
+    return counts
 
 
 def unpack_masks(state: object) -> dict[str, Tensor]:

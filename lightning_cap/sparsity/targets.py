@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from lightning_cap.errors import TargetError
+from lightning_cap.errors import TargetError, UnsupportedError
 from lightning_cap.sparsity.block_layout import BlockLayout
 from lightning_cap.sparsity.ends import PENDING, Ends
 from lightning_cap.sparsity.layers import computed_weights, is_depthwise, prunable_layers
+from lightning_cap.utilities import distributed, sharded
 from lightning_cap.utilities.arguments import require_instance, require_names, shown
 from lightning_cap.utilities.compiled import plain_name
 
@@ -27,7 +28,8 @@ class Targets(Mapping[str, Tensor]):
     """The ordered set of weights to prune: ``{parameter name: weight of shape (*shape)}``.
 
     Names are the model's own, less the ``_orig_mod.`` of compiled modules. The tensors are the live parameters, so
-    a `Targets` follows the training of its model.
+    a `Targets` follows the training of its model. Of a model that `fully_shard` has shared out over processes they are sharded
+    ones, which are looked up in the model anew at each use; shapes and counts are those of the whole.
 
     Args:
         weights: The tensors by name, in the order in which they are laid out.
@@ -41,6 +43,7 @@ class Targets(Mapping[str, Tensor]):
 
     Raises:
         TargetError: There is no target, or one is empty or not of a floating-point type.
+        UnsupportedError: One is sharded in another way than by rows over all processes, or only some are.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], paths: Mapping[str, str] | None = None) -> None:
@@ -59,10 +62,18 @@ class Targets(Mapping[str, Tensor]):
             if not weight.is_floating_point():
                 raise TargetError(f"target {name!r} is of type {weight.dtype}. Only real floating-point weights can be "
                                   "pruned; exclude it.")  # fmt: skip
+            sharded.check_sharding(name, weight)
             if weight.numel() == 0:
                 raise TargetError(f"target {name!r} is empty (shape {tuple(weight.shape)}). Exclude it.")
+        split = [name for name, weight in weights.items() if sharded.is_sharded(weight)]
+        if split and len(split) < len(weights):
+            other = next(name for name in weights if name not in split)
+            raise UnsupportedError(
+                f"target {other!r} is not sharded, and {split[0]!r} is. Call fully_shard on the whole model too, or exclude one."
+            )
         self._weights = dict(weights)
         self._paths = {name: paths[name] if paths else name for name in weights}
+        self._places: dict[str, tuple[nn.Module, nn.Module, str]] = {}  # of sharded ones: model, owner, name in it
         self.ends: Ends | None = None
         self.units: Units | None = None
         self.dense: dict[str, str] = {}
@@ -98,6 +109,7 @@ class Targets(Mapping[str, Tensor]):
         )
         require_names("include", include, error=TargetError)
         require_names("exclude", exclude, error=TargetError)
+        sharded.reshard(model)
         parameters = _named_parameters(model)
         layers, computed = prunable_layers(model), computed_weights(model)
         reasons: dict[str, str] = dict(computed)
@@ -122,12 +134,14 @@ class Targets(Mapping[str, Tensor]):
         if ends is not PENDING:  # else a tied head may be among them
             _refuse_frozen_and_tied(model, parameters, names)
         targets = cls({name: parameters[name][1] for name in names}, {name: parameters[name][0] for name in names})
+        if targets.is_sharded:
+            targets._places = {name: _place(model, targets._paths[name]) for name in names}
         targets.ends, targets.dense = ends, dense
         targets.summary = _summary(model, targets, dense, ends)
         return targets
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._weights[name]
+        return sharded.parameter(*self._places[name]) if name in self._places else self._weights[name]
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._weights)
@@ -138,6 +152,11 @@ class Targets(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         """Short: ``Targets(48 of 5308416 weights, first 'blocks.0.attn.qkv.weight')``."""
         return f"Targets({len(self)} of {self.numel} weights, first {next(iter(self))!r})"
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether each process holds some rows of every target."""
+        return sharded.any_sharded(self._weights)
 
     @property
     def paths(self) -> dict[str, str]:
@@ -161,7 +180,7 @@ class Targets(Mapping[str, Tensor]):
 
     def weights(self) -> dict[str, Tensor]:
         """The weights as they are now, detached but not copied."""
-        return {name: weight.detach() for name, weight in self._weights.items()}
+        return {name: weight.detach() for name, weight in self.items()}
 
     def copies(self) -> dict[str, Tensor]:
         """Copies of the weights as they are now, for `restore`."""
@@ -171,7 +190,7 @@ class Targets(Mapping[str, Tensor]):
     def restore(self, weights: Mapping[str, Tensor]) -> None:
         """Write ``weights`` into the model, in place."""
         for name, weight in weights.items():
-            self._weights[name].copy_(weight)
+            self[name].copy_(weight)
 
     def blocks(self, block_size: int, group_size: int = 1, by_row: bool = False) -> BlockLayout:
         """The block view. See `BlockLayout`."""
@@ -181,6 +200,12 @@ class Targets(Mapping[str, Tensor]):
         """Blocks inside output rows (dim 0), no longer than the longest row."""
         longest = max((weight[0].numel() for weight in self._weights.values()), default=1)
         return self.blocks(min(block_size, -(-longest // group_size) * group_size), group_size, by_row=True)
+
+
+def _place(model: nn.Module, path: str) -> tuple[nn.Module, nn.Module, str]:
+    """Where `sharded.parameter` finds a parameter."""
+    owner, _, name = path.rpartition(".")
+    return model, model.get_submodule(owner), name
 
 
 def _named_parameters(model: nn.Module) -> dict[str, tuple[str, nn.Parameter]]:
@@ -248,7 +273,8 @@ def _refuse_frozen_and_tied(
     aliases: dict[tuple[torch.device, int], list[str]] = {}
     for name, (_, parameter) in parameters.items():
         if not nn.parameter.is_lazy(parameter) and parameter.device.type != "meta":
-            aliases.setdefault((parameter.device, parameter.untyped_storage().data_ptr()), []).append(name)
+            where = id(parameter) if sharded.is_sharded(parameter) else parameter.untyped_storage().data_ptr()
+            aliases.setdefault((parameter.device, where), []).append(name)
     shared = {name: group for group in aliases.values() if len(group) > 1 for name in group}
     for name in names:
         parameter = parameters[name][1]
@@ -267,6 +293,8 @@ def _refuse_frozen_and_tied(
 
 def _overlap(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one storage really overlap (flattened parameters share a storage without overlap)."""
+    if sharded.is_sharded(a):
+        return True  # it is the same one
     return a.data_ptr() < _end(b) and b.data_ptr() < _end(a)
 
 
@@ -321,6 +349,9 @@ def require_targets(targets: object) -> None:
 
 
 def measured_sparsity(targets: Targets) -> float:
-    """Zeros among the targets' weights as they are, whatever the masks say."""
-    zeros = sum(weight.numel() - int(weight.count_nonzero()) for weight in targets.weights().values())
+    """Zeros among the targets' weights as they are, whatever the masks say. Every process must call it, if they are sharded."""
+    parts = [sharded.local(weight) for weight in targets.weights().values()]
+    zeros = sum(part.numel() - int(part.count_nonzero()) for part in parts)
+    if targets.is_sharded:
+        zeros = int(distributed.sum_over_ranks(torch.tensor(zeros, device=targets.device)))
     return zeros / targets.numel

@@ -29,6 +29,7 @@ from lightning_cap.sparsity.block_layout import BlockLayout
 from lightning_cap.sparsity.cost import steps_to
 from lightning_cap.sparsity.patterns import as_pattern
 from lightning_cap.sparsity.permutation_search import best_order
+from lightning_cap.sparsity.shards import BlockShards
 from tests.support.bad_input.table import NO_COUNTS, NO_NUMBERS, Line, wrong
 
 SHAPES = {"a": (4, 8), "b": (8, 4)}
@@ -121,6 +122,10 @@ DAMAGED: dict[str, Any] = {
 
 
 LINES = [
+    *wrong(
+        BlockShards, "targets", None, "model", nn.Linear(2, 2), {}, targets(), given={"layout": BlockLayout(SHAPES, 4)}
+    ),
+    *wrong(BlockShards, "layout", None, 192, True, "blocks", {}, given={"targets": targets()}),
     *wrong(MaskSet, "targets", None, "model", nn.Linear(2, 2), [nn.Linear(2, 2)], Targets, {"a": torch.ones(2)}),
     *wrong(MaskSet(targets()).update, "masks", None, 3),
     *wrong(MaskSet(targets()).replace, "masks", None, 3),
