@@ -20,7 +20,7 @@ from lightning_cap.errors import ConfigError
 from lightning_cap.healing import HealArgument
 from lightning_cap.healing.parts import ModelParts
 from lightning_cap.pruners import CAP, Pruner, PruneResult
-from lightning_cap.pruners.base import heal_of, prepare, refuse_regrowth, refuse_splitting, with_heal
+from lightning_cap.pruners.base import heal_of, prepare, refuse_regrowth, refuse_shards, refuse_splitting, with_heal
 from lightning_cap.sparsity.cost import StepPath, require_path_of_steps, steps_to
 from lightning_cap.sparsity.ends import PENDING
 from lightning_cap.sparsity.layer_graph import Flow, trace
@@ -60,7 +60,8 @@ def prune(
     """Prune ``model`` in place to ``sparsity``; zeros that it has already stay.
 
     Args:
-        model: Any module; put into eval mode while gradients are taken.
+        model: Any module; put into eval mode while gradients are taken. Also one that `fully_shard` (FSDP2) has shared out over all
+            processes, each of which calls this with batches of its own; its result is sharded as the model is.
         batches: Calibration batches, moved to the model's device; re-iterable if they are read more than once, by
             ``num_recomputations``, ``heal`` or ``recalibrate``. Tensors in them have the samples in dim 0.
         loss_fn: ``loss_fn(model, batch)`` -> scalar, the mean loss of the batch. Call the ``model`` that is passed in.
@@ -100,6 +101,7 @@ def prune(
     on_device = _OnDevice(batches, _device(model))
     targets = _targets(model, on_device, loss_fn, include, exclude, pruner)
     rank_zero_info(f"Pruning {targets.summary}")
+    refuse_shards(pruner, targets, recalibrate)
     pruner.check(targets)
     _refuse_iterator(batches, num_recomputations, pruner, recalibrate)
     note_missing_batch_norm(model, recalibrate)

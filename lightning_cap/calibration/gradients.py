@@ -337,4 +337,5 @@ def rows_at_once(targets: Targets) -> int:
     """Per-sample gradients in one vmap, at the most: a fixed function of the targets. Where memory is short, the plan takes fewer,
     and results differ by rounding.
     """
-    return max(1, min(_VMAP_ROWS, _VMAP_FLOATS // targets.numel))
+    most = 1 if targets.is_sharded else _VMAP_ROWS  # one after the other
+    return max(1, min(most, _VMAP_FLOATS // targets.numel))

@@ -83,22 +83,9 @@ class RowComputer:
             GradientError: The loss is not a scalar, has no gradient, or does not depend on any target.
         """
         with torch.inference_mode(False), torch.enable_grad(), self._context(), PlainNormalization():
-            loss = self._program(batch)
-            if not isinstance(loss, Tensor) or loss.numel() != 1:
-                raise GradientError(
-                    f"loss: got {_describe(loss)} instead of a scalar tensor. Return the mean loss of the batch, or define "
-                    "calibration_step(batch, batch_idx) that does."
-                )
-            if not loss.requires_grad:
-                raise GradientError(
-                    "loss: it has no gradient (requires_grad is False). Do not detach it or compute it under no_grad; or "
-                    "define calibration_step(batch, batch_idx) that returns a differentiable loss."
-                )
+            loss = check_loss(self._program(batch))
             grads = torch.autograd.grad(loss.reshape(()) * self._scale, list(self._targets.values()), allow_unused=True)
-        if all(g is None for g in grads):
-            raise GradientError(
-                f"loss: it depends on none of the {len(self._targets)} targets, so nothing can be pruned by it."
-            )
+        refuse_independent_loss(grads, len(self._targets))
         return {
             name: self.unscaled(torch.zeros_like(weight) if g is None else g).unsqueeze(0)
             for (name, weight), g in zip(self._targets.items(), grads, strict=True)
@@ -140,6 +127,35 @@ class _LossProgram(nn.Module):
 
     def forward(self, batch: Any) -> Tensor:
         return self._loss(self.model, batch)
+
+
+def check_loss(loss: Any) -> Tensor:
+    """The loss of a batch, if gradients can be taken of it.
+
+    Raises:
+        GradientError: It is not a scalar, or has no gradient.
+    """
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        raise GradientError(
+            f"loss: got {_describe(loss)} instead of a scalar tensor. Return the mean loss of the batch, or define "
+            "calibration_step(batch, batch_idx) that does."
+        )
+    if not loss.requires_grad:
+        raise GradientError(
+            "loss: it has no gradient (requires_grad is False). Do not detach it or compute it under no_grad; or "
+            "define calibration_step(batch, batch_idx) that returns a differentiable loss."
+        )
+    return loss
+
+
+def refuse_independent_loss(grads: Sequence[Tensor | None], num_targets: int) -> None:
+    """Refuse a loss that has a gradient by no target.
+
+    Raises:
+        GradientError: All of ``grads`` are None.
+    """
+    if all(g is None for g in grads):
+        raise GradientError(f"loss: it depends on none of the {num_targets} targets, so nothing can be pruned by it.")
 
 
 def largest_difference(rows: Mapping[str, Tensor], others: Mapping[str, Tensor]) -> tuple[float, str]:

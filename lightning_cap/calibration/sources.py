@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 from torch import Tensor
 
 from lightning_cap.errors import GradientError
+from lightning_cap.sparsity.shards import BlockShards
+from lightning_cap.utilities.distributed import gather_counts
 
 T = TypeVar("T")
 
@@ -56,6 +58,42 @@ class Trial:
 
     memory: SourceMemory
     vmap: bool = False
+
+
+class ExchangedRows:
+    """Gives each process the part of all processes' whole rows that its blocks cover: ``{target: (n, k)}``. See `to_owners`."""
+
+    def __init__(self, source: GradientSource, shards: BlockShards) -> None:
+        self._source, self._shards = source, shards
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        shapes = self._shards.layout.shapes
+        with reading(self._source) as chunks:
+            for chunk in chunks:
+                check_rows(chunk, shapes, shapes)
+                first = next(iter(chunk.values()))
+                counts = gather_counts(len(first), first.device)
+                yield {name: self._shards.exchange(name, chunk[name], counts) for name in shapes}
+                del chunk, first
+
+    @property
+    def repeatable(self) -> bool:
+        """As the source says."""
+        return repeatable(self._source)
+
+
+def to_owners(source: GradientSource, shards: BlockShards) -> GradientSource:
+    """A source whose rows, of the samples of all processes in global order, have only what this process's blocks cover.
+
+    Args:
+        source: Hands its rows on so itself, by a method ``hand_to_owners``; or gives whole rows, as many chunks in every process.
+        shards: Which blocks these are.
+    """
+    tell = getattr(source, "hand_to_owners", None)
+    if not callable(tell):
+        return ExchangedRows(source, shards)
+    tell(shards)
+    return source
 
 
 def memory_of(source: object) -> SourceMemory:
@@ -215,6 +253,10 @@ class TimedSource:
     def memory(self) -> SourceMemory:
         """As the source says."""
         return memory_of(self._source)
+
+    def hand_to_owners(self, shards: BlockShards) -> None:
+        """Have the source do so, or do it for it."""
+        self._source = to_owners(self._source, shards)
 
     def limit_rows(self, rows: int) -> None:
         """Tell the source."""

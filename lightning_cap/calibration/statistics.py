@@ -15,6 +15,7 @@ from lightning_cap.calibration.checks import check_samples
 from lightning_cap.calibration.gradients import GradientCollector, rows_at_once
 from lightning_cap.calibration.layer_inputs import InputCollector
 from lightning_cap.calibration.rows import Loss
+from lightning_cap.calibration.sharded_rows import ShardedCollector
 from lightning_cap.calibration.sources import SourceMemory, Trial
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities.progress import Progress
@@ -128,7 +129,8 @@ class GradientSamples(Statistic):
     ) -> GradientCollector:
         """See `Statistic`."""
         counts = self.n, self.per_sample
-        return GradientCollector(
+        make = ShardedCollector if targets.is_sharded else GradientCollector
+        return make(
             model, targets, loss, batches, *counts, context=context, scale=scale, progress=progress, trial=trial
         )
 

@@ -16,6 +16,7 @@ from lightning_cap.fisher.row_buffers import DirectRowBuffer, Fill, RowBuffer, S
 from lightning_cap.fisher.shrinkage import Shrinkable, correlations, shrink_blocks
 from lightning_cap.kernels.cpu.threads import over_blocks
 from lightning_cap.sparsity.block_layout import BlockLayout, Selection
+from lightning_cap.sparsity.shards import OwnLayout
 from lightning_cap.utilities import distributed
 from lightning_cap.utilities.arguments import (
     require_choice,
@@ -125,6 +126,7 @@ class EmpiricalFisher:
         storage_device = storage_device or device
         if storage_device != device:
             storage = "packed"  # added up by a thread of its own, which must not touch torch's settings
+        self._together = len(self._shares) > 1 or isinstance(layout, OwnLayout)  # whether others have other blocks
         self._sums = self._make_sums(storage, storage_device, allow_tf32)
         shape = (row_chunk, len(self._selection), layout.block_size)
         self._rows: RowBuffer = (
@@ -175,11 +177,11 @@ class EmpiricalFisher:
         """
         self._rows.flush(self._sums.add)
         del self._rows
-        with distributed.raise_on_all_ranks("Adding up the Fisher") if len(self._shares) > 1 else nullcontext():
+        with distributed.raise_on_all_ranks("Adding up the Fisher") if self._together else nullcontext():
             self._check()
         if self._shrinkage and isinstance(self._sums, Shrinkable):
             with full_float32():
-                among = self._device if len(self._shares) > 1 else None
+                among = self._device if self._together else None
                 shrink_blocks(self._sums, self._layout, self._selection, self._shrinkage, among)
         return FisherBlocks(self._sums, 1 / self.count, self._device)
 

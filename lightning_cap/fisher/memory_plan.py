@@ -17,7 +17,7 @@ from lightning_cap.errors import ConfigError
 from lightning_cap.fisher.blocks import Storage, fisher_bytes, resolve_storage, update_bytes
 from lightning_cap.solver.backend import Backend, chunk_blocks, work_bytes
 from lightning_cap.utilities import distributed
-from lightning_cap.utilities.arguments import require_counts, require_instance, require_text
+from lightning_cap.utilities.arguments import require_counts, require_flag, require_instance, require_text
 from lightning_cap.utilities.memory import format_bytes, free_memory
 
 CPU = torch.device("cpu")
@@ -41,7 +41,8 @@ class MemoryPlan:
         storage_device: Where the Fisher is kept; the CPU for one that is too large for ``device``.
         host_bytes: Peak extra main memory, where ``storage_device`` is the CPU and ``device`` is not.
         shares: For each pass over the gradients and each rank the ``(K_r,)`` indices of the blocks that it holds. There is one pass
-            unless memory is short. The blocks of a rank, all passes together, are consecutive.
+            unless memory is short. The blocks of a rank, all passes together, are consecutive. Of sharded targets each rank numbers
+            its own blocks, and of the other ranks' it is only told how many there are.
         chunk: Blocks that are solved at a time.
         rows: Gradient rows that the source is to compute at once; None for as many as it likes.
     """
@@ -226,7 +227,9 @@ class MemoryModel:
         return low
 
 
-def plan_event(model: MemoryModel, blocks: Tensor, device: torch.device, max_memory: int | None = None) -> MemoryPlan:
+def plan_event(
+    model: MemoryModel, blocks: Tensor, device: torch.device, max_memory: int | None = None, *, sharded: bool = False
+) -> MemoryPlan:
     """Choose the placement: all on the device, with fewer gradient rows at once if need be; the Fisher on the host; or passes
     over groups of blocks.
 
@@ -237,6 +240,7 @@ def plan_event(model: MemoryModel, blocks: Tensor, device: torch.device, max_mem
         blocks: ``(K',)`` rising indices of the blocks that are not fully masked.
         device: Of the weights.
         max_memory: Bytes that the event may take on ``device``. Default: 80 % of what is free.
+        sharded: Model and blocks are those of this process alone, which owns them; the plan is that of the one with the most.
 
     Raises:
         ConfigError: An argument is of the wrong kind. Whether it fits is for `MemoryPlan.check` to say.
@@ -246,32 +250,39 @@ def plan_event(model: MemoryModel, blocks: Tensor, device: torch.device, max_mem
     require_instance("device", device, torch.device, "torch.device('cpu')")
     if max_memory is not None:
         require_counts(max_memory=max_memory)
+    require_flag("sharded", sharded)
     argument = "block_size" if max_memory is None else "max_memory"
     model, device = _elsewhere(model, device)
     source, free, host = _of_all_ranks(model.source, device)
     limit = free if max_memory is None else max_memory
-    by_rank = blocks.tensor_split(model.ranks)
-    model = replace(model, busy_blocks=len(blocks), source=source)
-    count = len(by_rank[0])
+    by_rank = list(blocks.tensor_split(model.ranks))
+    if sharded:
+        held = distributed.gather_objects((len(blocks), model.num_blocks))
+        by_rank = [torch.arange(busy) for busy, _ in held]
+        by_rank[distributed.rank()] = blocks
+        model = replace(model, ranks=1, num_blocks=max(all_blocks for _, all_blocks in held))
+    count = max(len(own) for own in by_rank)
+    model = replace(model, busy_blocks=count if sharded else len(blocks), source=source)
     chunk = min(model.chunk(device, limit), max(1, count))
     plan = functools.partial(MemoryPlan, device, limit=limit, argument=argument, chunk=chunk)
     if count == 0:
-        return plan(0, storage_device=device, shares=(by_rank,))
+        return plan(0, storage_device=device, shares=(tuple(by_rank),))
     fewest = 1 if device.type == "cpu" else max(1, source.most // 8)  # few at once are slow on a GPU
     for rows in _halves(source.most, fewest):
         peak = model.bytes_on_device(count, device, chunk, rows)
         if limit is None or peak <= limit:
-            return plan(peak, storage_device=device, shares=(by_rank,), rows=rows)
+            return plan(peak, storage_device=device, shares=(tuple(by_rank),), rows=rows)
     assert limit is not None
     rows = model.most_rows(limit)
     if device.type != "cpu":
         on_device, on_host = model.offloaded(count, device, chunk, rows)
         if on_device <= limit and (host is None or on_host <= host):
-            return plan(on_device, storage_device=CPU, host_bytes=on_host, shares=(by_rank,), rows=rows)
+            return plan(on_device, storage_device=CPU, host_bytes=on_host, shares=(tuple(by_rank),), rows=rows)
     most = max(1, model.most_blocks(device, limit, chunk, rows))
     pieces = [own.tensor_split(-(-count // most)) for own in by_rank]
     shares = tuple(zip(*pieces, strict=True))
-    peak = model.bytes_on_device(len(shares[0][0]), device, chunk, rows)
+    largest = max(len(share) for share in shares[0])
+    peak = model.bytes_on_device(largest, device, chunk, rows)
     return plan(peak, storage_device=device, shares=shares, rows=rows)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_cap.sparsity.block_layout import BlockLayout, Selection
+from lightning_cap.sparsity.shards import OwnLayout
 from lightning_cap.utilities import distributed
 
 _FLOATS = 2**21  # of pooled blocks that are summed over ranks at once
@@ -46,8 +47,8 @@ def shrink_blocks(
         share: How far, ``α`` in [0, 1]: 0 keeps the blocks, 1 leaves nothing of their own correlations.
         among: Where what processes tell each other has to be, if other processes hold other blocks; then all must call it.
     """
-    places = block_places(layout)
-    own = places[selection.blocks]
+    places = block_places(layout.whole if isinstance(layout, OwnLayout) else layout)
+    own = places[layout.positions[selection.blocks] if isinstance(layout, OwnLayout) else selection.blocks]
     groups = torch.arange(int(places.max()) + 1)
     counts = torch.zeros(len(groups), dtype=torch.int64).scatter_add_(0, own, torch.ones_like(own))
     if among is not None:

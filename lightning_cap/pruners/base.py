@@ -18,7 +18,7 @@ from lightning_cap.healing import Heal, HealArgument, as_heal
 from lightning_cap.pruners.paths import PruningPath
 from lightning_cap.sparsity.allocation import Allocation, Global
 from lightning_cap.sparsity.cost import MOST_STEPS, Cost, Parameters
-from lightning_cap.sparsity.masks import check_masks
+from lightning_cap.sparsity.masks import check_masks, count_masked
 from lightning_cap.sparsity.patterns import Pattern, Unstructured
 from lightning_cap.sparsity.targets import Targets, require_targets
 from lightning_cap.utilities.arguments import (
@@ -46,6 +46,7 @@ class Pruner(ABC):
             others nothing is called a predicted loss.
         regrows: Whether masked weights may come back: the masks of its results stand in place of those before, a weight that
             comes back is zero in the result, and events are run at a sparsity that is reached already, too.
+        takes_shards: Whether it prunes targets that are shared out over processes (FSDP2).
     """
 
     allocation: Allocation = Global()
@@ -55,6 +56,7 @@ class Pruner(ABC):
     takes_units: ClassVar[bool] = False
     predicts_loss: ClassVar[bool] = False
     regrows: ClassVar[bool] = False
+    takes_shards: ClassVar[bool] = False
 
     @property
     def statistic(self) -> Statistic | None:
@@ -93,7 +95,7 @@ class Pruner(ABC):
         require_goals(targets, masks, sparsities)
         if self.pattern.sparsity is not None:
             return
-        existing = dict.fromkeys(targets, 0) | {name: int((~mask).sum()) for name, mask in (masks or {}).items()}
+        existing = dict.fromkeys(targets, 0) | count_masked(masks or {})
         saved, total = self.cost.saved(targets.shapes, existing), self.cost.total(targets.shapes)
         goals = [s for s in sparsities if not self.cost.is_exceeded(s, saved, total)]
         check_room(self, targets, existing, goals)
@@ -107,7 +109,7 @@ class Pruner(ABC):
         """
         require_targets(targets)
         check_masks(targets, masks)
-        zeros = dict.fromkeys(targets, 0) | {name: int((~mask).sum()) for name, mask in (masks or {}).items()}
+        zeros = dict.fromkeys(targets, 0) | count_masked(masks or {})
         total = self.cost.total(targets.shapes)
         return 1 - (total - self.cost.saved(targets.shapes, zeros)) / total
 
@@ -192,9 +194,31 @@ def prepare(
 
     Every process must call it. The first batch is tried for it, if none was.
     """
+    refuse_shards(pruner, targets)
     plan = pruner.plan(targets, masks, source=memory_of(source))
     limit_rows(source, plan.rows)
     return plan
+
+
+def refuse_shards(pruner: Pruner, targets: Targets, recalibrate: bool = False) -> None:
+    """Refuse, for sharded targets, what would need whole weights.
+
+    Raises:
+        UnsupportedError: The pruner does, or what follows it.
+    """
+    if not targets.is_sharded:
+        return
+    way_out = "Use CAP or WoodFisher, or train with strategy='ddp'."
+    if not pruner.takes_shards:
+        raise UnsupportedError(f"pruner={type(pruner).__name__}: it cannot prune sharded weights (FSDP2). {way_out}")
+    if pruner.heal is not None:
+        raise UnsupportedError(
+            f"heal={shown(pruner.heal)}: sharded weights (FSDP2) cannot be healed. Leave heal out, or use strategy='ddp'."
+        )
+    if recalibrate:
+        raise UnsupportedError(
+            "recalibrate=True: batch norm of sharded models (FSDP2) cannot be estimated anew. Leave it out, or use strategy='ddp'."
+        )
 
 
 def refuse_regrowth(pruner: Pruner) -> None:

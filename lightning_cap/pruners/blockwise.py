@@ -26,6 +26,7 @@ from lightning_cap.solver.damping import RelativeDamp as RelativeDamp
 from lightning_cap.sparsity.allocation import Allocation, Global
 from lightning_cap.sparsity.block_layout import BlockLayout
 from lightning_cap.sparsity.patterns import PatternArgument, as_pattern
+from lightning_cap.sparsity.shards import BlockShards, OwnLayout
 from lightning_cap.sparsity.targets import Targets, require_targets
 from lightning_cap.utilities.arguments import (
     require_choice,
@@ -95,7 +96,9 @@ class Blockwise(BlockMethod):
     ) -> MemoryPlan:
         """Where the Fisher is kept and in how many passes it is built. See `Pruner.plan`."""
         layout = self._layout(targets)
-        return self.plan_blocks(layout, pack_alive(targets, layout, masks), source)
+        shards = BlockShards(targets, layout) if targets.is_sharded else None
+        alive = pack_alive(targets, layout, masks, shards)
+        return self.plan_blocks(layout if shards is None else shards.own, alive, source)
 
     def path(
         self,
@@ -189,7 +192,8 @@ class GradientBlockwise(Blockwise):
         """On the device, on the host, or in passes, as memory allows."""
         busy = alive.any(-1).nonzero().squeeze(1).cpu()
         model = self.memory_model(layout, alive, source)
-        plan = plan_event(model, busy, alive.device, parse_bytes(self.max_memory, "max_memory"))
+        limit = parse_bytes(self.max_memory, "max_memory")
+        plan = plan_event(model, busy, alive.device, limit, sharded=isinstance(layout, OwnLayout))
         plan.check()
         relative = as_relative(self.damp)
         if plan.passes > 1 and relative is not None and relative.scope == "layer":
@@ -218,6 +222,8 @@ class FisherBlockwise(GradientBlockwise):
     allow_tf32: bool = False
     shrinkage: float = 0.0
 
+    takes_shards: ClassVar[bool] = True
+
     def __post_init__(self) -> None:
         super().__post_init__()
         require_choice("storage", self.storage, get_args(Storage))
@@ -243,6 +249,8 @@ class FisherBlockwise(GradientBlockwise):
         """Add up the Fisher of this rank's blocks of one pass."""
         where = plan.storage_device, plan.shares[number]
         with raise_on_all_ranks("Making room for the Fisher"):
+            if isinstance(layout, OwnLayout):  # the rows that come are those of these blocks already
+                where = plan.storage_device, (plan.groups[number],)
             settings = self.row_buffer, self.storage, *where, self.allow_tf32, self.shrinkage
             fisher = EmpiricalFisher(layout, plan.device, *settings)
         with reading(gradients) as chunks:

@@ -9,7 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_cap.calibration.sources import GradientSource, SourceMemory, check_repeatable, limit_rows, memory_of
+from lightning_cap.calibration.sources import (
+    GradientSource,
+    SourceMemory,
+    check_repeatable,
+    limit_rows,
+    memory_of,
+    to_owners,
+)
 from lightning_cap.errors import GradientError
 from lightning_cap.fisher.memory_plan import MemoryPlan
 from lightning_cap.pruners.base import Pruner
@@ -102,8 +109,10 @@ class BlockwisePath(WeightPath):
         super().__init__(targets, layout, masks, pruner.cost, pruner.predicts_loss)
         self._pruner, self._gradients, self._progress = pruner, gradients, progress
         self._targets = targets
-        with raise_on_all_ranks("Reading the weights"):
-            self._weights = pack_weights(targets, layout, self._alive)
+        layout = self._layout
+        if self._shards is not None:
+            gradients = self._gradients = to_owners(gradients, self._shards)
+        self._weights = self._read_weights("Reading the weights")
         self.plan = pruner.plan_blocks(layout, self._alive, memory_of(gradients))
         limit_rows(gradients, self.plan.rows)
         check_repeatable(gradients, self.plan.passes)
@@ -137,6 +146,13 @@ class BlockwisePath(WeightPath):
         pattern = self._pruner.pattern
         return at_group_ends(scores, self.elimination.rank, pattern.group_size) if pattern.whole_groups else scores
 
+    def _read_weights(self, what: str) -> Tensor:
+        """The weights of the blocks that are here."""
+        if self._shards is not None:
+            return pack_weights(self._targets, self._layout, self._alive, self._shards)
+        with raise_on_all_ranks(what):
+            return pack_weights(self._targets, self._layout, self._alive)
+
     def _fisher(self, number: int) -> Any:
         """Read the gradients for the blocks of one pass."""
         blocks = self._pruner.read_blocks(self._layout, self.plan, number, self._gradients)
@@ -168,7 +184,7 @@ class BlockwisePath(WeightPath):
             return
         own = torch.zeros(len(self._layout.spans), dtype=torch.int64)
         own.index_add_(0, self._layers(self._own), found.cpu().long())
-        alive = torch.stack([self._alive[span].any() for span in self._layout.spans.values()]).tolist()
+        alive = self._of_all([self._alive[span].any().long() for span in self._layout.spans.values()])
         all_ranks = torch.stack(gather_tensors(own.to(self._alive.device))).sum(0).tolist()
         any_found = {
             n: n_found > 0 for n, n_found, left in zip(self._layout.spans, all_ranks, alive, strict=True) if left
@@ -184,7 +200,7 @@ class BlockwisePath(WeightPath):
         ]
         all_ranks = torch.stack(gather_tensors(torch.tensor(numbers, dtype=torch.float64, device=own.damp.device)))
         return {
-            "blocks": float(self._layout.num_blocks),
+            "blocks": float(self._layout.num_blocks if self._shards is None else self._shards.layout.num_blocks),
             "blocks_float64": float(all_ranks[:, 0].sum()),
             "blocks_damping_increased": float(all_ranks[:, 1].sum()),
             "largest_damp": float(all_ranks[:, 2].max()),
@@ -217,6 +233,10 @@ class BlockwisePath(WeightPath):
         """The result with so many weights pruned of each of this rank's blocks."""
         own = self._own.to(self._alive.device)
         mine = self._alive[own] & (self.elimination.rank < cut.unsqueeze(-1))
+        if self._shards is not None:
+            pruned, weights = torch.zeros_like(self._alive), self._weights.clone()
+            pruned[own], weights[own] = mine, self._reconstruct(own, mine)
+            return self._result(weights, self._alive & ~pruned, self._loss(cut), self.stats)
         blocks = torch.cat([share[r] for r in range(world_size()) for share in self.plan.shares]).to(own.device)
         pruned = torch.zeros_like(self._alive)
         pruned[blocks] = gather_rows(mine, self._sizes)
@@ -229,8 +249,10 @@ class BlockwisePath(WeightPath):
     def _reconstruct(self, own: Tensor, pruned: Tensor) -> Tensor:
         """The weights of this rank's blocks without the ``pruned`` ones, ``(K_r, B)``."""
         if self.plan.passes > 1:
+            now = self._read_weights("Reading the weights")
             with raise_on_all_ranks("Reading the weights"):
-                self._check_unchanged()
+                self._check_unchanged(now)
+            del now
         parts, first = [self._weights[:0]], 0
         for number, group in enumerate(self.plan.groups if sum(self._sizes) else ()):
             fisher = self._kept if self._kept is not None else self._fisher(number)
@@ -243,8 +265,7 @@ class BlockwisePath(WeightPath):
             del fisher
         return torch.cat(parts)
 
-    def _check_unchanged(self) -> None:
-        now = pack_weights(self._targets, self._layout, self._alive)
+    def _check_unchanged(self, now: Tensor) -> None:
         if not torch.equal(now, self._weights):
             raise GradientError(
                 "path: the weights have changed since it was made, and memory makes it necessary to compute the gradients again "

@@ -6,6 +6,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -18,8 +19,11 @@ from lightning_cap.sparsity.allocation import Allocation
 from lightning_cap.sparsity.block_layout import BlockLayout
 from lightning_cap.sparsity.cost import Cost, Parameters
 from lightning_cap.sparsity.masks import check_masks
+from lightning_cap.sparsity.shards import BlockShards
 from lightning_cap.sparsity.targets import Targets, require_targets
+from lightning_cap.utilities import distributed
 from lightning_cap.utilities.arguments import require_counts, shown
+from lightning_cap.utilities.sharded import as_shard, local, part_of
 
 
 @dataclass(frozen=True)
@@ -27,8 +31,8 @@ class PruneResult:
     """Weights and masks at one sparsity. Nothing in the model changes until it is applied.
 
     Attributes:
-        weights: ``{target: (*shape)}`` in the targets' dtype, zero where pruned.
-        masks: ``{target: (*shape)}`` bool, True = kept.
+        weights: ``{target: (*shape)}`` in the targets' dtype, zero where pruned; sharded as these are.
+        masks: ``{target: (*shape)}`` bool, True = kept; sharded as the targets are.
         saliency: Sum of the saliencies of what was pruned, in the pruner's own unit.
         sparsity: Zeros over all weights of the targets.
         predicted_loss: Predicted increase of the loss: ``saliency``, if that is one (`Pruner.predicts_loss`), else None.
@@ -134,9 +138,11 @@ class PruningPath(ABC):
 class WeightPath(PruningPath):
     """A path of single weights, in the blocks of a layout.
 
+    Of sharded targets each process has the blocks that it owns, and no others.
+
     Args:
         targets: The weights.
-        layout: Their block view.
+        layout: Their block view, of all blocks.
         masks: Weights that are pruned already.
         cost: What a goal counts.
         predicts_loss: See `Pruner`.
@@ -150,10 +156,15 @@ class WeightPath(PruningPath):
         cost: Cost | None = None,
         predicts_loss: bool = False,
     ) -> None:
-        self._layout, self._cost, self._predicts_loss = layout, cost or Parameters(), predicts_loss
+        self._shards = BlockShards(targets, layout) if targets.is_sharded else None
+        self._cost, self._predicts_loss = cost or Parameters(), predicts_loss
+        self._layout = layout if self._shards is None else self._shards.own
+        self._shapes = layout.shapes
         self._dtypes = {name: weight.dtype for name, weight in targets.items()}
         self._numel = targets.numel
-        self._alive = pack_alive(targets, layout, masks)
+        self._alive = pack_alive(targets, layout, masks, self._shards)
+        alive = self._of_all([self._alive[span].sum() for span in self._layout.spans.values()])
+        self._zeros = {n: size - left for (n, size), left in zip(layout.sizes.items(), alive, strict=True)}
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({len(self._dtypes)} targets of {self._numel} weights, from sparsity {self.sparsity:.4f})"
@@ -161,18 +172,20 @@ class WeightPath(PruningPath):
     @property
     def sparsity(self) -> float:
         """Sparsity before pruning: masked weights over all."""
-        return 1 - int(self._alive.sum()) / self._numel
+        return 1 - (self._numel - sum(self._zeros.values())) / self._numel
 
     def _existing(self) -> dict[str, int]:
-        return {
-            name: size - int(self._alive[span].sum())
-            for (name, span), size in zip(self._layout.spans.items(), self._layout.sizes.values(), strict=True)
-        }
+        return dict(self._zeros)
+
+    def _of_all(self, counts: Sequence[Tensor]) -> list[int]:
+        """Counts over all blocks, of those over the blocks that are here."""
+        found = torch.stack(list(counts))
+        return [int(n) for n in (found if self._shards is None else distributed.sum_over_ranks(found)).tolist()]
 
     def _removals(self, allocation: Allocation, zeros: int) -> list[tuple[list[str], int]]:
         """How many weights of which targets are pruned, beyond those that are zero already."""
         existing = self._existing()
-        budgets = allocation.budgets(self._layout.shapes, existing, zeros)
+        budgets = allocation.budgets(self._shapes, existing, zeros)
         return [(names, share - sum(existing[name] for name in names)) for names, share in budgets]
 
     def _most(self, allocation: Allocation) -> dict[str, int] | None:
@@ -180,13 +193,13 @@ class WeightPath(PruningPath):
         if not allocation.min_density:
             return None
         existing = self._existing()
-        most = allocation.max_zeros(self._layout.shapes, existing)
+        most = allocation.max_zeros(self._shapes, existing)
         return {name: most[name] - existing[name] for name in most}
 
     def _budget(self, sparsity: float) -> int | None:
         """Zeros in all, or None (with a warning) if the model has more already."""
-        total = self._cost.total(self._layout.shapes)
-        if self._cost.is_exceeded(sparsity, self._cost.saved(self._layout.shapes, self._existing()), total):
+        total = self._cost.total(self._shapes)
+        if self._cost.is_exceeded(sparsity, self._cost.saved(self._shapes, self._existing()), total):
             warnings.warn(
                 f"sparsity={sparsity:g}: the model is already at {self.sparsity:.4g}. Nothing is changed; ask for a higher "
                 "sparsity to prune further.",
@@ -196,13 +209,16 @@ class WeightPath(PruningPath):
         return self._cost.budget(sparsity, total)
 
     def _result(self, weights: Tensor, kept: Tensor, saliency: float, stats: Mapping[str, float]) -> PruneResult:
-        unpacked = self._layout.unpack(weights)
+        unpack = self._layout.unpack if self._shards is None else self._shards.unpack
+        unpacked = unpack(weights)
+        with distributed.raise_on_all_ranks("Writing the weights") if self._shards is not None else nullcontext():
+            cast = {name: cast_weight(name, weight, self._dtypes[name]) for name, weight in unpacked.items()}
         return PruneResult(
-            weights={name: cast_weight(name, weight, self._dtypes[name]) for name, weight in unpacked.items()},
-            masks=self._layout.unpack(kept),
+            weights=cast,
+            masks=unpack(kept),
             saliency=saliency,
             predicted_loss=saliency if self._predicts_loss else None,
-            sparsity=1 - int(kept.sum()) / self._numel,
+            sparsity=1 - self._of_all([kept.sum()])[0] / self._numel,
             stats=stats,
         )
 
@@ -217,23 +233,30 @@ def some_scores(scores: Tensor, ranked: Tensor, most: int) -> Tensor:
 
 
 def cast_weight(name: str, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """A target's new weights in its own type. They are the same on every process, so all refuse alike."""
-    cast = weight.to(dtype)
+    """A target's new weights in its own type. They are the same on every process, or shards of which one may be refused."""
+    part = local(weight)
+    cast = part.to(dtype)
     if not bool(torch.isfinite(cast).all()):
         raise UnsupportedError(
-            f"target {name!r}: a reconstructed weight of {float(weight.abs().max()):.6g} is beyond {torch.finfo(dtype).max:.6g}, "
+            f"target {name!r}: a reconstructed weight of {float(part.abs().max()):.6g} is beyond {torch.finfo(dtype).max:.6g}, "
             f"the largest number of {dtype}. Nothing is changed. Raise damp, or prune the model in float32 or bfloat16."
         )
-    return cast
+    return as_shard(cast, weight)
 
 
-def pack_alive(targets: Targets, layout: BlockLayout, masks: Mapping[str, Tensor] | None) -> Tensor:
-    """``(K, B)`` bool on the targets' device: False on padding and where a mask is.
+def pack_alive(
+    targets: Targets, layout: BlockLayout, masks: Mapping[str, Tensor] | None, shards: BlockShards | None = None
+) -> Tensor:
+    """``(K, B)`` bool on the targets' device: False on padding and where a mask is; ``(K_r, B)`` of sharded targets.
 
     Raises:
         ConfigError: As `check_masks`.
     """
     check_masks(targets, masks)
+    if shards is not None:
+        full = {n: as_shard(torch.ones_like(local(w), dtype=torch.bool), w) for n, w in targets.weights().items()}
+        given = {n: as_shard(part_of(mask, full[n]), full[n]) for n, mask in (masks or {}).items()}
+        return shards.pack({**full, **given}, torch.bool)
     full = {name: torch.ones_like(weight, dtype=torch.bool) for name, weight in targets.items()}
     return layout.pack({**full, **(masks or {})}, torch.bool, targets.device)
 
@@ -245,18 +268,20 @@ def check_finite(weights: Mapping[str, Tensor]) -> None:
         ConfigError: One is; its target is named.
     """
     for name, weight in weights.items():
-        if not bool(torch.isfinite(weight).all()):
+        if not bool(torch.isfinite(local(weight)).all()):
             raise ConfigError(f"model: the weight {name!r} is not finite (NaN or inf). Load a sound checkpoint.")
 
 
-def pack_weights(targets: Targets, layout: BlockLayout, alive: Tensor) -> Tensor:
-    """The weights as ``(K, B)``, zero where not ``alive``; float64 if a target is, else float32.
+def pack_weights(targets: Targets, layout: BlockLayout, alive: Tensor, shards: BlockShards | None = None) -> Tensor:
+    """The weights as ``(K, B)``, zero where not ``alive``; float64 if a target is, else float32; ``(K_r, B)`` of sharded ones.
 
     Raises:
         ConfigError: A weight is not finite.
     """
     weights = targets.weights()
-    check_finite(weights)
+    with distributed.raise_on_all_ranks("Reading the weights") if shards is not None else nullcontext():
+        check_finite(weights)
     double = any(weight.dtype == torch.float64 for weight in weights.values())
-    packed = layout.pack(weights, torch.float64 if double else torch.float32, alive.device)
+    dtype = torch.float64 if double else torch.float32
+    packed = layout.pack(weights, dtype, alive.device) if shards is None else shards.pack(weights, dtype)
     return packed.masked_fill_(~alive, 0.0)

@@ -114,24 +114,26 @@ def select(
         rows: Rows of ``scores`` of each target, int64.
         removals: ``[(target names, how many of their weights are pruned)]``.
         most: How many weights of each target may be pruned, where several compete (a floor); None for no limit.
-        sharded: Every process has some of the rows, in order of rank; all must call.
+        sharded: Every process has some of the rows of each target, in order of rank; all must call.
         signed: Scores may be negative.
     """
     chosen = torch.zeros_like(scores, dtype=torch.bool)
     for names, count in removals:
         mine = torch.cat([rows[name] for name in names])
-        part = scores[mine]
+        part, parts = scores[mine], [len(rows[name]) * scores.shape[1] for name in names]
         if most is not None and len(names) > 1:  # what lies beyond a target's floor comes last
             allowed = [smallest(scores[rows[name]], most[name], sharded=sharded, signed=signed) for name in names]
             within = torch.cat(allowed)
             part = part.masked_fill(~within, torch.inf)
-            chosen[mine] = within & smallest(part, count, sharded=sharded, signed=signed)
+            chosen[mine] = within & smallest(part, count, sharded=sharded, signed=signed, parts=parts)
         else:
-            chosen[mine] = smallest(part, count, sharded=sharded, signed=signed)
+            chosen[mine] = smallest(part, count, sharded=sharded, signed=signed, parts=parts)
     return chosen
 
 
-def smallest(scores: Tensor, count: int, *, sharded: bool = False, signed: bool = False) -> Tensor:
+def smallest(
+    scores: Tensor, count: int, *, sharded: bool = False, signed: bool = False, parts: Sequence[int] = ()
+) -> Tensor:
     """Mask of the ``count`` smallest entries of ``scores`` ``(K, B)``; ties go to the earlier block, then the earlier step.
 
     With scores that do not decrease along a block, the selection is a prefix of every block. The exact threshold is found from
@@ -143,6 +145,8 @@ def smallest(scores: Tensor, count: int, *, sharded: bool = False, signed: bool 
         count: Of all processes together, if ``sharded``.
         sharded: Every process has some of the blocks, in order of rank; all must call.
         signed: Scores may be negative.
+        parts: How many consecutive entries belong to each target, if every process has some blocks of each: ties go to the earlier
+            target, then the earlier process. Default: all are of one.
     """
     chosen = torch.zeros_like(scores, dtype=torch.bool)
     total = scores.numel()
@@ -164,10 +168,15 @@ def smallest(scores: Tensor, count: int, *, sharded: bool = False, signed: bool 
     torch.lt(keys, threshold, out=flat)
     ties = (keys == threshold).nonzero().squeeze(1)
     wanted = count - before - below
-    if sharded:
-        counts = distributed.gather_counts(len(ties), scores.device)
-        wanted -= sum(counts[: distributed.rank()])
-    flat[ties[: max(0, wanted)]] = True
+    if not sharded:
+        flat[ties[: max(0, wanted)]] = True
+        return chosen
+    ends = torch.tensor(list(parts) or [len(flat)], device=scores.device).cumsum(0)
+    own = torch.searchsorted(ties, ends).diff(prepend=ends.new_zeros(1))
+    counts = torch.stack(distributed.gather_tensors(own), dim=1)  # (targets, processes)
+    earlier = counts.flatten().cumsum(0).view_as(counts)[:, distributed.rank()] - own
+    for some, passed in zip(ties.split(own.tolist()), earlier.tolist(), strict=True):
+        flat[some[: max(0, wanted - passed)]] = True
     return chosen
 
 

@@ -13,6 +13,7 @@ from lightning_cap.calibration.batches import batch_size, slice_batch
 from lightning_cap.errors import GradientError
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.trainer.calibration import precision_context
+from lightning_cap.utilities.sharded import local
 
 _TRAINED = (
     "after {steps} training steps, so training has diverged. Go back to an earlier checkpoint, and train on with a lower learning "
@@ -26,7 +27,7 @@ def refuse_broken_weights(trainer: pl.Trainer, targets: Targets) -> None:
     Raises:
         GradientError: A target has one that is not.
     """
-    broken = [name for name, weight in targets.items() if not bool(torch.isfinite(weight).all())]
+    broken = [name for name, weight in targets.items() if not bool(torch.isfinite(local(weight)).all())]
     if broken:
         more = f" (and {len(broken) - 1} other targets)" if len(broken) > 1 else ""
         reason = _why(trainer, "before training. Load a sound checkpoint")

@@ -11,7 +11,14 @@ from hypothesis import strategies as st
 from sklearn.isotonic import isotonic_regression
 from torch import Tensor
 
-from lightning_cap.solver.ranking import _pool_in_rounds, at_group_ends, block_scores, pool_adjacent_violators, smallest
+from lightning_cap.solver.ranking import (
+    _pool_in_rounds,
+    at_group_ends,
+    block_scores,
+    pool_adjacent_violators,
+    select,
+    smallest,
+)
 from lightning_cap.utilities import distributed
 from tests.support.processes import on_ranks
 
@@ -158,3 +165,15 @@ def test_the_kth_smallest_of_all_ranks(tmp_path: Path) -> None:
         parts = on_ranks(world, tmp_path, cut_shards)
         for number, count in enumerate((0, 1, 57, 300, 399, 400, 999)):
             assert torch.equal(torch.cat([part[number] for part in parts]), smallest(scores, count))
+
+
+def cut_ties() -> Tensor:
+    """Two targets, of each of which every rank has two blocks, all of one score; ten entries go."""
+    rows = {"a": torch.tensor([0, 1]), "b": torch.tensor([2, 3])}
+    return select(torch.ones(4, 3), rows, [(["a", "b"], 10)], sharded=True)
+
+
+def test_ties_of_targets_that_all_ranks_share_go_by_target_first(tmp_path: Path) -> None:
+    first, second = on_ranks(2, tmp_path, cut_ties)
+    assert first.sum(-1).tolist() == [3, 3, 0, 0]
+    assert second.sum(-1).tolist() == [3, 1, 0, 0]

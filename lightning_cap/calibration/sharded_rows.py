@@ -1,0 +1,226 @@
+"""Gradient rows of a model that `fully_shard` has shared out: one unit of weights at a time, each row cut up at once."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from lightning_cap.calibration.batches import batch_size
+from lightning_cap.calibration.checks import check_batch
+from lightning_cap.calibration.gradients import GradientCollector
+from lightning_cap.calibration.normalization import PlainNormalization
+from lightning_cap.calibration.rows import Loss, check_loss, refuse_independent_loss
+from lightning_cap.calibration.sources import SourceMemory, Trial, peek
+from lightning_cap.sparsity.shards import BlockShards
+from lightning_cap.sparsity.targets import Targets
+from lightning_cap.utilities import distributed, rng
+from lightning_cap.utilities.arguments import require_instance
+from lightning_cap.utilities.memory import release_memory
+from lightning_cap.utilities.peak_memory import measure_peak
+from lightning_cap.utilities.sharded import is_sharded, units
+
+#: ``take(target name, gradient (*shape))``: float32; the gradient is freed afterwards.
+Take = Callable[[str, Tensor], None]
+
+_STAGED = 4  # rows of each process that are put in order at a time
+
+
+class ShardedRowComputer:
+    """Computes one gradient row at a time by the model's own forward and backward pass, and hands on each target's as it comes.
+
+    So a process holds the weights of one unit and the gradient of one target at a time. Nothing is added up in ``.grad``, nor
+    reduced over processes. All must compute rows equally often, since they lend each other their weights.
+
+    Args:
+        model: In eval mode, with units of `fully_shard`.
+        targets: Its sharded weights.
+        loss: Mean loss of a batch.
+        context: Entered around every loss evaluation.
+        scale: Factor on the loss before and off the gradient after.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Targets,
+        loss: Loss,
+        context: Callable[[], AbstractContextManager[Any]],
+        scale: float,
+    ) -> None:
+        self._model, self._targets, self._loss, self._context, self._scale = model, targets, loss, context, scale
+        paths = {name: path.rpartition(".") for name, path in targets.paths.items()}
+        self._places = {name: (model.get_submodule(owner), attribute) for name, (owner, _, attribute) in paths.items()}
+
+    def row(self, batch: Any, take: Take) -> bool:
+        """The row of all samples of a batch together.
+
+        Args:
+            batch: Of this process.
+            take: Called once for each target that the loss depends on, in the order of the backward pass: the same one everywhere.
+
+        Returns:
+            Whether it is finite.
+
+        Raises:
+            GradientError: The loss is not a scalar, has no gradient, or does not depend on any target.
+        """
+        met: dict[str, Tensor] = {}  # whole weights, as the units have them during the passes
+        finite = torch.ones((), dtype=torch.bool, device=self._targets.device)
+        with ExitStack() as hooks:
+
+            def hand_on(name: str, gradient: Tensor) -> Tensor:
+                nonlocal finite
+                given = gradient.detach().float()
+                given = given if self._scale == 1 else given / self._scale
+                finite = finite & given.isfinite().all()
+                take(name, given)
+                return gradient.new_zeros(()).expand_as(gradient)  # what autograd keeps of it
+
+            def meet(*_: Any) -> None:
+                for name, (layer, attribute) in self._places.items():  # as the layer sees it
+                    if name not in met and not is_sharded(weight := getattr(layer, attribute)):
+                        met[name] = weight
+                        hooks.callback(weight.register_hook(functools.partial(hand_on, name)).remove)
+
+            for unit in units(self._model):  # after the unit's own hook, which makes its weights whole
+                hooks.callback(unit.register_forward_pre_hook(meet).remove)
+            with torch.inference_mode(False), torch.enable_grad(), self._context(), PlainNormalization():
+                loss = check_loss(self._loss(self._model, batch))
+                weights = list(met.values())
+                grads = (
+                    torch.autograd.grad(loss.reshape(()) * self._scale, weights, allow_unused=True) if weights else ()
+                )
+        refuse_independent_loss(grads, len(self._targets))
+        return bool(finite)
+
+
+class ShardedCollector(GradientCollector):
+    """A source of gradient rows of sharded targets: after `hand_to_owners` it gives each process the part of all rows, of its own
+    samples and of the others', that its blocks cover: ``{target: (n, k)}``. Arguments and order: see `GradientCollector`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Targets,
+        loss: Loss,
+        batches: Any,
+        num_gradients: int,
+        samples_per_gradient: int = 1,
+        **settings: Any,
+    ) -> None:
+        super().__init__(model, targets, loss, batches, num_gradients, samples_per_gradient, **settings)
+        context, scale = settings.get("context", self._computer._context), settings.get("scale", 1.0)
+        self._one = ShardedRowComputer(model, targets, loss, context, scale)
+        self._shards: BlockShards | None = None
+
+    def hand_to_owners(self, shards: BlockShards) -> None:
+        """Give rows in the parts that the processes own.
+
+        Raises:
+            ConfigError: ``shards`` are something else.
+        """
+        require_instance("shards", shards, BlockShards, "BlockShards(targets, targets.blocks(192))")
+        self._shards = shards
+
+    def _rounds(self) -> Iterator[tuple[dict[str, Tensor], int, int]]:
+        own, left = iter(self._batches), self._num_gradients
+        spare: Any = None
+        for number in itertools.count():
+            batch, counts = self._together(lambda: self._next(own))
+            ends = [min(left, end) for end in itertools.accumulate(counts)]
+            most = [end - first for first, end in zip([0, *ends], ends, strict=False)]
+            left -= sum(most)
+            if not sum(most):
+                return
+            mine = most[distributed.rank()]
+            pieces = list(itertools.islice(self._computer.split(batch, mine), mine)) if mine else []
+            spare = pieces[0] if pieces else spare
+            if number == 0 and min(most) == 0:
+                spare = self._lend(spare)
+            for first in range(0, max(most), _STAGED):
+                some = [min(_STAGED, max(0, count - first)) for count in most]
+                yield self._rows_of_all(pieces[first : first + _STAGED], spare, some)
+            if left <= 0:
+                return
+
+    _chunks = _rounds
+
+    def _rows_of_all(self, pieces: list[Any], spare: Any, counts: list[int]) -> tuple[dict[str, Tensor], int, int]:
+        """The rows of ``counts`` batches of the processes, in order of rank; how many, and how many of them are finite."""
+        assert self._shards is not None
+        parts: list[dict[str, Tensor]] = []
+        places, good = [], []
+        for i in range(max(counts)):
+            ranks = [rank for rank, count in enumerate(counts) if i < count]
+            here = [int(i < count) for count in counts]
+            piece = pieces[i] if i < len(pieces) else spare  # for the other processes' sake
+            found, finite = self._row_of_all(piece, here)
+            parts.append(found)
+            finite_there = distributed.gather_counts(int(finite), self._targets.device)
+            places += [(rank, i) for rank in ranks]
+            good += [bool(finite_there[rank]) for rank in ranks]
+        order = [k for k in sorted(range(len(places)), key=places.__getitem__) if good[k]]
+        index = torch.tensor(order, dtype=torch.int64, device=self._targets.device)
+        rows = {name: torch.cat([part[name] for part in parts])[index] for name in self._targets}
+        return rows, len(places), len(order)
+
+    def _row_of_all(self, batch: Any, counts: list[int]) -> tuple[dict[str, Tensor], bool]:
+        """One row of each process that has one, and whether this process's is finite."""
+        assert self._shards is not None
+        shards = self._shards
+        found: dict[str, Tensor] = {}
+        mine = counts[distributed.rank()]
+
+        def take(name: str, gradient: Tensor) -> None:
+            found[name] = shards.exchange(name, gradient.unsqueeze(0)[:mine], counts)
+
+        finite = self._one.row(batch, take)
+        for name, shape in shards.own.shapes.items():
+            if name not in found:  # the loss does not depend on it
+                found[name] = torch.zeros(sum(counts), *shape, device=self._targets.device)
+        return found, finite
+
+    def _lend(self, batch: Any) -> Any:
+        """A batch for the processes that have none, to lend their weights by: that of the first one that has."""
+        told = distributed.gather_objects(pytree.tree_map(_on_cpu, batch))
+        first = next((other for other in told if other is not None), None)
+        device = self._targets.device
+        return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, first)
+
+    def memory(self) -> SourceMemory:
+        """See `GradientCollector.memory`."""
+        if self.trial is None:
+            with rng.preserved():
+                with distributed.raise_on_all_ranks("The first batch"):
+                    batch, self._batches = peek(self._batches)
+                self.probe(batch)
+            release_memory(self._targets.device)
+        assert self.trial is not None
+        return self.trial.memory
+
+    def probe(self, batch: Any) -> None:
+        """See `GradientCollector.probe`. Every process must call it."""
+        if batch is not None:
+            check_batch(self._samples, batch_size(batch, default=0))
+        piece = None if batch is None else next(iter(self._computer.split(batch, 1)))
+        if min(distributed.gather_counts(int(piece is not None), self._targets.device)) == 0:
+            piece = self._lend(piece)
+        peak = 0
+        if piece is not None:
+            with rng.preserved():
+                _, peak = measure_peak(lambda: self._one.row(piece, lambda *_: None), self._targets.device)
+        row = 4 * -(-self._targets.numel // distributed.world_size())
+        staged = row * distributed.world_size() * _STAGED
+        self.trial = Trial(SourceMemory(peak, staged, staged, 1, 1), False)
+
+
+def _on_cpu(leaf: Any) -> Any:
+    return leaf.detach().cpu() if isinstance(leaf, Tensor) else leaf
