@@ -18,6 +18,7 @@ from lightning_cap.pruners import Pruner
 from lightning_cap.pruners.base import refuse_splitting
 from lightning_cap.schedules import SparsitySchedule
 from lightning_cap.sparsity.cost import require_path_of_steps
+from lightning_cap.sparsity.targets import Targets
 from lightning_cap.trainer.records import EventRecord
 from lightning_cap.trainer.run_records import CycleRecord, RunRecord
 from lightning_cap.utilities import distributed
@@ -136,7 +137,7 @@ def refuse_unlogged(trainer: pl.Trainer, monitor: str | None) -> None:
 
 
 def refuse_sharding(trainer: pl.Trainer) -> None:
-    """Refuse a strategy that shards parameters.
+    """Refuse a strategy that shards parameters, where whole weights are needed.
 
     Raises:
         UnsupportedError: It does.
@@ -150,10 +151,50 @@ def refuse_sharding_by(strategy: type) -> None:
     Raises:
         UnsupportedError: It shards parameters.
     """
-    if issubclass(strategy, (FSDPStrategy, DeepSpeedStrategy, ModelParallelStrategy)):
+    _refuse_other_shards(strategy)
+    if issubclass(strategy, ModelParallelStrategy):
         raise UnsupportedError(
-            f"strategy={strategy.__name__}: it shards parameters, and a pruning event needs whole weights. "
+            f"strategy={strategy.__name__}: it shards parameters, and whole weights are needed here. "
             "Use Trainer(strategy='ddp') or a single device."
+        )
+
+
+def _refuse_other_shards(strategy: type) -> None:
+    if issubclass(strategy, (FSDPStrategy, DeepSpeedStrategy)):
+        raise UnsupportedError(
+            f"strategy={strategy.__name__}: it shards parameters in pieces that masks do not fit. Use "
+            "ModelParallelStrategy(tensor_parallel_size=1) with fully_shard in configure_model (FSDP2), Trainer(strategy='ddp') or "
+            "a single device."
+        )
+
+
+def refuse_other_sharding(trainer: pl.Trainer) -> None:
+    """Refuse what shards parameters in another way than FSDP2 does over all processes. To be called when these have met.
+
+    Raises:
+        UnsupportedError: The strategy does, or its processes are parallel in tensors too.
+    """
+    strategy = trainer.strategy
+    _refuse_other_shards(type(strategy))
+    if isinstance(strategy, ModelParallelStrategy):
+        size = strategy.device_mesh["tensor_parallel"].size()
+        if size > 1:
+            raise UnsupportedError(
+                f"tensor_parallel_size={size}: tensor parallel weights, and meshes of two dimensions, cannot be pruned. Use "
+                f"ModelParallelStrategy(data_parallel_size={trainer.world_size}, tensor_parallel_size=1) with fully_shard, or "
+                "Trainer(strategy='ddp')."
+            )
+
+
+def refuse_growing_shards(schedule: SparsitySchedule, targets: Targets) -> None:
+    """Refuse a schedule that lifts masks, of sharded targets.
+
+    Raises:
+        UnsupportedError: It does.
+    """
+    if schedule.regrows and targets.is_sharded:
+        raise UnsupportedError(
+            f"schedule={shown(schedule)}: sharded weights (FSDP2) cannot grow back. Let the schedule rise, or use strategy='ddp'."
         )
 
 

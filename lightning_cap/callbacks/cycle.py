@@ -67,19 +67,26 @@ def save_cycle(trainer: pl.Trainer, module: pl.LightningModule, targets: Targets
 
     A checkpoint says that its cycle is saved, so it comes last: a kill in between leaves none that says so too early.
     """
-    with distributed.raise_on_all_ranks(f"Writing {record.weights}"):
-        if trainer.is_global_zero:
-            averages = averaged_models(trainer)
-            model = getattr(averages[0], "module", averages[0]) if averages else module
+    averages = averaged_models(trainer)
+    model = getattr(averages[0], "module", averages[0]) if averages else module
+    if targets.is_sharded:
+        with distributed.fail_together(f"Writing {record.weights}"):
             save_weights(model, targets, Path(record.weights), sparsity=record.sparsity, goal=record.goal)
+    else:
+        with distributed.raise_on_all_ranks(f"Writing {record.weights}"):
+            if trainer.is_global_zero:
+                save_weights(model, targets, Path(record.weights), sparsity=record.sparsity, goal=record.goal)
     save_checkpoint(trainer, record.checkpoint)
 
 
 def save_missing(module: pl.LightningModule, targets: Targets, history: Iterable[CycleRecord]) -> None:
-    """Write the plain weights that are not there, of checkpoints that are. Call it on every rank, before training goes on."""
+    """Write the plain weights that are not there, of checkpoints that are. Call it on every rank, before training goes on.
+
+    Not of distributed checkpoints, which are folders.
+    """
     with distributed.raise_on_all_ranks("Writing the plain weights that are missing"):
         for record in history if distributed.rank() == 0 else ():
-            if record.weights and not Path(record.weights).exists() and Path(record.checkpoint).exists():
+            if record.weights and not Path(record.weights).exists() and Path(record.checkpoint).is_file():
                 saved = torch.load(record.checkpoint, map_location="cpu", weights_only=True)["state_dict"]
                 now = {name: value.clone() for name, value in module.state_dict().items()}
                 module.load_state_dict(saved)

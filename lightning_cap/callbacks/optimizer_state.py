@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.targets import Targets
+from lightning_cap.utilities.sharded import local
 
 
 @torch.no_grad()
@@ -32,7 +33,7 @@ def sync_optimizer_state(
             and first moments of all targets to zero; second moments stay.
     """
     masks.apply_to_optimizer(optimizer)
-    stayed = {name: mask & ~grown[name] if name in grown else mask for name, mask in masks.items()}
+    stayed = {n: local(mask) & ~local(grown[n]) if n in grown else local(mask) for n, mask in masks.items()}
     for entries in _entries(optimizer, targets).values():
         if _is_scale(entries):
             _fill_with_means(entries, stayed, grown)
@@ -40,7 +41,7 @@ def sync_optimizer_state(
             torch._foreach_zero_(list(entries.values()))
         else:
             for name in entries.keys() & grown.keys():
-                entries[name].masked_fill_(grown[name].to(entries[name].device), 0.0)
+                entries[name].masked_fill_(local(grown[name]).to(entries[name].device), 0.0)
 
 
 def _fill_with_means(entries: Mapping[str, Tensor], stayed: Mapping[str, Tensor], grown: Mapping[str, Tensor]) -> None:
@@ -52,12 +53,12 @@ def _fill_with_means(entries: Mapping[str, Tensor], stayed: Mapping[str, Tensor]
 
 
 def _entries(optimizer: Optimizer, targets: Targets) -> dict[str, dict[str, Tensor]]:
-    """``{key of the state: {target: (*shape)}}``."""
+    """``{key of the state: {target: (*shape)}}``; of sharded targets what this process holds."""
     found: dict[str, dict[str, Tensor]] = {}
     for name, weight in targets.items():
         for key, value in optimizer.state.get(weight, {}).items():
             if isinstance(value, Tensor) and value.shape == weight.shape and value.is_floating_point():
-                found.setdefault(key, {})[name] = value
+                found.setdefault(key, {})[name] = local(value)
     return found
 
 

@@ -40,7 +40,7 @@ from lightning_cap.callbacks.weight_averaging import mask_averages, update_avera
 from lightning_cap.errors import CAPError
 from lightning_cap.healing import HealArgument
 from lightning_cap.pruners import CAP, Pruner
-from lightning_cap.pruners.base import with_heal
+from lightning_cap.pruners.base import refuse_shards, with_heal
 from lightning_cap.schedules import SparsitySchedule, SparsitySteps
 from lightning_cap.sparsity.cost import Cost, StepPath
 from lightning_cap.sparsity.ends import PENDING, Ends
@@ -149,7 +149,7 @@ class CAPPruningCallback(SavingRun):
         self._stepped = False
         self._restored, self._packed = None, None  # of a fit that did not come to its end
         self._previous, self._run = self._run or self._previous, None
-        checks.refuse_sharding(trainer)
+        checks.refuse_other_sharding(trainer)
         checks.refuse_other_pruning(trainer)
         refuse_wrong_companions(trainer)
         checks.refuse_best_of_none(trainer, self.save)
@@ -158,7 +158,14 @@ class CAPPruningCallback(SavingRun):
         checks.refuse_manual(pl_module, pruners_of(self.pruner, self.schedule, self._events(trainer)))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Choose the targets if they are known, restore or begin the masks, and put them in force."""
+        """Choose the targets if they are known, restore or begin the masks, and put them in force.
+
+        Strategies that load checkpoints later (FSDP2) have this done in `on_train_start`.
+        """
+        if not trainer.strategy.restore_checkpoint_after_setup:
+            self._start(trainer, pl_module)
+
+    def _start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         compat.check_run(trainer, pl_module, resumed=self._restored is not None)
         previous = run_of_same_model(self._previous, pl_module) if self._restored is None else None
         if previous is not None:
@@ -175,6 +182,8 @@ class CAPPruningCallback(SavingRun):
         masks = MaskSet(targets)
         if targets.ends is not PENDING:
             rank_zero_info(f"Pruning {targets.summary}")
+            refuse_shards(self.pruner, targets, self.recalibrate)
+            checks.refuse_growing_shards(self.schedule, targets)
             if targets.units is None:
                 self.pruner.check(targets)
             if self._packed is not None:
@@ -195,6 +204,8 @@ class CAPPruningCallback(SavingRun):
         """Choose the targets, if a forward pass is to tell them; try one gradient, mask the optimizer state, begin the first LR
         cycle; restore the random state mid-epoch.
         """
+        if self._run is None:
+            self._start(trainer, pl_module)
         if self._active.targets.ends is PENDING:
             parts = find_parts(trainer, pl_module, self.pruner, self.include, self.exclude, self.seed)
             self._begin(trainer, pl_module, parts)

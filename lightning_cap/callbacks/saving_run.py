@@ -95,7 +95,7 @@ class SavingRun(CheckpointedRun):
         settings = {**self._settings(run), **{name: shown(getattr(self, name)) for name in own}}
         metric = self.monitor or self._state.metric
         mode = self.mode if self.monitor else None
-        flops = count_flops(trainer, module, self.seed)
+        flops = None if run.targets.is_sharded else count_flops(trainer, module, self.seed)
         record = run_record(trainer, module, run, flops, goal_name(self.pruner), metric, mode, settings)
         self._log.begin(files, record, self._state.history)
 

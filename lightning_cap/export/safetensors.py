@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lightning_cap.errors import ConfigError
 from lightning_cap.export.records import EXPORTS, ExportRecord
+from lightning_cap.export.sharded import write_sharded
 from lightning_cap.sparsity.targets import Targets, require_targets
 from lightning_cap.utilities.arguments import (
     require_instance,
@@ -27,8 +28,10 @@ from lightning_cap.utilities.arguments import (
     shown,
 )
 from lightning_cap.utilities.compiled import plain_module, plain_name
+from lightning_cap.utilities.distributed import rank
 from lightning_cap.utilities.files import atomic
 from lightning_cap.utilities.records import append_record
+from lightning_cap.utilities.sharded import any_sharded, reshard
 
 
 def goal_stem(goal: float, name: str) -> str:
@@ -48,7 +51,8 @@ def save_weights(
 ) -> ExportRecord:
     """Write the model inside a LightningModule, under its own names, and add the record to ``exports.jsonl`` beside it.
 
-    Call it on rank 0 alone.
+    Call it on rank 0 alone; of a model that `fully_shard` has shared out on every rank, of which rank 0 writes one tensor after the
+    other.
 
     Args:
         module: The LightningModule.
@@ -69,22 +73,25 @@ def save_weights(
     require_real("goal", goal, "[0, 1]", example=0.5)
     path = _file(path)
     model, _ = plain_model(module, list(targets))
-    state = {plain_name(name): value for name, value in model.state_dict().items()}
+    reshard(model)
+    values = {plain_name(name): value for name, value in model.state_dict().items()}
+    state = {name: value for name, value in values.items() if isinstance(value, torch.Tensor)}
     architecture = str((getattr(model, "pretrained_cfg", None) or {}).get("architecture", ""))
-    save_plain_weights(
-        path,
-        {name: value for name, value in state.items() if isinstance(value, torch.Tensor)},
-        {"architecture": architecture, "sparsity": f"{sparsity:.6f}", "goal": f"{goal:g}"},
-    )
+    metadata = {"architecture": architecture, "sparsity": f"{sparsity:.6f}", "goal": f"{goal:g}"}
+    if any_sharded(state):
+        write_sharded(path, state, metadata)
+    else:
+        save_plain_weights(path, state, metadata)
     record = ExportRecord(
         format="safetensors",
         path=path.name,
         goal=goal,
         sparsity=sparsity,
         architecture=architecture,
-        bytes=path.stat().st_size,
+        bytes=path.stat().st_size if rank() == 0 else 0,
     )
-    append_record(path.with_name(EXPORTS), record, lambda old: old.path == record.path)
+    if rank() == 0:
+        append_record(path.with_name(EXPORTS), record, lambda old: old.path == record.path)
     return record
 
 

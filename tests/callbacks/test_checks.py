@@ -11,9 +11,11 @@ import torch
 from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import ModelCheckpoint, ModelPruning
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelParallelStrategy
 from torch import nn
 
 from lightning_cap import CAPPruningCallback
+from lightning_cap.callbacks.checks import refuse_sharding_by
 from lightning_cap.errors import CAPError, ConfigError, DataError, ScheduleError, UnsupportedError
 from lightning_cap.pruners import Magnitude
 from lightning_cap.schedules import OneShot, SparsitySteps
@@ -178,3 +180,18 @@ def test_a_metric_may_come_after_the_sanity_check(tmp_path: Path) -> None:
     cb = callback({0: 0.5}, monitor="val_acc", save="none")
     trainer(tmp_path, cb, num_sanity_val_steps=2, max_epochs=1).fit(Late(), **loaders())
     assert cb.history[-1].value is not None
+
+
+@pytest.mark.parametrize(
+    ("strategy", "ways_out"),
+    [
+        (FSDPStrategy, ["ModelParallelStrategy(tensor_parallel_size=1)", "fully_shard", "ddp"]),
+        (DeepSpeedStrategy, ["ModelParallelStrategy(tensor_parallel_size=1)", "fully_shard", "ddp"]),
+        (ModelParallelStrategy, ["whole weights are needed here", "ddp"]),
+    ],
+)
+def test_strategies_that_shard_are_refused_with_the_way_out(strategy: type, ways_out: list[str]) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        refuse_sharding_by(strategy)
+    assert f"strategy={strategy.__name__}: it shards parameters" in str(caught.value)
+    assert all(way in str(caught.value) for way in ways_out)

@@ -1,0 +1,135 @@
+"""Runs with `ModelParallelStrategy` and `fully_shard` (FSDP2) on two gloo processes on CPUs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import pytest
+import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
+from safetensors.torch import load_file
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.data import DataLoader
+
+from lightning_cap.errors import UnsupportedError
+from lightning_cap.utilities import sharded
+from tests.support.processes import as_by_torchrun
+from tests.support.toy import TARGET, Toy, ToyData, callback, cap, loaders, loss, trainer
+
+pytestmark = pytest.mark.xdist_group("processes")
+
+
+class Sharded(Toy):
+    """The toy, whose layers are sharded where the strategy shards; no batch norm, whose statistics each process has of its own."""
+
+    def __init__(self, policy: bool = False) -> None:
+        super().__init__(scheduler=False)
+        self.net[1] = torch.nn.Identity()
+        self.policy = policy
+
+    def configure_model(self) -> None:
+        if not isinstance(self.trainer.strategy, ModelParallelStrategy):
+            return
+        mesh = self.device_mesh["data_parallel"]
+        settings = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)} if self.policy else {}
+        for layer in (self.net[4], self.net):
+            fully_shard(layer, mesh=mesh, **settings)
+
+    def calibration_dataloader(self) -> Any:
+        return DataLoader(ToyData(), batch_size=8)
+
+    def calibration_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return loss(self, batch)
+
+
+class Look(pl.Callback):
+    """Writes down the whole weights right after the event at epoch 0, and what is sparse after each step."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.zeros: list[int] = []
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        if trainer.current_epoch == 0:
+            torch.save(self._weights(pl_module), self.folder / f"event-{trainer.world_size}-{trainer.global_rank}.pt")
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.zeros.append(int((self._weights(pl_module)[TARGET] == 0).sum()))
+
+    def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+        ends = {"weights": self._weights(pl_module), "zeros": self.zeros}
+        torch.save(ends, self.folder / f"end-{trainer.world_size}-{trainer.global_rank}.pt")
+
+    def _weights(self, module: Any) -> dict[str, torch.Tensor]:
+        sharded.reshard(module)
+        return {name: sharded.whole(p.detach()).clone() for name, p in module.named_parameters()}
+
+
+def fit(folder: Path, devices: int, how: str, epochs: int = 2, policy: bool = False, **options: Any) -> None:
+    pl.seed_everything(4, verbose=False)
+    cb = callback({0: 0.5, 1: 0.75}, pruner=cap(num_gradients=24, samples_per_gradient=2), dirpath=str(folder / how))
+    strategy: Any = {
+        "one": "auto",
+        "ddp": "ddp",
+        "fsdp": ModelParallelStrategy(devices, 1, process_group_backend="gloo"),
+        "tensor": ModelParallelStrategy(1, devices, process_group_backend="gloo"),
+    }[how]
+    t = trainer(
+        folder, cb, Look(folder), devices=devices, strategy=strategy, max_epochs=epochs, use_distributed_sampler=True
+    )
+    t.fit(Sharded(policy), **loaders(), **options)
+
+
+def test_an_event_gives_the_masks_of_ddp_and_of_one_process(tmp_path: Path) -> None:
+    folders = {how: tmp_path / how for how in ("one", "ddp", "fsdp")}
+    for how, folder in folders.items():
+        folder.mkdir()
+        devices = 1 if how == "one" else 2
+        as_by_torchrun(devices, tmp_path, fit, folder, devices, how)
+    wanted = torch.load(folders["one"] / "event-1-0.pt")[TARGET]
+    assert int((wanted == 0).sum()) == 128
+    for how in ("ddp", "fsdp"):
+        for rank in range(2):
+            found = torch.load(folders[how] / f"event-2-{rank}.pt")[TARGET]
+            assert torch.equal(found == 0, wanted == 0)
+            torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-7)
+    ends = [torch.load(folders["fsdp"] / f"end-2-{rank}.pt") for rank in range(2)]
+    assert torch.equal(ends[0]["weights"][TARGET], ends[1]["weights"][TARGET])
+    assert set(ends[0]["zeros"][:2]) == {128}
+    assert ends[0]["zeros"][-1] == 192
+    saved = load_file(folders["fsdp"] / "fsdp/sparsity=0.75.safetensors")
+    for name, weight in ends[0]["weights"].items():
+        assert torch.equal(saved[name.removeprefix("net.")], weight)
+
+
+def resume(folder: Path) -> None:
+    fit(folder, 2, "fsdp", 2, ckpt_path=str(folder / "fsdp/sparsity=0.50.ckpt"))
+
+
+def test_a_run_goes_on_from_a_distributed_checkpoint(tmp_path: Path) -> None:
+    as_by_torchrun(2, tmp_path, fit, tmp_path, 2, "fsdp")
+    uninterrupted = torch.load(tmp_path / "end-2-0.pt")["weights"]
+    as_by_torchrun(2, tmp_path, resume, tmp_path)
+    for name, weight in torch.load(tmp_path / "end-2-0.pt")["weights"].items():
+        assert torch.equal(weight, uninterrupted[name])
+
+
+def test_a_mixed_precision_policy_works(tmp_path: Path) -> None:
+    as_by_torchrun(2, tmp_path, fit, tmp_path, 2, "fsdp", 1, True)
+    end = torch.load(tmp_path / "end-2-0.pt")
+    assert end["weights"][TARGET].dtype == torch.float32
+    assert set(end["zeros"]) == {128}
+
+
+def fit_tensor_parallel(folder: Path) -> str:
+    with pytest.raises(UnsupportedError) as caught:
+        fit(folder, 2, "tensor")
+    return str(caught.value)
+
+
+def test_tensor_parallel_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    for told in as_by_torchrun(2, tmp_path, fit_tensor_parallel, tmp_path):
+        assert "tensor_parallel_size=2" in told
+        assert "ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)" in told
