@@ -67,7 +67,7 @@ class Look(pl.Callback):
         return {name: sharded.whole(p.detach()).clone() for name, p in module.named_parameters()}
 
 
-def fit(folder: Path, devices: int, how: str, epochs: int = 2, policy: bool = False, **options: Any) -> None:
+def fit(folder: Path, devices: int, how: str, policy: bool = False, **options: Any) -> None:
     pl.seed_everything(4, verbose=False)
     cb = callback({0: 0.5, 1: 0.75}, pruner=cap(num_gradients=24, samples_per_gradient=2), dirpath=str(folder / how))
     strategy: Any = {
@@ -77,7 +77,7 @@ def fit(folder: Path, devices: int, how: str, epochs: int = 2, policy: bool = Fa
         "tensor": ModelParallelStrategy(1, devices, process_group_backend="gloo"),
     }[how]
     t = trainer(
-        folder, cb, Look(folder), devices=devices, strategy=strategy, max_epochs=epochs, use_distributed_sampler=True
+        folder, cb, Look(folder), devices=devices, strategy=strategy, max_epochs=2, use_distributed_sampler=True
     )
     t.fit(Sharded(policy), **loaders(), **options)
 
@@ -105,7 +105,7 @@ def test_an_event_gives_the_masks_of_ddp_and_of_one_process(tmp_path: Path) -> N
 
 
 def resume(folder: Path) -> None:
-    fit(folder, 2, "fsdp", 2, ckpt_path=str(folder / "fsdp/sparsity=0.50.ckpt"))
+    fit(folder, 2, "fsdp", ckpt_path=str(folder / "fsdp/sparsity=0.50.ckpt"))
 
 
 def test_a_run_goes_on_from_a_distributed_checkpoint(tmp_path: Path) -> None:
@@ -117,10 +117,10 @@ def test_a_run_goes_on_from_a_distributed_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_mixed_precision_policy_works(tmp_path: Path) -> None:
-    as_by_torchrun(2, tmp_path, fit, tmp_path, 2, "fsdp", 1, True)
+    as_by_torchrun(2, tmp_path, fit, tmp_path, 2, "fsdp", True)
     end = torch.load(tmp_path / "end-2-0.pt")
     assert end["weights"][TARGET].dtype == torch.float32
-    assert set(end["zeros"]) == {128}
+    assert end["zeros"] == [128, 128, 192, 192]
 
 
 def fit_tensor_parallel(folder: Path) -> str:
