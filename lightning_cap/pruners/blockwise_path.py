@@ -234,9 +234,9 @@ class BlockwisePath(WeightPath):
         own = self._own.to(self._alive.device)
         mine = self._alive[own] & (self.elimination.rank < cut.unsqueeze(-1))
         if self._shards is not None:
-            pruned, weights = torch.zeros_like(self._alive), self._weights.clone()
-            pruned[own], weights[own] = mine, self._reconstruct(own, mine)
-            return self._result(weights, self._alive & ~pruned, self._loss(cut), self.stats)
+            gone, moved = torch.zeros_like(self._alive), self._weights.clone()
+            gone[own], moved[own] = mine, self._reconstruct(own, mine)
+            return self._result(moved, self._alive & ~gone, self._loss(cut), self.stats)
         blocks = torch.cat([share[r] for r in range(world_size()) for share in self.plan.shares]).to(own.device)
         pruned = torch.zeros_like(self._alive)
         pruned[blocks] = gather_rows(mine, self._sizes)
