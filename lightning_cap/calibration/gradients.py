@@ -24,6 +24,7 @@ from lightning_cap.utilities.arguments import require_counts, require_instance, 
 from lightning_cap.utilities.memory import is_out_of_memory, release_memory
 from lightning_cap.utilities.peak_memory import measure_peak
 from lightning_cap.utilities.progress import Progress
+from lightning_cap.utilities.stopping import poll
 
 _log = logging.getLogger(__name__)
 
@@ -166,7 +167,10 @@ class GradientCollector:
 
     def _finite_rows(self, batch: Any, most: int) -> tuple[dict[str, Tensor], int]:
         """All finite rows of a batch at once, ``most`` of them at the most."""
-        chunks = [_finite(chunk) for chunk in self._rows(batch, most)] if most > 0 else []
+        chunks = []
+        for chunk in self._rows(batch, most) if most > 0 else ():
+            poll()
+            chunks.append(_finite(chunk))
         if not chunks:
             device = self._targets.device
             return {name: torch.zeros(0, *shape, device=device) for name, shape in self._computer.shapes.items()}, 0

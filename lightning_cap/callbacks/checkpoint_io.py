@@ -8,12 +8,15 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.plugins import CheckpointIO, TorchCheckpointIO
+from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_cap.trainer import compat
 from lightning_cap.trainer.checkpoints import check_checkpoint, check_weights
 from lightning_cap.utilities import distributed
 from lightning_cap.utilities.files import atomic
+
+_REMOVAL = object()  # in place of storage options, where a file is to be removed in turn
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -30,6 +33,12 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def __init__(self, module: pl.LightningModule | None = None) -> None:
         super().__init__()
         self._module = module
+        self._queue: AsyncCheckpointIO | None = None
+        self._failed = False
+
+    def write_behind(self, queue: AsyncCheckpointIO) -> None:
+        """Be what ``queue`` writes by. An old checkpoint is then removed when the new one is there, and not if that failed."""
+        self._queue = queue
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         """Write beside ``path`` and rename. Remote paths are left to Lightning.
@@ -37,11 +46,27 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         Raises:
             OSError: It could not be written, as on a full disk; what was at ``path`` before is still there.
         """
+        if storage_options is _REMOVAL:
+            if not self._failed:
+                super().remove_checkpoint(path)
+            return
+        self._failed = True  # until it is written
+        self._save(checkpoint, path, storage_options)
+        self._failed = False
+
+    def _save(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any) -> None:
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return
         with atomic(Path(path)) as temporary:
             _save(checkpoint, temporary)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        """Remove a file or a folder; where another thread writes, when it has written what was given to it before."""
+        if self._queue is None:
+            super().remove_checkpoint(path)
+        else:
+            self._queue.save_checkpoint({}, path, storage_options=_REMOVAL)
 
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """Read a checkpoint as Lightning does, once it is known to be one.
@@ -65,9 +90,14 @@ def _save(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def make_checkpoints_atomic(trainer: pl.Trainer) -> None:
-    """Let a Trainer that saves checkpoints in Lightning's own way do so by `AtomicCheckpointIO`."""
-    if type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
-        trainer.strategy.checkpoint_io = AtomicCheckpointIO(trainer.lightning_module)
+    """Let a Trainer that saves checkpoints in Lightning's own way do so by `AtomicCheckpointIO`; in `AsyncCheckpointIO` too."""
+    outer = trainer.strategy.checkpoint_io
+    ours = AtomicCheckpointIO(trainer.lightning_module)
+    if type(outer) is TorchCheckpointIO:
+        trainer.strategy.checkpoint_io = ours
+    elif type(outer) is AsyncCheckpointIO and type(outer.checkpoint_io) is TorchCheckpointIO:
+        ours.write_behind(outer)
+        compat.set_inner_checkpoint_io(outer, ours)
 
 
 class _Deferred(CheckpointIO):
@@ -91,7 +121,7 @@ class _Deferred(CheckpointIO):
 
 
 def save_checkpoint(trainer: pl.Trainer, path: str) -> None:
-    """Have the Trainer write a checkpoint. What goes wrong in it is raised on all ranks. Call it on every rank.
+    """Have the Trainer write a checkpoint, and wait for it. What goes wrong in it is raised on all ranks. Call it on every rank.
 
     Raises:
         OSError: It could not be written, on the process that writes; `CAPError` with its message on the others.
@@ -105,3 +135,5 @@ def save_checkpoint(trainer: pl.Trainer, path: str) -> None:
     with distributed.raise_on_all_ranks(f"Writing {path}"):
         if deferred.error is not None:
             raise deferred.error
+        if isinstance(inner, AsyncCheckpointIO):
+            inner.teardown()  # waits; the next checkpoint sets it up again

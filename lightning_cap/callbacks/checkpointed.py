@@ -7,6 +7,7 @@ from typing import Any
 import lightning.pytorch as pl
 
 from lightning_cap.callbacks.cycle import Cycle
+from lightning_cap.callbacks.resume import DataOrder, random_state
 from lightning_cap.callbacks.run import Run
 from lightning_cap.callbacks.settings import describe_settings
 from lightning_cap.callbacks.state import Restored, RunState, decode_state, encode_state, load_masks, load_pruner
@@ -17,7 +18,6 @@ from lightning_cap.sparsity.cost import StepPath
 from lightning_cap.sparsity.ends import PENDING
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.trainer.run_records import CycleRecord
-from lightning_cap.utilities import distributed, rng
 
 
 class CheckpointedRun(pl.Callback):
@@ -37,6 +37,8 @@ class CheckpointedRun(pl.Callback):
         self._packed: dict[str, Any] | None = None
         self._run: Run | None = None
         self._previous: Run | None = None
+        self._order = DataOrder()
+        self._first_rng: dict[str, Any] | None = None  # before the data of the first epoch was begun, while it is that
 
     @property
     def state_key(self) -> str:
@@ -88,14 +90,14 @@ class CheckpointedRun(pl.Callback):
         """Without what belongs to one run, so that copies and pickles do not carry the model."""
         attached = ("log", "log_dict")  # by Lightning, the model's own
         kept = {name: value for name, value in self.__dict__.items() if name not in attached}
-        return {**kept, "_run": None, "_previous": None, "_packed": self._packed_masks()}
+        return {**kept, "_run": None, "_previous": None, "_packed": self._packed_masks(), "_order": DataOrder()}
 
     def state_dict(self) -> dict[str, Any]:
         """Masks (bit-packed), units, the pruner's state, schedule cursor, cycle, collection index, every rank's random state.
 
         Call it on every rank, as Lightning does.
         """
-        rngs = distributed.gather_objects(rng.capture())
+        rngs = random_state(self._order, self._first_rng)
         settings = {} if self._run is None else self._settings(self._run)
         known = self._known_ends(), self._known_units()
         held = Restored(self._packed_masks(), self.pruner.state_dict(), settings, rngs, *known)

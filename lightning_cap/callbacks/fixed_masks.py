@@ -13,14 +13,13 @@ from lightning_cap.callbacks import checks
 from lightning_cap.callbacks.checkpoint_io import make_checkpoints_atomic
 from lightning_cap.callbacks.companions import pruning_callbacks
 from lightning_cap.callbacks.lr_restart import restart_schedulers
-from lightning_cap.callbacks.resume import begin_epoch_anew, restore_random_state
+from lightning_cap.callbacks.resume import DataOrder, begin_epoch_anew, random_state, restore_random_state
 from lightning_cap.callbacks.state import decode_state, load_masks
 from lightning_cap.callbacks.weight_averaging import mask_averages
 from lightning_cap.errors import ConfigError, UnsupportedError
 from lightning_cap.sparsity.masks import MaskSet, unpack_masks
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.trainer import compat
-from lightning_cap.utilities import distributed, rng
 from lightning_cap.utilities.arguments import require_instance, shown
 from lightning_cap.utilities.compiled import plain_name
 
@@ -50,6 +49,7 @@ class FixedMasks(pl.Callback):
         self._packed, self._units = restored.masks, restored.units
         self._rng: list[Any] | None = None
         self._masks: MaskSet | None = None
+        self._order = DataOrder()
 
     @property
     def state_key(self) -> str:
@@ -67,7 +67,7 @@ class FixedMasks(pl.Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """That of the pruning callback, with this run's random state; call it on every rank, as Lightning does."""
-        return {**self._held, "rng": distributed.gather_objects(rng.capture())}
+        return {**self._held, "rng": random_state(self._order)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the random state, put in force when ``fit`` goes on.
@@ -96,6 +96,7 @@ class FixedMasks(pl.Callback):
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Mask the optimizer state; begin the cycle of the learning rate; restore the random state mid-epoch."""
+        self._order.begin(trainer, self._rng or [])
         for optimizer in trainer.optimizers:
             self.masks.apply_to_optimizer(optimizer)
         others = {type(config.scheduler).__name__ for config in trainer.lr_scheduler_configs}
@@ -105,7 +106,9 @@ class FixedMasks(pl.Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Go on with the random state of the run that was stopped."""
-        if self._rng is not None and restore_random_state(self._rng):
+        resumed = self._rng is not None and restore_random_state(self._rng)
+        self._order.begin_epoch(trainer)
+        if resumed:
             begin_epoch_anew(trainer)
 
     def on_before_optimizer_step(

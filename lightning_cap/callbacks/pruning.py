@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -52,7 +53,9 @@ from lightning_cap.trainer.event import EventReport, PruningEvent
 from lightning_cap.trainer.mending import note_missing_batch_norm
 from lightning_cap.trainer.progress_bar import end_bar, event_progress
 from lightning_cap.trainer.saving import goal_name, saving
+from lightning_cap.utilities import rng
 from lightning_cap.utilities.arguments import shown
+from lightning_cap.utilities.stopping import StopRequested
 
 
 class CAPPruningCallback(SavingRun):
@@ -138,6 +141,8 @@ class CAPPruningCallback(SavingRun):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Record that the run was stopped; leave no folder of logs behind of what was refused before the first step."""
         self._log.stop()
+        if self._run is not None:
+            compat.leave_epoch(trainer)  # of checkpoints that others save now
         if isinstance(exception, CAPError) and not self._stepped:
             remove_empty_logs(trainer, self._made)
 
@@ -146,7 +151,7 @@ class CAPPruningCallback(SavingRun):
         make_checkpoints_atomic(trainer)
         if stage != "fit":
             return
-        self._stepped = False
+        self._stepped, self._first_rng = False, None
         self._restored, self._packed = None, None  # of a fit that did not come to its end
         self._previous, self._run = self._run or self._previous, None
         checks.refuse_other_sharding(trainer)
@@ -162,6 +167,7 @@ class CAPPruningCallback(SavingRun):
 
         Strategies that load checkpoints later (FSDP2) have this done in `on_train_start`.
         """
+        self._first_rng = rng.capture() if self._restored is None else None
         if not trainer.strategy.restore_checkpoint_after_setup:
             self._start(trainer, pl_module)
 
@@ -206,6 +212,9 @@ class CAPPruningCallback(SavingRun):
         """
         if self._run is None:
             self._start(trainer, pl_module)
+        if self._restored is not None:
+            self._first_rng = None  # also where the checkpoint came after the start of the fit
+        self._order.begin(trainer, [] if self._restored is None else self._restored.rng)
         if self._active.targets.ends is PENDING:
             parts = find_parts(trainer, pl_module, self.pruner, self.include, self.exclude, self.seed)
             self._begin(trainer, pl_module, parts)
@@ -240,6 +249,7 @@ class CAPPruningCallback(SavingRun):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Run the event that is scheduled for this epoch, if it has not been run yet."""
         resumed = self._restored is not None and restore_random_state(self._restored.rng)
+        self._order.begin_epoch(trainer)
         if self.is_due(trainer.current_epoch):
             self._prune(trainer, pl_module, trainer.current_epoch)
         reached = self.pruner.reached(self._active.targets, self.masks)
@@ -248,6 +258,9 @@ class CAPPruningCallback(SavingRun):
             begin_epoch_anew(trainer)
 
     def _prune(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int) -> dict[str, float]:
+        return self._prune_unless_told(trainer, epoch, lambda: self._prune_now(trainer, module, epoch))
+
+    def _prune_now(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int) -> dict[str, float]:
         run, goal = self._active, self._active.events[epoch]
         begins = (
             epoch in run.starts or self._state.cycle is None or self._state.cycle.goal != goal
@@ -269,7 +282,9 @@ class CAPPruningCallback(SavingRun):
         self._state.cycle = Cycle(goal, best, begun=trainer.current_epoch - (epoch == trainer.max_epochs))
         if begins:
             restart_schedulers(trainer, cycle_starts(trainer), self._warned)
-        after = evaluate(trainer, module) if self.evaluate and begins else {}
+        after: dict[str, float] = {}
+        with suppress(StopRequested):  # then the event is done, without these metrics
+            after = evaluate(trainer, module) if self.evaluate and begins else {}
         saved = saving(self.pruner, run.targets, run.masks)
         record = event_record(epoch, goal, report, run.masks, saved, before, after)
         log_event(trainer, record, monitored(known, self.monitor)[0], self._log_files(trainer))
@@ -309,7 +324,7 @@ class CAPPruningCallback(SavingRun):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Pruned weights are zero, in averaged copies too."""
-        self._stepped = True
+        self._stepped, self._first_rng = True, None
         self._active.masks.apply_to_weights()
         mask_averages(trainer, self._active.masks)
 

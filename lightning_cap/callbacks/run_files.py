@@ -44,6 +44,11 @@ class RunFiles:
         """The records of what its cycles ended with."""
         return self._named(CYCLES)
 
+    @property
+    def stopped(self) -> Path:
+        """The checkpoint of a run that was told to end in a pruning event."""
+        return self._named("stopped.ckpt")
+
     def _named(self, name: str) -> Path:
         return self.folder / f"{Path(name).stem}{self.suffix}{Path(name).suffix}"
 

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import lightning.pytorch as pl
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
+from lightning_cap.callbacks.checkpoint_io import save_checkpoint
 from lightning_cap.callbacks.checkpointed import CheckpointedRun
 from lightning_cap.callbacks.cycle import monitored, save_cycle, with_files
 from lightning_cap.callbacks.run import writes_files
 from lightning_cap.callbacks.run_files import RunFiles
 from lightning_cap.callbacks.run_log import RunLog, run_record
 from lightning_cap.sparsity.targets import measured_sparsity
+from lightning_cap.trainer import compat
+from lightning_cap.trainer.ending import run_unless_told
 from lightning_cap.trainer.evaluation import evaluate
 from lightning_cap.trainer.model_flops import count_flops
 from lightning_cap.trainer.run_records import CycleRecord
@@ -50,6 +55,27 @@ class SavingRun(CheckpointedRun):
             metrics = trainer.callback_metrics if fresh else evaluate(trainer, module) if self.evaluate else {}
         cycle.saved = True
         self._save_cycle(trainer, module, cycle.goal, epoch, metrics)
+
+    def _prune_unless_told(
+        self, trainer: pl.Trainer, epoch: int, prune: Callable[[], dict[str, float]]
+    ) -> dict[str, float]:
+        """Run an event. If the process is told to end in it, abandon it, or if it is done leave it so, and save a checkpoint.
+
+        Raises:
+            SIGTERMException: The run ends; not if nothing is left to train.
+        """
+        after, ends = run_unless_told(trainer, prune)
+        if after is not None and (not ends or epoch == trainer.max_epochs):
+            return after
+        files = self._log_files(trainer)
+        advice = "Go on from your last checkpoint."
+        if files is not None:
+            with compat.before_epoch(trainer):
+                save_checkpoint(trainer, str(files.stopped))
+            advice = f"Go on with ckpt_path={shown(str(files.stopped))}."
+        outcome = "abandoned, and nothing of it is left" if after is None else "done"
+        rank_zero_info(f"SIGTERM: the run ends, with the pruning event of epoch {epoch} {outcome}. {advice}")
+        raise SIGTERMException
 
     def _save_best(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
         """Save the cycle's best so far, if this epoch is. To be called when it has been validated."""

@@ -24,6 +24,7 @@ from lightning_cap.trainer import compat
 from lightning_cap.trainer.isolation import in_stage, preserve_attributes, preserve_state, suppress_logging
 from lightning_cap.utilities import distributed, rng
 from lightning_cap.utilities.arguments import shown
+from lightning_cap.utilities.stopping import poll
 
 
 def calibration_source(trainer: pl.Trainer, module: pl.LightningModule) -> Iterable[Any]:
@@ -203,8 +204,9 @@ def calibration_loss(module: pl.LightningModule) -> Callable[[nn.Module, Any], T
 def ready_batches(
     trainer: pl.Trainer, module: pl.LightningModule, batches: Iterable[Any], key: tuple[int, ...]
 ) -> Iterator[Any]:
-    """Batches after the batch-transfer hooks, each computed on under generators seeded by its number."""
+    """Batches after the batch-transfer hooks, each computed on under generators seeded by its number. It calls `poll`."""
     for number, batch in enumerate(batches):
+        poll()
         rng.seed_by(*key, number * distributed.world_size() + distributed.rank())
         yield to_device(trainer, module, batch)
 

@@ -7,13 +7,18 @@ at all, such as weight averaging in 2.5, is no error. `check_run` looks up at th
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch import callbacks
 from lightning.pytorch.callbacks import RichProgressBar, TQDMProgressBar
+from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO
 from torch import nn
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
@@ -27,6 +32,8 @@ TESTED = ("2.5.0", "2.6.6")
 _AVERAGING = ("WeightAveraging", "StochasticWeightAveraging")  # Lightning 2.5 has only the second
 _BATCH_HOOK = "_on_before_batch_transfer"
 _AVERAGE = "_average_model"
+
+Handler = Callable[[int, FrameType | None], Any]
 
 
 def check_run(trainer: pl.Trainer, module: pl.LightningModule, resumed: bool) -> None:
@@ -42,6 +49,9 @@ def check_run(trainer: pl.Trainer, module: pl.LightningModule, resumed: bool) ->
     """
     _look_up(module, _BATCH_HOOK)
     _validation_setup(trainer)
+    _connector(trainer)
+    begins_epoch(trainer)
+    _batch_counters(trainer)
     averaged_models(trainer)
     bar = trainer.progress_bar_callback
     if isinstance(bar, RichProgressBar):
@@ -122,6 +132,125 @@ def _makes_training_data(trainer: pl.Trainer) -> bool:
     resuming = getattr(trainer.fit_loop, "is_resuming", False)
     restarting = _look_up(_look_up(trainer.fit_loop, "epoch_loop"), "restarting")
     return trainer.current_epoch > 0 and not restarting and not resuming
+
+
+def set_inner_checkpoint_io(outer: AsyncCheckpointIO, inner: CheckpointIO) -> None:
+    """Change what a plugin writes by; the public setter takes no second one.
+
+    Raises:
+        UnsupportedError: As `check_run`.
+    """
+    _look_up(outer, "_checkpoint_io")
+    outer._checkpoint_io = inner
+
+
+def ending_handlers(trainer: pl.Trainer) -> dict[int, Handler]:
+    """What is done at each signal that Lightning ends the run by, or saves and requeues it; none outside of the main thread.
+
+    Raises:
+        UnsupportedError: As `check_run`.
+    """
+    connector = _connector(trainer)
+    if threading.current_thread() is not threading.main_thread():
+        return {}
+    found: dict[int, Handler] = {}
+    for number in signal.valid_signals():
+        handler: Any = signal.getsignal(number)
+        if callable(handler) and any(_is_of(part, connector) for part in getattr(handler, "signal_handlers", ())):
+            found[int(number)] = handler
+    return found
+
+
+def note_sigterm(trainer: pl.Trainer, handler: Handler | None, frame: FrameType | None) -> None:
+    """Do what Lightning does at SIGTERM, but tell no other process: all know of it.
+
+    Args:
+        trainer: ``trainer.received_sigterm`` is true afterwards.
+        handler: Lightning's, which calls the user's after its own; None if this process got no signal.
+        frame: Where the signal came.
+
+    Raises:
+        UnsupportedError: As `check_run`.
+    """
+    connector = _connector(trainer)
+    connector.received_sigterm = True
+    for part in getattr(handler, "signal_handlers", ()):
+        if callable(part) and not _is_of(part, connector):
+            part(signal.SIGTERM, frame)
+
+
+def pass_on_signal(trainer: pl.Trainer, number: int) -> None:
+    """Send a signal to the processes that Lightning has started, as it does itself at SIGTERM.
+
+    Raises:
+        UnsupportedError: As `check_run`.
+    """
+    launcher = trainer.strategy.launcher
+    if launcher is not None:
+        _look_up(launcher, "kill")(number)
+
+
+def _connector(trainer: pl.Trainer) -> Any:
+    return _look_up(trainer, "_signal_connector")
+
+
+def _is_of(handler: Any, connector: Any) -> bool:
+    return getattr(handler, "__self__", None) is connector
+
+
+def begins_epoch(trainer: pl.Trainer) -> bool:
+    """Whether Lightning is at ``on_train_epoch_start``.
+
+    Raises:
+        UnsupportedError: As `check_run`.
+    """
+    progress = _look_up(_look_up(trainer.fit_loop, "epoch_progress"), "current")
+    return bool(progress.ready > progress.started)
+
+
+def leave_epoch(trainer: pl.Trainer) -> None:
+    """Go back from the start of an epoch to the end of the one before it, where checkpoints can be gone on from.
+
+    From a checkpoint of ``on_train_epoch_start`` itself Lightning leaves out the whole epoch, taking the batches of the one
+    before for its own.
+
+    Raises:
+        UnsupportedError: As `check_run`.
+    """
+    if begins_epoch(trainer):
+        _move_epoch(trainer, -1)
+        for reset in _batch_counters(trainer):
+            reset()
+
+
+@contextmanager
+def before_epoch(trainer: pl.Trainer) -> Iterator[None]:
+    """As `leave_epoch`, for the body alone.
+
+    Raises:
+        UnsupportedError: As `check_run`.
+    """
+    begins = begins_epoch(trainer)
+    leave_epoch(trainer)
+    try:
+        yield
+    finally:
+        if begins:
+            _move_epoch(trainer, 1)
+
+
+def _batch_counters(trainer: pl.Trainer) -> list[Callable[[], None]]:
+    """What sets the counters of one epoch's batches to zero, as Lightning does right after the epoch's start."""
+    loop = _look_up(trainer.fit_loop, "epoch_loop")
+    optimization = _look_up(loop, "automatic_optimization")
+    owners = (loop, "batch_progress"), (loop, "scheduler_progress"), (optimization, "optim_progress")
+    return [_look_up(_look_up(owner, name), "reset_on_run") for owner, name in owners]
+
+
+def _move_epoch(trainer: pl.Trainer, by: int) -> None:
+    progress = _look_up(trainer.fit_loop, "epoch_progress")
+    for counter in (progress.current, progress.total):
+        counter.ready += by
 
 
 def inner_sampler(loader: DataLoader[Any]) -> Iterable[Any] | None:

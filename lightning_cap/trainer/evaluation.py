@@ -18,6 +18,7 @@ from lightning_cap.trainer import compat
 from lightning_cap.trainer.calibration import step_arguments, to_device
 from lightning_cap.trainer.isolation import in_stage, preserve_state, replace_logging, replace_metrics
 from lightning_cap.utilities import distributed
+from lightning_cap.utilities.stopping import poll
 
 
 def evaluate(trainer: pl.Trainer, module: pl.LightningModule, batches: int | None = None) -> dict[str, float]:
@@ -29,6 +30,9 @@ def evaluate(trainer: pl.Trainer, module: pl.LightningModule, batches: int | Non
         trainer: In ``fit`` or ``validate``.
         module: Its LightningModule.
         batches: Stop after so many of each loader. Default: as the Trainer is set.
+
+    Raises:
+        StopRequested: See `poll`; on all ranks.
     """
     if not validation_loaders(trainer):
         return {}
@@ -70,6 +74,7 @@ def _validate(trainer: pl.Trainer, module: pl.LightningModule, logged: _LoggedVa
         for number, raw in enumerate(loader):
             if number >= min(trainer.num_val_batches[index], math.inf if batches is None else batches):
                 break
+            poll()
             batch = to_device(trainer, module, raw, index)
             logged.batch_size = batch_size(batch, default=1)
             with trainer.precision_plugin.val_step_context():

@@ -17,6 +17,7 @@ from lightning_cap.kernels.compiling import when_compiling
 from lightning_cap.trainer import compat
 from lightning_cap.utilities.progress import Progress
 from lightning_cap.utilities.remaining import Remaining, format_seconds
+from lightning_cap.utilities.stopping import poll
 
 _COMPILING = "compiling the solver for this machine, which takes a moment"
 
@@ -30,7 +31,7 @@ def event_progress(
     """A ``progress(phase, done, total)`` for the duration of an event: one line in the Rich or tqdm bar of the run.
 
     It tells the phase and, as soon as that can be known, how long it will still take; and that code is being compiled, when it
-    is, which is told in the log where there is no bar.
+    is, which is told in the log where there is no bar. It raises `StopRequested` as `poll` does.
 
     Args:
         trainer: Its progress bar callback is asked; without one (or another kind) nothing is shown.
@@ -46,6 +47,7 @@ def event_progress(
         def show(phase: str, done: int, total: int) -> None:
             nonlocal at
             at = (phase, done, total)
+            poll()
             left = remaining(phase, done, total)
             if draw is not None:
                 draw(phase if left is None else f"{phase}, {format_seconds(left)} left", done, total)

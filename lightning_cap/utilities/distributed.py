@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_cap.errors import CAPError
 from lightning_cap.utilities.bits import pack_bits, unpack_bits
+from lightning_cap.utilities.stopping import StopRequested
 
 #: What this process is in the middle of, in the body of `fail_together`.
 _task: ContextVar[str | None] = ContextVar("task", default=None)
@@ -140,7 +141,8 @@ def broadcast(tensor: Tensor) -> None:
 def raise_on_all_ranks(what: str) -> Iterator[None]:
     """Run the body on every rank; if it raises on one, every rank raises, so that none is left waiting.
 
-    The body must not communicate. A rank that did not fail itself raises `CAPError` with the others' messages.
+    The body must not communicate. A rank that did not fail itself raises `CAPError` with the others' messages, or `StopRequested`
+    if nothing else has ended the others.
     """
     error: Exception | None = None
     try:
@@ -150,10 +152,8 @@ def raise_on_all_ranks(what: str) -> Iterator[None]:
             raise
         error = caught
     messages = gather_objects(None if error is None else _message(error))
-    if error is not None:
-        raise error
     if any(messages):
-        raise CAPError(_failed_elsewhere(what, messages))
+        raise _agreed(error, what, messages)
 
 
 @contextmanager
@@ -170,10 +170,12 @@ def fail_together(what: str) -> Iterator[None]:
         yield
         _hear_of_failures()
     except _FailedElsewhereError as error:
-        raise CAPError(str(error)) from None
+        raise _agreed(None, what, error.messages) from None
     except Exception as error:
-        if _any_failed(True):
-            _gather_objects(_message(error))
+        _any_failed(True)
+        agreed = _agreed(error, what, _gather_objects(_message(error)))
+        if agreed is not error:
+            raise agreed from error
         raise
     finally:
         _task.reset(token)
@@ -182,12 +184,16 @@ def fail_together(what: str) -> Iterator[None]:
 class _FailedElsewhereError(CAPError):
     """Raised where this process waited for another one that has failed; all know of it."""
 
+    def __init__(self, messages: list[str | None]) -> None:
+        super().__init__()
+        self.messages = messages
+
 
 def _hear_of_failures() -> None:
     """Inside `fail_together`, raise if another rank has failed. Every rank calls it equally often."""
     task = _task.get()
     if task is not None and _any_failed(False):
-        raise _FailedElsewhereError(_failed_elsewhere(task, _gather_objects(None)))
+        raise _FailedElsewhereError(_gather_objects(None))
 
 
 def _any_failed(failed: bool) -> bool:
@@ -196,10 +202,19 @@ def _any_failed(failed: bool) -> bool:
     return bool(flag)
 
 
-def _failed_elsewhere(what: str, messages: list[str | None]) -> str:
-    failed = [f"rank {r}: {message}" for r, message in enumerate(messages) if message is not None]
-    return f"{what} failed on another process; {'; '.join(failed)}"
+def _agreed(error: Exception | None, what: str, messages: list[str | None]) -> Exception:
+    """What this rank raises, of its own error and the messages of all: to be told to end is one thing on all ranks, or none."""
+    failed = {r: message for r, message in enumerate(messages) if message is not None}
+    stops = all(message.startswith(_STOPS) for message in failed.values())
+    if error is not None and isinstance(error, StopRequested) == stops:
+        return error
+    if stops:
+        return StopRequested(next(iter(failed.values())).removeprefix(_STOPS))
+    return CAPError(f"{what} failed on another process; {'; '.join(f'rank {r}: {text}' for r, text in failed.items())}")
 
 
 def _message(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
+
+
+_STOPS = _message(StopRequested())

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lightning_cap.errors import ConfigError
 from lightning_cap.utilities.arguments import is_whole, shown
+from lightning_cap.utilities.stopping import poll
 
 _log = logging.getLogger(__name__)
 
@@ -31,9 +32,11 @@ def in_chunks(items: Tensor, size: int, work: Callable[[Tensor], None]) -> None:
 
     Raises:
         torch.OutOfMemoryError: One item alone is too large (or whatever the allocator raised).
+        StopRequested: See `poll`.
     """
     done, size = 0, max(1, size)
     while done < len(items):
+        poll()
         if _fits(work, items[done : done + size], last=size == 1):
             done += size
         else:
