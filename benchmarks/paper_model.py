@@ -11,6 +11,14 @@ For ``d`` weights in blocks of ``B``, ``N`` gradients in batches of ``n``, and `
     selection                  two histograms of 512 KiB, summed: 2^21 (R-1)/R bytes sent
     weights and masks          4 d (1 + 1/32) (R-1)/R bytes sent
     collectives                3 a round of batches and 20 besides, each log2(R) latencies
+    model and Adam's state     16 d bytes: weights, gradients, two moments
+
+Of a model that FSDP2 shares out in ``u`` units, a rank computes one row at a time, of ``n = 2`` in a batch:
+
+    weights lent               8 N' d (R-1)/R bytes: each unit is made whole in the forward and in the backward pass
+    weights and masks sent     less than a block for each target: left out
+    collectives                3 a unit and row besides
+    model and Adam's state     16 d' bytes
 
 All-gathers and all-reduces are counted as rings. Peak memory is that of `lightning_cap.fisher.memory_plan`. What every rank
 does for all ``d`` weights (packing, checksums) is a few passes over ``28 d`` bytes and left out.
@@ -56,7 +64,12 @@ BASIS = {
     "gather": "gather",
 }
 #: All Linear weights of the blocks of these timm models.
-WEIGHTS = {"DeiT-Small": 12 * 12 * 384**2, "DeiT-Base": 12 * 12 * 768**2}
+WEIGHTS = {
+    "DeiT-Small": 12 * 12 * 384**2,
+    "DeiT-Base": 12 * 12 * 768**2,
+    "ViT-giant": 40 * 1408 * (4 * 1408 + 2 * 6144),
+}
+_UNITS = {"ViT-giant": 40}  # of fully_shard, where a GPU would hardly hold the model and its state
 _NETWORK = ("exchange", "gather")  # nothing of it on one rank
 
 
@@ -70,7 +83,9 @@ class Problem:
         block_size: ``B``.
         batch: ``n``, gradients that a rank computes between two exchanges.
         sparsity: ``s``.
-        packed: Triangles on the CPU, or full blocks on a GPU.
+        packed: Fisher blocks are kept as triangles, or full.
+        device: ``"cpu"`` or ``"cuda"``.
+        units: Of `fully_shard`, ``u``; 0 where every rank holds all weights.
     """
 
     weights: int
@@ -79,6 +94,8 @@ class Problem:
     batch: int
     sparsity: float
     packed: bool
+    device: str = "cuda"
+    units: int = 0
 
 
 @dataclass(frozen=True)
@@ -113,23 +130,30 @@ def amounts(p: Problem, ranks: int) -> dict[str, float]:
     own = _parts(blocks, ranks)
     rounds = _parts(_parts(p.gradients, p.batch), ranks)
     rows = min(p.gradients, rounds * p.batch)
-    device = torch.device("cpu" if p.packed else "cuda")
-    storage, backend = ("packed", "numba") if p.packed else ("full", "triton")
+    device = torch.device(p.device)
+    storage, backend = "packed" if p.packed else "full", "numba" if p.device == "cpu" else "triton"
     fisher = fisher_bytes(own, B, storage, device)
-    source = SourceMemory(0, 4 * d, 4 * d, p.batch, p.batch)  # on paper: without activations
-    sizes = MemoryModel(B, blocks, ROW_CHUNK, storage, backend, source, ranks)
+    if p.units:  # on paper: without activations
+        held = 4 * _parts(d, ranks) * p.batch * ranks
+        source = SourceMemory(8 * _parts(d, p.units), held, held)  # weights and gradients of a unit
+        sizes = MemoryModel(B, own, ROW_CHUNK, storage, backend, source)
+    else:
+        source = SourceMemory(0, 4 * d, 4 * d, p.batch, p.batch)
+        sizes = MemoryModel(B, blocks, ROW_CHUNK, storage, backend, source, ranks)
     return {
+        "model": 16 * (_parts(d, ranks) if p.units else d),
         "rows": rows,
         "fisher": fisher,
-        "planned": sizes.bytes_on_device(own, device, min(own, sizes.chunk(device, None)), p.batch),
+        "planned": sizes.bytes_on_device(own, device, min(own, sizes.chunk(device, None)), source.most),
         "exchange": 4 * rows * d * others,
-        "gather": 4 * d * (1 + 1 / 32) * others,
+        "lent": 8 * rows * d * others if p.units else 0,
+        "gather": 0 if p.units else 4 * d * (1 + 1 / 32) * others,
         "select": 2**21 * others,
         "accumulate": p.gradients * own * B * (B + 1 if p.packed else 2 * B),
         "traffic": 2 * fisher * _parts(p.gradients, ROW_CHUNK),
         "solve": 2 * own * B**3,
         "reconstruct": own * B**3 * (1 - p.sparsity) ** 3 / 3,
-        "collectives": (3 * rounds + 20) * math.ceil(math.log2(ranks)),
+        "collectives": (3 * rounds + 20 + 3 * rows * p.units) * math.ceil(math.log2(ranks)),
     }
 
 
@@ -144,6 +168,7 @@ def seconds(p: Problem, ranks: int, rates: Rates) -> dict[str, float]:
     a_byte = (1 - outside) / rates.node + outside / rates.network
     return {
         "collect": need["rows"] * rates.sample,
+        "lend": need["lent"] * a_byte,
         "exchange": need["exchange"] * a_byte,
         "accumulate": max(need["accumulate"] / rates.accumulate, need["traffic"] / rates.memory),
         "solve": need["solve"] / rates.solve,
@@ -216,13 +241,18 @@ def gpu_table(name: str, problem: Problem, gpus: Sequence[int], rates: Rates) ->
     took = [seconds(problem, ranks, rates) for ranks in gpus]
     units = {
         "rows": ("gradients of the busiest", 1, 0),
+        "model": ("model and Adam's state, GiB", GIB, 2),
         "fisher": ("Fisher, GiB", GIB, 3),
-        "planned": ("planned peak memory, GiB", GIB, 2),
+        "planned": ("planned peak memory of the event, GiB", GIB, 2),
         "exchange": ("rows sent, GiB", GIB, 2),
+        "lent": ("weights lent by FSDP2, GiB", GIB, 2),
         "gather": ("weights and masks sent, GiB", GIB, 3),
     }
     rows = [[title, *(f"{one[key] / unit:,.{d}f}" for one in need)] for key, (title, unit, d) in units.items()]
-    rows += [[f"{PHASES[key]}, s", *(f"{one[key]:.3f}" for one in took)] for key in took[0]]
+    names = {**PHASES, "lend": "weights lent by FSDP2"}
+    rows += [[f"{names[key]}, s", *(f"{one[key]:.3f}" for one in took)] for key in took[0]]
+    if not problem.units:
+        rows = [row for row in rows if not row[0].startswith("weights lent")]
     rows.append(["**all, s**", *(f"**{sum(one.values()):.2f}**" for one in took)])
     return grid([f"{name}, a GPU of", *map(str, gpus)], rows)
 
@@ -236,10 +266,10 @@ def add_assumptions(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--sample-seconds",
         type=float,
-        nargs=2,
-        default=[0.002, 0.0075],
-        metavar=("SMALL", "BASE"),
-        help="forward and backward of an image through DeiT-Small and DeiT-Base",
+        nargs=3,
+        default=[0.002, 0.0075, 0.115],
+        metavar=("SMALL", "BASE", "GIANT"),
+        help="forward and backward of an image through DeiT-Small, DeiT-Base and ViT-giant",
     )
     group.add_argument("--gpu-flops", type=float, default=20e12, help="float32 operations/s of the Fisher's products")
     group.add_argument("--gpu-solve-flops", type=float, default=1e12, help="operations/s of factors and elimination")
@@ -257,18 +287,23 @@ def gpu_tables(options: argparse.Namespace) -> tuple[dict[str, Any], dict[str, A
     out: dict[str, Any] = {}
     tables = []
     for (name, weights), sample in zip(WEIGHTS.items(), options.sample_seconds, strict=True):
-        batch = max(2, rows_at_once(SimpleNamespace(numel=weights)) // 2 * 2)  # as `CalibrationBatches` makes them
-        problem = Problem(weights, options.gpu_gradients, 192, batch, options.gpu_sparsity, packed=False)
         rates = Rates(sample, *(assumed[key] for key in names))
-        out[name] = [
-            {"gpus": ranks, "amounts": amounts(problem, ranks), "seconds": seconds(problem, ranks, rates)}
-            for ranks in options.gpus
-        ]
-        tables.append(gpu_table(f"{name}, {weights:,} weights, batches of {batch}", problem, options.gpus, rates))
+        for units in sorted({0, _UNITS.get(name, 0)}):
+            given = SimpleNamespace(numel=weights, is_sharded=units > 0)
+            batch = max(2, rows_at_once(given) // 2 * 2)  # as `CalibrationBatches` makes them
+            sizes = options.gpu_gradients, 192, batch, options.gpu_sparsity
+            problem = Problem(weights, *sizes, packed=name in _UNITS, units=units)
+            title = f"{name}, sharded (FSDP2)" if units else name
+            out[title] = [
+                {"gpus": ranks, "amounts": amounts(problem, ranks), "seconds": seconds(problem, ranks, rates)}
+                for ranks in options.gpus
+            ]
+            heading = f"{title}, {weights:,} weights, batches of {batch}" + ", triangles" * problem.packed
+            tables.append(gpu_table(heading, problem, options.gpus, rates))
     samples = ", ".join(f"{1e3 * s:g}" for s in options.sample_seconds)
     text = (
         f"On paper, for GPUs; nothing in these tables is measured. {options.gpu_gradients} gradients, blocks of 192, float32. "
-        f"Assumed: {samples} ms for an image forward and backward through {' and '.join(WEIGHTS)}; "
+        f"Assumed: {samples} ms for an image forward and backward through {', '.join(WEIGHTS)}; "
         f"{options.gpu_flops / 1e12:g} Tflop/s for the Fisher and {options.gpu_solve_flops / 1e12:g} for the solver; "
         f"{options.gpu_memory / 1e12:g} TB/s of memory; {options.node_size} GPUs a node, {options.node / 1e9:g} GB/s from a GPU to "
         f"the others of its node and {options.network / 1e9:g} GB/s to other nodes, {1e6 * options.latency:g} µs of latency; "

@@ -3,11 +3,12 @@
     OMP_NUM_THREADS=1 python benchmarks/scaling.py
 
 Measured: 1, 2 and 4 gloo processes of one thread each prune the same small ViT from the same gradients, by the package's own
-path. Times are exclusive: a phase that begins inside another pauses it. Seconds are the clock's, and CPU seconds those of the
-whole process; of all ranks the largest is shown. Where there are more processes than cores they take turns, so only the CPU
-seconds can fall as 1/R. Peak memory is the high-water mark of the resident set in each phase, less what was resident before
-the event (Linux only); so the Fisher counts in every phase in which it exists. Bytes are what a rank hands to the network:
-all-gathers and all-reduces are counted as rings.
+path; first with all weights on every process, as under DDP, then with the model shared out over them by `fully_shard` (FSDP2),
+a unit for each of its blocks. Times are exclusive: a phase that begins inside another pauses it. Seconds are the clock's, and
+CPU seconds those of the whole process; of all ranks the largest is shown. Where there are more processes than cores they take
+turns, so only the CPU seconds can fall as 1/R. Peak memory is the high-water mark of the resident set in each phase, less what
+was resident before the event (Linux only); so the Fisher counts in every phase in which it exists. Bytes are what a rank hands
+to the network: all-gathers and all-reduces are counted as rings.
 
 `paper_model.py` is checked against these runs and then fed with assumed rates of GPUs: no second on a GPU is measured here.
 Prints Markdown tables and writes ``results/scaling.json``.
@@ -35,12 +36,15 @@ from meter import Meter
 from paper_model import MIB, PHASES, Problem, add_assumptions, check, check_table, gpu_tables, grid
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 
-from lightning_cap.calibration.gradients import GradientCollector
+from lightning_cap.calibration.statistics import GradientSamples
 from lightning_cap.fisher.blocks import EmpiricalFisher, fisher_bytes
 from lightning_cap.pruners import CAP, blockwise, blockwise_path, cap
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities import distributed
+from lightning_cap.utilities.sharded import whole
 
 ROOT = Path(__file__).resolve().parent.parent
 HOOKS: tuple[tuple[Any, str, str], ...] = (
@@ -64,7 +68,7 @@ CHECKED = (
 
 @dataclass(frozen=True)
 class Settings:
-    """What is pruned: a ViT of ``depth · 12 · width²`` weights."""
+    """What is pruned: a ViT of ``depth · 12 · width²`` weights, on every process or shared out over them."""
 
     width: int
     depth: int
@@ -74,6 +78,12 @@ class Settings:
     sparsity: float
     damp: float
     repeats: int
+    sharded: bool = False
+
+    @property
+    def unit(self) -> int:
+        """Bytes of the weights that FSDP2 makes whole at once."""
+        return 4 * 12 * self.width**2
 
 
 def watch(meter: Meter) -> None:
@@ -100,9 +110,11 @@ def watch(meter: Meter) -> None:
 class Source:
     """The collector's rows, metered."""
 
-    def __init__(self, collector: GradientCollector, meter: Meter) -> None:
+    def __init__(self, collector: Any, meter: Meter) -> None:
         self._collector, self._meter = collector, meter
         self.memory = collector.memory
+        if hasattr(collector, "hand_to_owners"):
+            self.hand_to_owners = collector.hand_to_owners
 
     def __iter__(self) -> Iterator[Any]:
         return self._meter.items("collect", self._collector)
@@ -113,30 +125,40 @@ def loss(model: nn.Module, batch: Any) -> Tensor:
 
 
 def own_batches(settings: Settings) -> list[tuple[Tensor, Tensor]]:
-    """Batch ``j·R + r`` of all for rank ``r``; what is in it does not depend on ``R``."""
-    batches = []
-    for number in range(distributed.rank(), -(-settings.gradients // settings.batch), distributed.world_size()):
-        key = torch.Generator().manual_seed(number)
-        images = torch.randn(settings.batch, 3, 16, 16, generator=key)
-        batches.append((images, torch.randint(10, (settings.batch,), generator=key)))
-    return batches
+    """Batch ``j·R + r`` of all for rank ``r``; what the samples are does not depend on ``R`` or the size of a batch."""
+    key = torch.Generator().manual_seed(0)
+    count = -(-settings.gradients // settings.batch)
+    images = torch.randn(count * settings.batch, 3, 16, 16, generator=key)
+    labels = torch.randint(10, (len(images),), generator=key)
+    batches = list(zip(images.split(settings.batch), labels.split(settings.batch), strict=True))
+    return batches[distributed.rank() :: distributed.world_size()]
+
+
+def make_model(settings: Settings) -> nn.Module:
+    torch.manual_seed(0)
+    shape = {"embed_dim": settings.width, "depth": settings.depth, "num_heads": 4}
+    model = VisionTransformer(16, 4, 3, 10, global_pool="avg", **shape).eval()
+    if settings.sharded:
+        mesh = init_device_mesh("cpu", (distributed.world_size(),))
+        for unit in (*model.blocks, model):
+            fully_shard(unit, mesh=mesh)
+    return model
 
 
 def prune(meter: Meter, settings: Settings) -> tuple[Any, dict[str, Any]]:
     """One event; the result, and what this rank did for it."""
-    torch.manual_seed(0)
-    shape = {"embed_dim": settings.width, "depth": settings.depth, "num_heads": 4}
-    model = VisionTransformer(16, 4, 3, 10, global_pool="avg", **shape).eval()
+    model = make_model(settings)
     targets = Targets.from_model(model)
     batches = own_batches(settings)
-    collector = GradientCollector(model, targets, loss, batches, settings.gradients)
+    collector = GradientSamples(settings.gradients).collector(model, targets, loss, batches)
     collector.probe(batches[0])
     pruner = CAP(block_size=settings.block_size, num_gradients=settings.gradients, damp=settings.damp)
     meter.start()
     with meter.phase("rest"):
         with pruner.path(targets, Source(collector, meter)) as path:
             result = path.at(settings.sparsity)
-        distributed.check_equal_on_all_ranks({"the weights": result.weights, "the masks": result.masks})
+        if not settings.sharded:
+            distributed.check_equal_on_all_ranks({"the weights": result.weights, "the masks": result.masks})
     plan, blocks = path.plan, len(path.plan.groups[0])
     facts = {name: dict(getattr(meter, name)) for name in ("wall", "cpu", "sent", "peak")}
     facts["fisher"] = fisher_bytes(blocks, settings.block_size, pruner.storage, plan.storage_device)
@@ -149,11 +171,12 @@ def prune(meter: Meter, settings: Settings) -> tuple[Any, dict[str, Any]]:
 def worker(rank: int, ranks: int, settings: Settings, folder: str) -> None:
     """One process; writes what it measured into ``folder``."""
     torch.set_num_threads(1)
-    if ranks > 1:
+    if ranks > 1 or settings.sharded:
         dist.init_process_group("gloo", f"file://{folder}/meeting", rank=rank, world_size=ranks)
     meter = Meter(PHASES)
     watch(meter)
-    prune(meter, Settings(16, 1, settings.block_size, 4 * ranks, 2, 0.5, settings.damp, 1))  # compiles and connects
+    small = replace(settings, width=16, depth=1, gradients=4 * ranks, batch=2, sparsity=0.5)
+    prune(meter, small)  # compiles and connects
     runs = []
     for _ in range(settings.repeats):
         if ranks > 1:
@@ -161,10 +184,15 @@ def worker(rank: int, ranks: int, settings: Settings, folder: str) -> None:
         result, facts = prune(meter, settings)
         runs.append(facts)
     Path(folder, f"{ranks}-{rank}.json").write_text(json.dumps(runs))
+    weights, masks = ({name: whole(tensor) for name, tensor in some.items()} for some in (result.weights, result.masks))
     if rank == 0:
-        torch.save((dict(result.weights), dict(result.masks)), Path(folder, f"{ranks}.pt"))
-    if ranks > 1:
+        torch.save((weights, masks), Path(folder, result_file(ranks, settings)))
+    if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def result_file(ranks: int, settings: Settings) -> str:
+    return f"{ranks}-sharded.pt" if settings.sharded else f"{ranks}.pt"
 
 
 def start(ranks: int, settings: Settings, folder: Path, **variables: str) -> list[list[dict[str, Any]]]:
@@ -184,7 +212,7 @@ def measure(ranks: int, settings: Settings, folder: Path) -> dict[str, Any]:
     # the second event, since the first also loads code
     tidy = {"MALLOC_MMAP_THRESHOLD_": str(MIB), "MALLOC_TRIM_THRESHOLD_": str(MIB)}
     weighed = [events[-1] for events in start(ranks, replace(settings, repeats=2), folder, **tidy)]
-    out: dict[str, Any] = {"ranks": ranks, "load_before": round(load, 2)}
+    out: dict[str, Any] = {"ranks": ranks, "sharded": settings.sharded, "load_before": round(load, 2)}
     out.update({key: weighed[0][key] for key in ("weights", "passes", "blocks_float64")})
     for key in ("fisher", "planned", "blocks"):
         out[key] = max(one[key] for one in weighed)
@@ -193,16 +221,16 @@ def measure(ranks: int, settings: Settings, folder: Path) -> dict[str, Any]:
         out[key]["all"] = max(sum(one[key].values()) for one in timed)
     out["peak"] = {phase: max(one["peak"][phase] for one in weighed) for phase in PHASES}
     out["peak"]["all"] = max(out["peak"].values())
-    weights, masks = torch.load(folder / f"{ranks}.pt")
-    base, base_masks = torch.load(folder / "1.pt")
+    weights, masks = torch.load(folder / result_file(ranks, settings))
+    base, base_masks = torch.load(folder / "1.pt")  # of one process that holds everything
     out["masks_that_differ"] = sum(int((mask != base_masks[name]).sum()) for name, mask in masks.items())
     flat, base_flat = (torch.cat([w.flatten() for w in some.values()]).double() for some in (weights, base))
     out["relative_difference"] = float((flat - base_flat).norm() / base_flat.norm())
     return out
 
 
-def measured_tables(runs: Sequence[dict[str, Any]]) -> list[str]:
-    """Clock, CPU and memory of each phase, and as ratios to one rank."""
+def measured_tables(runs: Sequence[dict[str, Any]], unit_bytes: int = 0) -> list[str]:
+    """Clock, CPU and memory of each phase, and as ratios to one rank; of a sharded model what the memory is to be, too."""
     tables = []
     kinds = {"wall": ("seconds", 1, 2), "cpu": ("CPU seconds", 1, 2), "peak": ("peak extra memory, MiB", MIB, 0)}
     for key, (title, unit, digits) in kinds.items():
@@ -217,6 +245,10 @@ def measured_tables(runs: Sequence[dict[str, Any]]) -> list[str]:
             small = phase in NEW or values[0] < runs[0][key]["all"] / 100
             ratios = ["" if small else f"{value / values[0]:.2f}" for value in values[1:]]
             rows.append([name, *(f"{value / unit:.{digits}f}" for value in values), *ratios])
+        if key == "peak" and unit_bytes:
+            allowed = [1.15 * runs[0][key]["all"] / run["ranks"] + unit_bytes for run in runs]
+            rows.append(["1.15/R of one rank's, and a unit", *(f"{value / unit:.{digits}f}" for value in allowed)])
+            rows[-1] += [""] * (len(runs) - 1)
         tables.append(grid(head, rows))
     return tables
 
@@ -249,10 +281,15 @@ def notes(runs: Sequence[dict[str, Any]], settings: Settings) -> str:
         f"batches of {settings.batch}; damp {settings.damp:g} ({first['blocks_float64']:g} blocks in float64); sparsity "
         f"{settings.sparsity:g}; one thread a rank; the fastest of {settings.repeats} events."
     )
-    for run in runs[1:]:
+    for run in runs[0 if settings.sharded else 1 :]:
         text += (
-            f" Against one rank, {run['ranks']} ranks give {run['masks_that_differ']} mask entries that differ and weights "
-            f"{run['relative_difference']:.1e} away (relative norm)."
+            f" Against one process that holds all weights, {run['ranks']} give {run['masks_that_differ']} mask entries that differ "
+            f"and weights {run['relative_difference']:.1e} away (relative norm)."
+        )
+    if settings.sharded:
+        text = (
+            f"With fully_shard, a unit for each block of the ViT ({settings.unit / MIB:.2f} MiB). {text} What FSDP2 itself "
+            "sends, the weights, is part of forward and backward."
         )
     if most > cores:
         text += (
@@ -277,22 +314,26 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     )
     if options.quick:
         settings = replace(settings, width=16, depth=1, block_size=16, gradients=64, batch=2, repeats=1)
+    sharded = replace(settings, batch=2, sharded=True)  # as `CalibrationBatches` makes them of sharded targets
     with tempfile.TemporaryDirectory() as folder:
         runs = [measure(ranks, settings, Path(folder)) for ranks in options.ranks]
+        sharded_runs = [measure(ranks, sharded, Path(folder)) for ranks in options.ranks]
     sizes = settings.gradients, settings.block_size, settings.batch, settings.sparsity
-    checks = check(Problem(runs[0]["weights"], *sizes, packed=True), runs)
+    checks = check(Problem(runs[0]["weights"], *sizes, packed=True, device="cpu"), runs)
     assumed, on_paper, tables = gpu_tables(options)
     out = {
         "machine": {**machine(), "threads": 1},
         "settings": asdict(settings),
         "runs": runs,
+        "sharded_runs": sharded_runs,
         "check": checks,
         "assumed": assumed,
         "on_paper": on_paper,
     }
     options.output.parent.mkdir(parents=True, exist_ok=True)
     options.output.write_text(json.dumps(out, indent=2) + "\n")
-    print("\n\n".join([notes(runs, settings), *measured_tables(runs), CHECKED, check_table(checks), *tables]))
+    shards = [notes(sharded_runs, sharded), *measured_tables(sharded_runs, sharded.unit)]
+    print("\n\n".join([notes(runs, settings), *measured_tables(runs), CHECKED, check_table(checks), *shards, *tables]))
     return out
 
 

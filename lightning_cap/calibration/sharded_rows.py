@@ -25,11 +25,10 @@ from lightning_cap.utilities.arguments import require_instance
 from lightning_cap.utilities.memory import release_memory
 from lightning_cap.utilities.peak_memory import measure_peak
 from lightning_cap.utilities.sharded import is_sharded, units
+from lightning_cap.utilities.stopping import poll
 
 #: ``take(target name, gradient (*shape))``: float32; the gradient is freed afterwards.
 Take = Callable[[str, Tensor], None]
-
-_STAGED = 4  # rows of each process that are put in order at a time
 
 
 class ShardedRowComputer:
@@ -134,7 +133,7 @@ class ShardedCollector(GradientCollector):
         own, left = iter(self._batches), self._num_gradients
         spare: Any = None
         for number in itertools.count():
-            batch, counts = self._together(lambda: self._next(own))
+            batch, counts = self._together(lambda: self._next_unless_told(own))
             ends = [min(left, end) for end in itertools.accumulate(counts)]
             most = [end - first for first, end in zip([0, *ends], ends, strict=False)]
             left -= sum(most)
@@ -145,48 +144,38 @@ class ShardedCollector(GradientCollector):
             spare = pieces[0] if pieces else spare
             if number == 0 and min(most) == 0:
                 spare = self._lend(spare)
-            for first in range(0, max(most), _STAGED):
-                some = [min(_STAGED, max(0, count - first)) for count in most]
-                yield self._rows_of_all(pieces[first : first + _STAGED], spare, some)
+            yield self._rows_of_all(pieces, spare, most)
             if left <= 0:
                 return
+
+    def _next_unless_told(self, own: Iterator[Any]) -> tuple[Any, int]:
+        poll()  # here all processes learn of it, and none waits for another's weights
+        return self._next(own)
 
     _chunks = _rounds
 
     def _rows_of_all(self, pieces: list[Any], spare: Any, counts: list[int]) -> tuple[dict[str, Tensor], int, int]:
         """The rows of ``counts`` batches of the processes, in order of rank; how many, and how many of them are finite."""
         assert self._shards is not None
-        parts: list[dict[str, Tensor]] = []
-        places, good = [], []
+        shards, device, rank = self._shards, self._targets.device, distributed.rank()
+        rows = {name: torch.zeros(sum(counts), *shape, device=device) for name, shape in shards.own.shapes.items()}
+        finite = torch.zeros(sum(counts), dtype=torch.bool, device=device)
         for i in range(max(counts)):
-            ranks = [rank for rank, count in enumerate(counts) if i < count]
             here = [int(i < count) for count in counts]
-            piece = pieces[i] if i < len(pieces) else spare  # for the other processes' sake
-            found, finite = self._row_of_all(piece, here)
-            parts.append(found)
-            finite_there = distributed.gather_counts(int(finite), self._targets.device)
-            places += [(rank, i) for rank in ranks]
-            good += [bool(finite_there[rank]) for rank in ranks]
-        order = [k for k in sorted(range(len(places)), key=places.__getitem__) if good[k]]
-        index = torch.tensor(order, dtype=torch.int64, device=self._targets.device)
-        rows = {name: torch.cat([part[name] for part in parts])[index] for name in self._targets}
-        return rows, len(places), len(order)
+            places = [sum(counts[:r]) + i for r, given in enumerate(here) if given]
 
-    def _row_of_all(self, batch: Any, counts: list[int]) -> tuple[dict[str, Tensor], bool]:
-        """One row of each process that has one, and whether this process's is finite."""
-        assert self._shards is not None
-        shards = self._shards
-        found: dict[str, Tensor] = {}
-        mine = counts[distributed.rank()]
+            def take(name: str, gradient: Tensor, here: list[int] = here, places: list[int] = places) -> None:
+                rows[name][places] = shards.exchange(name, gradient.unsqueeze(0)[: here[rank]], here)
 
-        def take(name: str, gradient: Tensor) -> None:
-            found[name] = shards.exchange(name, gradient.unsqueeze(0)[:mine], counts)
-
-        finite = self._one.row(batch, take)
-        for name, shape in shards.own.shapes.items():
-            if name not in found:  # the loss does not depend on it
-                found[name] = torch.zeros(sum(counts), *shape, device=self._targets.device)
-        return found, finite
+            good = self._one.row(
+                pieces[i] if here[rank] else spare, take
+            )  # the spare one for the other processes' sake
+            told = distributed.gather_counts(int(good), device)
+            finite[places] = torch.tensor(
+                [bool(one) for one, given in zip(told, here, strict=True) if given], device=device
+            )
+        kept = int(finite.sum())
+        return rows if kept == len(finite) else {name: some[finite] for name, some in rows.items()}, len(finite), kept
 
     def _lend(self, batch: Any) -> Any:
         """A batch for the processes that have none, to lend their weights by: that of the first one that has."""
@@ -217,9 +206,10 @@ class ShardedCollector(GradientCollector):
         if piece is not None:
             with rng.preserved():
                 _, peak = measure_peak(lambda: self._one.row(piece, lambda *_: None), self._targets.device)
-        row = 4 * -(-self._targets.numel // distributed.world_size())
-        staged = row * distributed.world_size() * _STAGED
-        self.trial = Trial(SourceMemory(peak, staged, staged, 1, 1), False)
+        rows = 1 if batch is None else max(1, batch_size(batch, default=1) // self._samples)
+        own = 4 * -(-self._targets.numel // distributed.world_size())
+        held = own * rows * distributed.world_size()  # of each process's rows what this one's blocks cover
+        self.trial = Trial(SourceMemory(peak, held, held, 1, 1), False)
 
 
 def _on_cpu(leaf: Any) -> Any:

@@ -84,7 +84,7 @@ def test_peak_memory_is_that_of_the_phase(scaling: Any) -> None:
 @pytest.mark.parametrize(("gradients", "batch"), [(40, 4), (41, 4), (7, 2)])
 def test_amounts_are_those_of_counting(paper: Any, ranks: int, gradients: int, batch: int) -> None:
     d, B = 96, 4
-    found = paper.amounts(paper.Problem(d, gradients, B, batch, 0.5, packed=True), ranks)
+    found = paper.amounts(paper.Problem(d, gradients, B, batch, 0.5, packed=True, device="cpu"), ranks)
     blocks = [len(part) for part in torch.arange(d // B).tensor_split(ranks)]
     sizes = [min(batch, gradients - first) for first in range(0, gradients, batch)]  # of the batches, dealt out in turn
     busiest = max(sum(sizes[rank::ranks]) for rank in range(ranks))
@@ -106,6 +106,18 @@ def test_what_a_rank_does_falls_as_the_number_of_ranks(paper: Any) -> None:
     assert many["planned"] > one["planned"] / 64, "the rows in flight do not fall"
 
 
+def test_a_rank_of_a_sharded_model_holds_its_part(paper: Any) -> None:
+    d, units = 40 * 2**20, 40
+    whole, shared = (paper.Problem(d, 4096, 192, 2, 0.5, packed=True, units=u) for u in (0, units))
+    alone, eighth, replicated = paper.amounts(shared, 1), paper.amounts(shared, 8), paper.amounts(whole, 8)
+    assert 8 * eighth["model"] == alone["model"] == replicated["model"]
+    assert eighth["fisher"] == replicated["fisher"]
+    assert eighth["exchange"] == replicated["exchange"] == 4 * 512 * d * 7 / 8
+    assert eighth["lent"] == 2 * eighth["exchange"]
+    assert replicated["lent"] == 0 == eighth["gather"]
+    assert eighth["planned"] < 1.15 * alone["planned"] / 8 + 8 * d / units < replicated["planned"]
+
+
 def test_seconds_are_amounts_over_rates(paper: Any) -> None:
     problem = paper.Problem(2**20, 1024, 128, 4, 0.5, packed=False)
     need = paper.amounts(problem, 16)
@@ -125,12 +137,12 @@ def test_seconds_are_amounts_over_rates(paper: Any) -> None:
 
 
 def test_gpu_tables_say_that_they_are_assumed(scaling: Any, paper: Any) -> None:
-    options = scaling.parse(["--gpus", "2", "16", "--sample-seconds", "0.5", "1", "--network", "7e9"])
+    options = scaling.parse(["--gpus", "2", "16", "--sample-seconds", "0.5", "1", "2", "--network", "7e9"])
     assumed, on_paper, (text, *tables) = paper.gpu_tables(options)
     assert "nothing in these tables is measured" in text
-    assert all(part in text for part in ("500, 1000 ms", "7 GB/s to other nodes", "2 TB/s of memory"))
+    assert all(part in text for part in ("500, 1000, 2000 ms", "7 GB/s to other nodes", "2 TB/s of memory"))
     assert assumed["network"] == 7e9
-    assert list(on_paper) == ["DeiT-Small", "DeiT-Base"]
+    assert list(on_paper) == ["DeiT-Small", "DeiT-Base", "ViT-giant", "ViT-giant, sharded (FSDP2)"]
     for table, rows in zip(tables, on_paper.values(), strict=True):
         assert [row["gpus"] for row in rows] == [2, 16]
         lines = table.splitlines()
@@ -170,11 +182,14 @@ def test_quick_run(scaling: Any, tmp_path: Path, capsys: pytest.CaptureFixture[s
         assert run["wall"]["all"] >= max(value for phase, value in run["wall"].items() if phase != "all")
     assert set(one["sent"].values()) == {0}
     assert one["wall"]["exchange"] == 0 < two["wall"]["exchange"]
+    for run in written["sharded_runs"]:
+        assert run["masks_that_differ"] == 0
+        assert run["fisher"] == written["runs"][run["ranks"] - 1]["fisher"]
     (check,) = written["check"]
     for key in ("fisher", "exchange", "select", "gather"):  # the formulas are exact where everything divides
         said, found = check["bytes"][key]
         assert said == found > 0, key
     tables = [block.splitlines() for block in capsys.readouterr().out.split("\n\n") if block.startswith("|")]
-    assert [len(table) for table in tables[:4]] == [12, 12, 12, 14]
+    assert [len(table) for table in tables[:7]] == [12, 12, 12, 14, 12, 12, 13]
     assert all(len({line.count("|") for line in table}) == 1 for table in tables)
     assert tables[0][0] == "| seconds, a rank | R = 1 | R = 2 | 2 : 1 |"
