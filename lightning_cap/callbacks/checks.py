@@ -15,7 +15,7 @@ from lightning_cap.callbacks.run_files import RunFiles, checkpoint_dir
 from lightning_cap.errors import ConfigError, ScheduleError, UnsupportedError
 from lightning_cap.export.records import EXPORTS, ExportRecord
 from lightning_cap.pruners import Pruner
-from lightning_cap.pruners.base import refuse_splitting
+from lightning_cap.pruners.base import refuse_shards, refuse_splitting
 from lightning_cap.schedules import SparsitySchedule
 from lightning_cap.sparsity.cost import require_path_of_steps
 from lightning_cap.sparsity.targets import Targets
@@ -76,6 +76,38 @@ def check_settings(callback: CAPPruningCallback) -> None:
             f"schedule={shown(c.schedule)}: units that {type(c.pruner).__name__} has pruned cannot grow back, since a unit whose "
             "weights are all zero has no gradient. Let the schedule rise, or prune weights."
         )
+
+
+def refuse_trainer(trainer: pl.Trainer, save: str, dirpath: str | None) -> None:
+    """Refuse a Trainer with which a run could not come to its end. To be called on every rank, before anything runs.
+
+    Args:
+        trainer: Of the run.
+        save: See `CAPPruningCallback`.
+        dirpath: See `CAPPruningCallback`.
+
+    Raises:
+        ConfigError: Nothing would be validated, or the files could not be written.
+        UnsupportedError: Its strategy shards parameters in another way than FSDP2 does, or another callback prunes.
+    """
+    refuse_other_sharding(trainer)
+    refuse_other_pruning(trainer)
+    refuse_best_of_none(trainer, save)
+    if not is_dry(trainer) and save != "none":
+        refuse_unwritable(trainer, dirpath)
+
+
+def refuse_targets(targets: Targets, pruner: Pruner, schedule: SparsitySchedule, recalibrate: bool) -> None:
+    """Refuse weights that the pruner cannot take, or that cannot do what is asked for.
+
+    Raises:
+        ConfigError: Of `Pruner.check`.
+        UnsupportedError: They are sharded, and something needs whole weights.
+    """
+    refuse_shards(pruner, targets, recalibrate)
+    refuse_growing_shards(schedule, targets)
+    if targets.units is None:
+        pruner.check(targets)
 
 
 def refuse_other_pruning(trainer: pl.Trainer) -> None:

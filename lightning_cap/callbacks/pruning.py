@@ -29,11 +29,11 @@ from lightning_cap.callbacks.loggers import Pictures
 from lightning_cap.callbacks.lr_restart import refuse_beyond_max_steps, restart_schedulers
 from lightning_cap.callbacks.optimizer_state import sync_optimizer_state
 from lightning_cap.callbacks.resume import begin_epoch_anew, restore_random_state
-from lightning_cap.callbacks.run import Run, is_dry
+from lightning_cap.callbacks.run import Run
 from lightning_cap.callbacks.run_files import checkpoint_dir
 from lightning_cap.callbacks.saving_run import SavingRun
 from lightning_cap.callbacks.settings import warn_of_differences
-from lightning_cap.callbacks.state import RunState, choose_files, load_masks
+from lightning_cap.callbacks.state import RunState, choose_files, first_masks
 from lightning_cap.callbacks.steps import PruningSteps, plan_steps, pruners_of, validate_steps
 from lightning_cap.callbacks.summary import print_table
 from lightning_cap.callbacks.targets import choose_targets, find_parts, known_parts, run_of_same_model
@@ -41,11 +41,10 @@ from lightning_cap.callbacks.weight_averaging import mask_averages, update_avera
 from lightning_cap.errors import CAPError
 from lightning_cap.healing import HealArgument
 from lightning_cap.pruners import CAP, Pruner
-from lightning_cap.pruners.base import refuse_shards, with_heal
+from lightning_cap.pruners.base import with_heal
 from lightning_cap.schedules import SparsitySchedule, SparsitySteps
 from lightning_cap.sparsity.cost import Cost, StepPath
 from lightning_cap.sparsity.ends import PENDING, Ends
-from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.units import Units
 from lightning_cap.trainer import compat
 from lightning_cap.trainer.evaluation import evaluate
@@ -154,12 +153,8 @@ class CAPPruningCallback(SavingRun):
         self._stepped, self._first_rng = False, None
         self._restored, self._packed = None, None  # of a fit that did not come to its end
         self._previous, self._run = self._run or self._previous, None
-        checks.refuse_other_sharding(trainer)
-        checks.refuse_other_pruning(trainer)
         refuse_wrong_companions(trainer)
-        checks.refuse_best_of_none(trainer, self.save)
-        if not is_dry(trainer) and self.save != "none":
-            checks.refuse_unwritable(trainer, self.dirpath)
+        checks.refuse_trainer(trainer, self.save, self.dirpath)
         checks.refuse_manual(pl_module, pruners_of(self.pruner, self.schedule, self._events(trainer)))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -185,17 +180,10 @@ class CAPPruningCallback(SavingRun):
     def _begin(self, trainer: pl.Trainer, module: pl.LightningModule, parts: Ends | Units) -> None:
         """Make the run; while it is pending what is pruned, with everything that may be a target, and nothing masked."""
         targets = choose_targets(module, self.pruner, self.include, self.exclude, parts)
-        masks = MaskSet(targets)
         if targets.ends is not PENDING:
             rank_zero_info(f"Pruning {targets.summary}")
-            refuse_shards(self.pruner, targets, self.recalibrate)
-            checks.refuse_growing_shards(self.schedule, targets)
-            if targets.units is None:
-                self.pruner.check(targets)
-            if self._packed is not None:
-                load_masks(masks, self._packed)
-            elif self.existing_zeros:
-                masks.mask_zeros()
+            checks.refuse_targets(targets, self.pruner, self.schedule, self.recalibrate)
+        masks = first_masks(targets, self._packed, self.existing_zeros)
         masks.apply_to_weights()
         events = self._events(trainer)
         folder = checkpoint_dir(trainer, self.dirpath)

@@ -14,8 +14,9 @@ from lightning_cap.callbacks.cycle import Cycle
 from lightning_cap.callbacks.run_files import RunFiles, unused_files
 from lightning_cap.errors import CAPError, ConfigError, DataError
 from lightning_cap.pruners import Pruner
-from lightning_cap.sparsity.ends import Ends
+from lightning_cap.sparsity.ends import PENDING, Ends
 from lightning_cap.sparsity.masks import MaskSet, unpack_masks
+from lightning_cap.sparsity.targets import Targets
 from lightning_cap.sparsity.units import Units
 from lightning_cap.trainer.run_records import CycleRecord
 from lightning_cap.utilities.arguments import is_real, is_whole, shown
@@ -150,6 +151,28 @@ def load_masks(masks: MaskSet, packed: Mapping[str, Any]) -> None:
     """
     with _reading("masks", ConfigError):
         masks.load_state_dict(packed)
+
+
+def first_masks(targets: Targets, packed: Mapping[str, Any] | None, existing_zeros: bool) -> MaskSet:
+    """The masks that a run begins with.
+
+    Args:
+        targets: What is pruned; while this is not chosen yet, nothing is masked.
+        packed: Masks of a checkpoint or of an earlier fit, if there are any.
+        existing_zeros: Whether, without them, weights that are zero are masked.
+
+    Raises:
+        ConfigError: The packed masks are not of these targets.
+        DataError: They are damaged.
+    """
+    masks = MaskSet(targets)
+    if targets.ends is PENDING:
+        return masks
+    if packed is not None:
+        load_masks(masks, packed)
+    elif existing_zeros:
+        masks.mask_zeros()
+    return masks
 
 
 def load_ends(restored: Restored) -> Ends | None:

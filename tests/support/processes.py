@@ -77,7 +77,9 @@ def _run(world: int, folder: Path, how: Callable[..., Any], call: Callable[[], A
 
 def _main(rank: int, world: int, place: str, port: int, how: Callable[..., Any], call: Callable[[], Any]) -> None:
     be_ordinary()
-    torch.set_num_threads(torch.get_num_threads())  # after a fork torch makes its pool anew, which two threads at once cannot do
+    torch.set_num_threads(
+        torch.get_num_threads()
+    )  # after a fork torch makes its pool anew, which two threads at once cannot do
     torch.save(how(rank, world, place, port, call), Path(place) / f"{rank}.pt")
 
 
