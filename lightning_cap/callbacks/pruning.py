@@ -349,6 +349,7 @@ class CAPPruningCallback(SavingRun):
             self.on_train_end(trainer, pl_module)  # of a run that was stopped in this event: nothing is left to train
         elif self._active.begins is None:  # no on_train_start, no on_train_end
             self._active.warn_of_missed(self._state.done)
+            self._begin_log_if_stopped(trainer, pl_module)
         self._restored = None
         self._log.finish()
         if trainer.is_global_zero and self._state.history:

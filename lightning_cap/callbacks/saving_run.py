@@ -20,10 +20,11 @@ from lightning_cap.trainer import compat
 from lightning_cap.trainer.ending import run_unless_told
 from lightning_cap.trainer.evaluation import evaluate
 from lightning_cap.trainer.model_flops import count_flops
-from lightning_cap.trainer.run_records import CycleRecord
+from lightning_cap.trainer.run_records import CycleRecord, RunRecord
 from lightning_cap.trainer.saving import goal_name, saving
 from lightning_cap.utilities import distributed
 from lightning_cap.utilities.arguments import shown
+from lightning_cap.utilities.records import known_records
 
 
 class SavingRun(CheckpointedRun):
@@ -124,6 +125,14 @@ class SavingRun(CheckpointedRun):
         flops = None if run.targets.is_sharded else count_flops(trainer, module, self.seed)
         record = run_record(trainer, module, run, flops, goal_name(self.pruner), metric, mode, settings)
         self._log.begin(files, record, self._state.history)
+
+    def _begin_log_if_stopped(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        """Write down that a run goes on which was stopped between its last step and saying that it had come to its end."""
+        files, goal = self._log_files(trainer), goal_name(self.pruner)
+        known = [] if files is None else known_records(files.runs, RunRecord)
+        last = [record.state for record in known if record.counted == goal][-1:]
+        if distributed.gather_objects(last not in ([], ["finished"]))[0]:
+            self._begin_log(trainer, module)
 
     def _value(self, metrics: Mapping[str, Any]) -> float | None:
         """Of the monitored metric, whose name is kept for the table."""

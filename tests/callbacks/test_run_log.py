@@ -164,6 +164,26 @@ def test_a_run_with_nothing_left_to_train_but_an_event(tmp_path: Path) -> None:
     assert [line.goal for line in cycles(tmp_path)] == [0.0, 0.5]
 
 
+def test_a_run_with_nothing_left_to_do_at_all(tmp_path: Path) -> None:
+    """It was stopped between its last step and the line that says so; once it has said so, it says no more."""
+
+    class Keep(pl.Callback):
+        def on_train_end(self, trainer: Any, pl_module: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "end.ckpt")
+            raise CrashError
+
+    def fit(*extra: pl.Callback, ckpt: Path | None = None) -> None:
+        cb = callback({1: 0.5}, pruner=Magnitude(), dirpath=str(tmp_path))
+        trainer(tmp_path, cb, *extra, max_epochs=2).fit(Toy(), **loaders(), ckpt_path=ckpt)
+
+    with pytest.raises(CrashError):
+        fit(Keep())
+    for _ in range(2):
+        fit(ckpt=tmp_path / "end.ckpt")
+        assert [run.state for run in runs(tmp_path)] == ["stopped", "finished"]
+        assert [line.goal for line in cycles(tmp_path)] == [0.0, 0.5]
+
+
 def test_two_callbacks_keep_apart(tmp_path: Path) -> None:
     first, second = units(dirpath=str(tmp_path)), weights(dirpath=str(tmp_path))
     trainer(tmp_path, first, second, max_epochs=6).fit(Toy(), **loaders())
