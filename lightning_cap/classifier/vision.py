@@ -23,6 +23,7 @@ from lightning_cap.classifier.agreement import (
     tell_other_normalization,
 )
 from lightning_cap.classifier.making import check_given_module, create_timm, number_of_classes, with_recipe
+from lightning_cap.classifier.sharding import shard_by_blocks
 from lightning_cap.classifier.weights import load_weights
 from lightning_cap.errors import ConfigError
 from lightning_cap.schedules.learning_rate import CosineLR, CyclicLinearLR
@@ -121,6 +122,11 @@ class VisionClassifier(LightningModule):
     def normalization(self) -> Normalization | None:
         """Mean and standard deviation per channel of the images that the model expects, from timm's ``pretrained_cfg``."""
         return normalization_of(self.model)
+
+    def configure_model(self) -> None:
+        """With `ModelParallelStrategy`, share the weights out over the processes, block by block, by `fully_shard` (FSDP2)."""
+        if self.device_mesh is not None:
+            shard_by_blocks(self.model, self.device_mesh["data_parallel"])
 
     def setup(self, stage: str) -> None:
         """Compare the model with the data module, as far as that tells its classes, its images and their normalisation.
