@@ -153,8 +153,8 @@ class CAPPruningCallback(SavingRun):
         self._stepped, self._first_rng = False, None
         self._restored, self._packed = None, None  # of a fit that did not come to its end
         self._previous, self._run = self._run or self._previous, None
-        refuse_wrong_companions(trainer)
         checks.refuse_trainer(trainer, self.save, self.dirpath)
+        refuse_wrong_companions(trainer)
         checks.refuse_manual(pl_module, pruners_of(self.pruner, self.schedule, self._events(trainer)))
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
