@@ -46,7 +46,6 @@ class Pruner(ABC):
             others nothing is called a predicted loss.
         regrows: Whether masked weights may come back: the masks of its results stand in place of those before, a weight that
             comes back is zero in the result, and events are run at a sparsity that is reached already, too.
-        takes_shards: Whether it prunes targets that are shared out over processes (FSDP2).
     """
 
     allocation: Allocation = Global()
@@ -56,7 +55,11 @@ class Pruner(ABC):
     takes_units: ClassVar[bool] = False
     predicts_loss: ClassVar[bool] = False
     regrows: ClassVar[bool] = False
-    takes_shards: ClassVar[bool] = False
+
+    @property
+    def takes_shards(self) -> bool:
+        """Whether it prunes targets that are shared out over processes (FSDP2)."""
+        return False
 
     @property
     def statistic(self) -> Statistic | None:
@@ -208,9 +211,10 @@ def refuse_shards(pruner: Pruner, targets: Targets, recalibrate: bool = False) -
     """
     if not targets.is_sharded:
         return
-    way_out = "Use CAP or WoodFisher, or train with strategy='ddp'."
+    way_out = "Use CAP, WoodFisher or Magnitude, or train with strategy='ddp'."
     if not pruner.takes_shards:
-        raise UnsupportedError(f"pruner={type(pruner).__name__}: it cannot prune sharded weights (FSDP2). {way_out}")
+        kind = f"{type(pruner).__name__} with pattern={pruner.pattern}"
+        raise UnsupportedError(f"pruner={kind}: it cannot prune sharded weights (FSDP2). {way_out}")
     if pruner.heal is not None:
         raise UnsupportedError(
             f"heal={shown(pruner.heal)}: sharded weights (FSDP2) cannot be healed. Leave heal out, or use strategy='ddp'."

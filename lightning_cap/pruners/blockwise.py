@@ -222,7 +222,10 @@ class FisherBlockwise(GradientBlockwise):
     allow_tf32: bool = False
     shrinkage: float = 0.0
 
-    takes_shards: ClassVar[bool] = True
+    @property
+    def takes_shards(self) -> bool:
+        """All methods of Fisher blocks do."""
+        return True
 
     def __post_init__(self) -> None:
         super().__post_init__()

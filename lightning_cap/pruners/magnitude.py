@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_cap.calibration.sources import GradientSource
 from lightning_cap.pruners.scored import Scored
 from lightning_cap.sparsity.block_layout import BlockLayout
+from lightning_cap.sparsity.patterns import as_pattern
 from lightning_cap.sparsity.targets import Targets
 
 
@@ -18,6 +19,11 @@ class Magnitude(Scored):
 
     Needs no gradients. The summed saliency is half the squared norm of what is removed. Arguments: see `Scored`.
     """
+
+    @property
+    def takes_shards(self) -> bool:
+        """Unless groups are pruned as a whole, of which processes may hold parts."""
+        return not as_pattern(self.pattern).whole_groups
 
     def _saliency(self, targets: Targets, layout: BlockLayout, weights: Tensor, gradients: GradientSource) -> Tensor:
         return weights.abs()

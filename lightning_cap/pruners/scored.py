@@ -22,6 +22,7 @@ from lightning_cap.sparsity.block_layout import BlockLayout
 from lightning_cap.sparsity.masks import check_masks
 from lightning_cap.sparsity.patterns import Pattern, PatternArgument, as_pattern
 from lightning_cap.sparsity.targets import Targets, require_targets
+from lightning_cap.utilities import distributed
 from lightning_cap.utilities.arguments import require_list
 from lightning_cap.utilities.progress import Progress
 
@@ -116,7 +117,7 @@ class ScoredPath(WeightPath):
     ) -> None:
         super().__init__(targets, layout, masks, pruner.cost, pruner.predicts_loss)
         self._pattern, self._allocation = pruner.pattern, pruner.allocation
-        self.weights = pack_weights(targets, layout, self._alive)
+        self.weights = pack_weights(targets, layout, self._alive, self._shards)
         self.stats: dict[str, float] = {}
 
     def score(self, saliency: Tensor | Mapping[str, Tensor], summed: Tensor | None = None) -> None:
@@ -136,7 +137,7 @@ class ScoredPath(WeightPath):
                 "gradients: a saliency is not finite. Leave non-finite samples out, or scale the loss down."
             )
         self._summed = self._saliency if summed is None else summed
-        self._signed = bool((self._saliency < 0).any())
+        self._signed = self._of_all([(self._saliency < 0).sum()]) != [0]
 
     def at(self, sparsity: float) -> PruneResult:
         """See `PruningPath.at`; ``saliency`` is the sum of those of what is pruned.
@@ -174,7 +175,7 @@ class ScoredPath(WeightPath):
         scores = self._saliency.masked_fill(~self._alive, torch.inf)
         device = scores.device
         rows = {n: torch.arange(span.start, span.stop, device=device) for n, span in self._layout.spans.items()}
-        return select(scores, rows, removals, most, signed=self._signed)
+        return select(scores, rows, removals, most, sharded=self._shards is not None, signed=self._signed)
 
     def _whole_units(self, removals: list[tuple[list[str], int]], most: dict[str, int] | None) -> Tensor:
         """Units of least saliency per weight, as many as each budget has room for."""
@@ -204,7 +205,8 @@ class ScoredPath(WeightPath):
         return torch.where(sizes > 0, (sums / sizes.clamp_min(1)).float(), torch.inf), sizes
 
     def _sum(self, pruned: Tensor) -> float:
-        return float(torch.where(pruned, self._summed, 0.0).sum(dtype=torch.float64))
+        own = torch.where(pruned, self._summed, 0.0).sum(dtype=torch.float64)
+        return float(own if self._shards is None else distributed.sum_over_ranks(own))
 
 
 def _take(scores: Tensor, sizes: Tensor, count: int) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -101,12 +102,48 @@ def test_masks_are_those_of_one_process_bit_for_bit(one: Any, several: Any, case
     assert sum(rank[case]["own"] for rank in several) == wanted["own"]
 
 
+BY_MAGNITUDE: dict[str, Magnitude] = {
+    "plain": Magnitude(),
+    "ERK": Magnitude(allocation=ERK(min_density=0.2)),
+    "2:4": Magnitude(pattern=NofM(2, 4)),
+}
+
+
+def prune_by_magnitude(fully_sharded: bool) -> dict[str, Any]:
+    out = {}
+    for name, pruner in BY_MAGNITUDE.items():
+        model = (make_sharded() if fully_sharded else make_net()).eval()
+        targets = Targets.from_model(model, include=NAMES[:1] if name == "2:4" else NAMES)
+        path = pruner.path(targets)
+        result = path.at(pruner.pattern.sparsity or 0.7)  # type: ignore[union-attr]
+        masks = {n: sharded.whole(m).clone() for n, m in result.masks.items()}
+        curve = [0.0] if name == "2:4" else path.curve([0.5])
+        out[name] = masks, result.sparsity, result.saliency, curve
+    return out
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_magnitude_gives_the_masks_of_one_process(tmp_path: Path, world: int) -> None:
+    wanted = prune_by_magnitude(False)
+    for rank in on_ranks(world, tmp_path, prune_by_magnitude, True):
+        for name, (masks, sparsity, saliency, curve) in wanted.items():
+            found = rank[name]
+            assert found[1] == sparsity
+            assert found[2] == pytest.approx(saliency)
+            assert found[3] == pytest.approx(curve)
+            assert all(torch.equal(found[0][n], mask) for n, mask in masks.items())
+
+
 def refusals() -> list[str]:
     """Of what needs whole weights, and of a model that is sharded in part."""
     model = make_sharded().eval()
     targets = Targets.from_model(model, include=NAMES)
     told = []
-    for refused in (lambda: prepare_(Magnitude(), targets), lambda: Targets.from_model(_half_sharded(), include=NAMES)):
+    whole_groups = Magnitude(pattern=BlockOf(4))
+    for refused in (
+        lambda: prepare_(whole_groups, targets),
+        lambda: Targets.from_model(_half_sharded(), include=NAMES),
+    ):
         with pytest.raises(UnsupportedError) as caught:
             refused()
         told.append(str(caught.value))
@@ -131,6 +168,6 @@ def _half_sharded() -> nn.Module:
 
 def test_what_needs_whole_weights_is_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
     for magnitude, half in on_ranks(2, tmp_path_factory.mktemp("refused"), refusals):
-        assert "pruner=Magnitude" in magnitude
+        assert "pruner=Magnitude with pattern=" in magnitude
         assert "CAP" in magnitude
         assert "'5.weight' is not sharded, and '2.weight' is" in half
