@@ -11,10 +11,11 @@ import torch
 from lightning.pytorch.plugins import AsyncCheckpointIO, CheckpointIO, TorchCheckpointIO
 from lightning.pytorch.utilities.model_helpers import is_overridden
 
+from lightning_cap.callbacks.checkpoint_folders import make_folders_whole, read_folder
 from lightning_cap.trainer import compat
-from lightning_cap.trainer.checkpoints import check_checkpoint, check_weights
+from lightning_cap.trainer.checkpoints import check_checkpoint, check_weights, is_folder
 from lightning_cap.utilities import distributed
-from lightning_cap.utilities.files import atomic
+from lightning_cap.utilities.files import atomic, remove_folder
 
 _REMOVAL = object()  # in place of storage options, where a file is to be removed in turn
 
@@ -48,7 +49,7 @@ class AtomicCheckpointIO(TorchCheckpointIO):
         """
         if storage_options is _REMOVAL:
             if not self._failed:
-                super().remove_checkpoint(path)
+                self._remove(path)
             return
         self._failed = True  # until it is written
         self._save(checkpoint, path, storage_options)
@@ -64,19 +65,26 @@ class AtomicCheckpointIO(TorchCheckpointIO):
     def remove_checkpoint(self, path: Any) -> None:
         """Remove a file or a folder; where another thread writes, when it has written what was given to it before."""
         if self._queue is None:
-            super().remove_checkpoint(path)
+            self._remove(path)
         else:
             self._queue.save_checkpoint({}, path, storage_options=_REMOVAL)
 
+    def _remove(self, path: Any) -> None:
+        if "://" not in str(path) and Path(path).is_dir() and not Path(path).is_symlink():
+            remove_folder(Path(path))
+        else:
+            super().remove_checkpoint(path)
+
     def load_checkpoint(self, path: Any, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """Read a checkpoint as Lightning does, once it is known to be one.
+        """Read a checkpoint as Lightning does, once it is known to be one; also a folder of FSDP2, on any number of processes.
 
         Raises:
             DataError: It is none, or holds objects that could run code, unless ``weights_only=False`` says that it is trusted.
         """
         if kwargs.get("weights_only") is not False:
-            check_checkpoint(path)
-        held: dict[str, Any] = super().load_checkpoint(path, *args, **kwargs)
+            check_checkpoint(path, folders=True)
+        folder = "://" not in str(path) and is_folder(Path(path))
+        held: dict[str, Any] = read_folder(Path(path)) if folder else super().load_checkpoint(path, *args, **kwargs)
         module = self._module
         if module is not None and module.strict_loading and not is_overridden("on_load_checkpoint", module):
             check_weights(path, held.get("state_dict", {}), module)
@@ -90,7 +98,10 @@ def _save(checkpoint: dict[str, Any], path: Path) -> None:
 
 
 def make_checkpoints_atomic(trainer: pl.Trainer) -> None:
-    """Let a Trainer that saves checkpoints in Lightning's own way do so by `AtomicCheckpointIO`; in `AsyncCheckpointIO` too."""
+    """Let a Trainer that saves checkpoints in Lightning's own way do so by `AtomicCheckpointIO`; in `AsyncCheckpointIO` too, and
+    in folders by `WholeFolders`.
+    """
+    make_folders_whole(trainer)
     outer = trainer.strategy.checkpoint_io
     ours = AtomicCheckpointIO(trainer.lightning_module)
     if type(outer) is TorchCheckpointIO:

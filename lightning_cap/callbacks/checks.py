@@ -19,6 +19,7 @@ from lightning_cap.pruners.base import refuse_shards, refuse_splitting
 from lightning_cap.schedules import SparsitySchedule
 from lightning_cap.sparsity.cost import require_path_of_steps
 from lightning_cap.sparsity.targets import Targets
+from lightning_cap.trainer import compat
 from lightning_cap.trainer.records import EventRecord
 from lightning_cap.trainer.run_records import CycleRecord, RunRecord
 from lightning_cap.utilities import distributed
@@ -91,6 +92,7 @@ def refuse_trainer(trainer: pl.Trainer, save: str, dirpath: str | None) -> None:
         UnsupportedError: Its strategy shards parameters in another way than FSDP2 does, or another callback prunes.
     """
     refuse_other_sharding(trainer)
+    refuse_averaging_of_shards(trainer)
     refuse_other_pruning(trainer)
     refuse_best_of_none(trainer, save)
     if not is_dry(trainer) and save != "none":
@@ -216,6 +218,20 @@ def refuse_other_sharding(trainer: pl.Trainer) -> None:
                 f"ModelParallelStrategy(data_parallel_size={trainer.world_size}, tensor_parallel_size=1) with fully_shard, or "
                 "Trainer(strategy='ddp')."
             )
+
+
+def refuse_averaging_of_shards(trainer: pl.Trainer) -> None:
+    """Refuse Lightning's averages of weights of a sharded model, which it copies before it shards it.
+
+    Raises:
+        UnsupportedError: One is among the callbacks.
+    """
+    names = [type(callback).__name__ for callback in compat.averaging_callbacks(trainer)]
+    if names and isinstance(trainer.strategy, ModelParallelStrategy):
+        raise UnsupportedError(
+            f"callbacks: {names[0]} does not average sharded weights (FSDP2): Lightning copies the whole model for it. Remove it, "
+            "or use Trainer(strategy='ddp')."
+        )
 
 
 def refuse_growing_shards(schedule: SparsitySchedule, targets: Targets) -> None:

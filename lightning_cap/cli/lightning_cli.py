@@ -244,7 +244,7 @@ class CAPCLI(LightningCLI):
         Raises:
             CAPError: It cannot.
         """
-        check_checkpoint(path, resumes=resumes)
+        check_checkpoint(path, resumes=resumes, folders=resumes)
 
     def before_instantiate_classes(self) -> None:
         """Show ``ckpt_path`` again, for the Trainer."""

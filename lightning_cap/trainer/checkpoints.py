@@ -19,12 +19,17 @@ from lightning_cap.utilities.arguments import require_path, shown
 #: What Lightning takes in place of a path, and looks up itself.
 WORDS = ("best", "last", "hpc")
 
+#: In a folder, what is neither weights nor the state of optimizers.
+META = "meta.pt"
+
 _ZIP, _PICKLE = b"PK\x03\x04", b"\x80"  # how files of torch begin: now, and before 1.6
 _GIVE = "Give a .ckpt file that a Trainer has saved."
 _LONGEST = 400  # characters of what does not fit
 
 
-def check_checkpoint(path: str | os.PathLike[str] | None, argument: str = "ckpt_path", resumes: bool = False) -> None:
+def check_checkpoint(
+    path: str | os.PathLike[str] | None, argument: str = "ckpt_path", resumes: bool = False, folders: bool = False
+) -> None:
     """Refuse a checkpoint that Lightning could not load. No code in it is run, and its tensors stay on the disk.
 
     None, the words `WORDS`, ``registry:...`` and addresses such as ``s3://...`` are left to Lightning.
@@ -33,6 +38,7 @@ def check_checkpoint(path: str | os.PathLike[str] | None, argument: str = "ckpt_
         path: The checkpoint.
         argument: Its name in messages.
         resumes: Whether training is to go on from it, which needs the state of the optimizer too.
+        folders: Whether it may be one that several processes have written together (FSDP2).
 
     Raises:
         ConfigError: It is no path.
@@ -44,7 +50,10 @@ def check_checkpoint(path: str | os.PathLike[str] | None, argument: str = "ckpt_
     if os.fspath(path).lower().partition(":")[0] == "registry" and not os.path.exists(path):
         return
     named = f"{argument}={shown(os.fspath(path))}"
-    held = _read(Path(path).expanduser(), named)
+    if folders and is_folder(Path(path).expanduser()):
+        held = {"state_dict": {}, "optimizer_states": [], **_read(Path(path).expanduser() / META, named)}
+    else:
+        held = _read(Path(path).expanduser(), named)
     if not isinstance(held, Mapping):
         raise DataError(f"{named}: it holds one {type(held).__name__} and is no Lightning checkpoint. {_GIVE}")
     if not isinstance(held.get("state_dict"), Mapping) or not _is_version(held.get("pytorch-lightning_version")):
@@ -58,6 +67,11 @@ def check_checkpoint(path: str | os.PathLike[str] | None, argument: str = "ckpt_
             f"{named}: it holds no {missing[0]}, as with save_weights_only=True, so that training cannot go on from it. Give a "
             "whole checkpoint, or load these weights into the model and start anew."
         )
+
+
+def is_folder(path: Path) -> bool:
+    """Whether this is a checkpoint that several processes have written together (FSDP2); its last file is written when all are."""
+    return (path / META).is_file() and (path / ".metadata").is_file()
 
 
 @contextmanager
@@ -140,9 +154,9 @@ def _read(path: Path, named: str) -> Any:
 
 
 def _in_folder(path: Path) -> str:
-    if (path / "meta.pt").is_file():
-        tool = "python -m lightning.pytorch.utilities.consolidate_checkpoint"
-        return f"It is a sharded checkpoint: make one file of it by {tool} {path}"
+    if (path / META).is_file():
+        tool = "python -m lightning.fabric.utilities.consolidate_checkpoint"
+        return f"It is a sharded checkpoint, which fit alone takes: make one file of its weights by {tool} {path}"
     inside = sorted(file.name for file in path.glob("*.ckpt"))
     return f"Give one of the checkpoints in it, such as {shown(inside[-1])}." if inside else _GIVE
 

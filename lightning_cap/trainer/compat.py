@@ -92,12 +92,18 @@ def averaged_models(trainer: pl.Trainer) -> list[nn.Module]:
     Raises:
         UnsupportedError: As `check_run`.
     """
-    known = tuple(getattr(callbacks, name) for name in _AVERAGING if hasattr(callbacks, name))
+    own = averaging_callbacks(trainer)
     found = [
-        _look_up(callback, _AVERAGE) if isinstance(callback, known) else getattr(callback, _AVERAGE, None)
+        _look_up(callback, _AVERAGE) if callback in own else getattr(callback, _AVERAGE, None)
         for callback in trainer.callbacks  # type: ignore[attr-defined]
     ]
     return [model for model in found if isinstance(model, nn.Module)]
+
+
+def averaging_callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
+    """Lightning's own callbacks in the run that average weights."""
+    known = tuple(getattr(callbacks, name) for name in _AVERAGING if hasattr(callbacks, name))
+    return [callback for callback in trainer.callbacks if isinstance(callback, known)]  # type: ignore[attr-defined]
 
 
 def restarted_mid_epoch(trainer: pl.Trainer) -> bool:

@@ -18,6 +18,7 @@ from lightning_cap.trainer import compat
 from lightning_cap.trainer.calibration import step_arguments, to_device
 from lightning_cap.trainer.isolation import in_stage, preserve_state, replace_logging, replace_metrics
 from lightning_cap.utilities import distributed
+from lightning_cap.utilities.sharded import units
 from lightning_cap.utilities.stopping import poll
 
 
@@ -66,15 +67,16 @@ def validation_loaders(trainer: pl.Trainer) -> list[Any]:
 
 
 def _validate(trainer: pl.Trainer, module: pl.LightningModule, logged: _LoggedValues, batches: int | None) -> None:
-    """The steps. They do not communicate; what comes after them does."""
+    """The steps. They do not communicate, but for the weights of a sharded model; what comes after them does."""
     flat = validation_loaders(trainer)
+    ask = distributed.poll_together if units(module) else poll
     module.on_validation_epoch_start()
     for index, loader in enumerate(flat):
         logged.suffix = f"/dataloader_idx_{index}" if len(flat) > 1 else ""
         for number, raw in enumerate(loader):
             if number >= min(trainer.num_val_batches[index], math.inf if batches is None else batches):
                 break
-            poll()
+            ask()
             batch = to_device(trainer, module, raw, index)
             logged.batch_size = batch_size(batch, default=1)
             with trainer.precision_plugin.val_step_context():

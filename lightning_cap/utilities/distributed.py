@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_cap.errors import CAPError
 from lightning_cap.utilities.bits import pack_bits, unpack_bits
-from lightning_cap.utilities.stopping import StopRequested
+from lightning_cap.utilities.stopping import StopRequested, poll
 
 #: What this process is in the middle of, in the body of `fail_together`.
 _task: ContextVar[str | None] = ContextVar("task", default=None)
@@ -154,6 +154,24 @@ def raise_on_all_ranks(what: str) -> Iterator[None]:
     messages = gather_objects(None if error is None else _message(error))
     if any(messages):
         raise _agreed(error, what, messages)
+
+
+def poll_together() -> None:
+    """`poll`, with one answer for all ranks, where they communicate before the next. Every rank must call it equally often.
+
+    Raises:
+        StopRequested: One of them was told to end; on all.
+    """
+    told: StopRequested | None = None
+    try:
+        poll()
+    except StopRequested as caught:
+        if world_size() == 1:
+            raise
+        told = caught
+    if world_size() > 1 and _any_failed(told is not None):
+        messages = _gather_objects(None if told is None else _message(told))
+        raise _agreed(told, "", messages)
 
 
 @contextmanager

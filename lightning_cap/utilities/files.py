@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import json
 import os
 import re
 import shutil
+import sys
 import tempfile
 import time
 import uuid
@@ -21,7 +23,8 @@ from lightning_cap.utilities.arguments import shown
 _ABANDONED = (
     3600.0  # seconds without a write, after which a temporary file is abandoned, where folders cannot be locked
 )
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{8}\.tmp")
+_TEMPORARY = re.compile(r"\.(.+)\.[0-9a-f]{8}\.tmp")
+_PART, _BEFORE = "part", "before"  # what is being written, and what had its name before
 
 
 @contextmanager
@@ -36,10 +39,8 @@ def atomic(path: Path) -> Iterator[Path]:
     Raises:
         OSError: The system refuses, as on a full disk; it names ``path``.
     """
-    holder = path.with_name(
-        f".{path.name}.{uuid.uuid4().hex[:8]}.tmp"
-    )  # a folder: some libraries write beside and rename too
-    temporary = holder / "part"
+    holder = _hidden(path)  # a folder: some libraries write beside and rename too
+    temporary = holder / _PART
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _writing_in(path.parent):
@@ -50,15 +51,48 @@ def atomic(path: Path) -> Iterator[Path]:
                     if not file.is_dir():
                         with file.open("rb+") as written:
                             os.fsync(written.fileno())
-                if temporary.is_dir() and path.exists():  # the system renames no folder over another
-                    os.replace(path, holder / "before")
-                os.replace(temporary, path)
+                _take_place(temporary, path)
             finally:
                 shutil.rmtree(holder, ignore_errors=True)
     except OSError as error:
         if error.filename is None:
             error.filename = str(path)
         raise
+
+
+def _take_place(new: Path, path: Path) -> None:
+    """Give what is in a holder its name. The system renames no folder over another, but on Linux two can change places."""
+    folders = new.is_dir() or path.is_dir()
+    if folders and os.path.lexists(path):
+        if _exchange(new, path):
+            return
+        os.replace(path, new.with_name(_BEFORE))  # a kill right here leaves both; the next writing goes on from it
+    os.replace(new, path)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places at once; False where the system, or the file system, cannot."""
+    if sys.platform != "linux":
+        return False
+    rename = getattr(ctypes.CDLL(None), "renameat2", None)
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return rename is not None and rename(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0
+
+
+def remove_folder(path: Path) -> None:
+    """Remove a folder that is there whole or not at all: a kill leaves a hidden one, which the next writing removes.
+
+    Raises:
+        OSError: The system refuses.
+    """
+    with _writing_in(path.parent):
+        hidden = _hidden(path)
+        os.replace(path, hidden)
+        shutil.rmtree(hidden)
+
+
+def _hidden(path: Path) -> Path:
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
 
 
 @contextmanager
@@ -87,10 +121,18 @@ def _writing_in(folder: Path) -> Iterator[None]:
 
 def _remove_temporary(folder: Path, older_than: float | None = None) -> None:
     for temporary in folder.glob(".*.tmp"):
-        if _TEMPORARY.fullmatch(temporary.name):
+        found = _TEMPORARY.fullmatch(temporary.name)
+        if found:
             with suppress(FileNotFoundError):  # another process has just renamed or removed it
                 if older_than is None or temporary.stat().st_mtime < time.time() - older_than:
+                    _finish(temporary, folder / found[1])
                     shutil.rmtree(temporary) if temporary.is_dir() else temporary.unlink()
+
+
+def _finish(holder: Path, path: Path) -> None:
+    """Give a folder its name, where the process was killed right after the old one lost it."""
+    if (holder / _BEFORE).exists() and (holder / _PART).exists() and not os.path.lexists(path):
+        os.replace(holder / _PART, path)
 
 
 def require_writable(argument: str, value: object, folder: Path) -> None:

@@ -10,11 +10,13 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
+from torch.distributed.fsdp import fully_shard
 from torch.utils.data import DataLoader, DistributedSampler, WeightedRandomSampler
 
 from lightning_cap.callbacks.resume import DataOrder, restore_random_state
-from lightning_cap.utilities import distributed, rng
+from lightning_cap.utilities import distributed, rng, sharded
 from tests.support.processes import as_by_torchrun
 from tests.support.toy import CLASSES, FEATURES, Toy, ToyData, callback, trainer
 
@@ -30,6 +32,12 @@ class Plain(Toy):
         layers = [nn.Linear(FEATURES, 16), nn.LayerNorm(16), nn.ReLU(), nn.Identity(), nn.Linear(16, 16), nn.ReLU()]
         self.net = nn.Sequential(*layers, nn.Linear(16, CLASSES))
 
+    def configure_model(self) -> None:
+        """Sharded where the strategy shards."""
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            for layer in (self.net[4], self.net):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])
+
 
 class Look(pl.Callback):
     """Writes the weights of each epoch's end, and at the end the masks and the samples of every step, of each rank."""
@@ -38,47 +46,68 @@ class Look(pl.Callback):
         self.file, self.weights = file, {}
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        self.weights[trainer.current_epoch] = {n: v.clone() for n, v in pl_module.state_dict().items()}
+        sharded.reshard(pl_module)
+        self.weights[trainer.current_epoch] = whole(pl_module.state_dict())
 
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
-        masks = {name: mask.clone() for name, mask in trainer.callbacks[0].masks.items()}
+        masks = whole(trainer.callbacks[0].masks)
         torch.save((self.weights, masks, pl_module.batches), f"{self.file}-{trainer.global_rank}.pt")
 
 
-def fit(folder: Path, name: str, ranks: int, ckpt: str | None = None, seed: int = 3) -> None:
+def whole(tensors: Any) -> dict[str, torch.Tensor]:
+    return {name: sharded.whole(tensor).clone() for name, tensor in tensors.items()}
+
+
+def fit(folder: Path, name: str, how: str, ranks: int, ckpt: str | None = None, seed: int = 3) -> None:
     """Four epochs with events at 1 and 3. On one process the order is that which Lightning gives several by itself."""
     pl.seed_everything(seed, verbose=False)
-    data, alone = ToyData(noise=0.0), ranks == 1 and ckpt is None
+    data, alone = ToyData(noise=0.0), how == "one" and ckpt is None
     sampler: Any = DistributedSampler(data, num_replicas=1, rank=0, seed=seed) if alone else None
     loader = DataLoader(data, SAMPLES // ranks, shuffle=sampler is None, sampler=sampler)
     cb = callback({1: 0.5, 3: 0.75}, dirpath=str(folder / name))
     saver = ModelCheckpoint(folder / name, "{epoch}", save_top_k=-1, save_on_train_epoch_end=True)
-    options: dict[str, Any] = {"devices": ranks, "strategy": "ddp"} if ranks > 1 else {}
-    t = trainer(folder, cb, Look(str(folder / name)), saver, enable_checkpointing=True, **options)
+    strategy: Any = {
+        "one": "auto",
+        "ddp": "ddp",
+        "fsdp": ModelParallelStrategy(ranks, 1, process_group_backend="gloo"),
+        "fsdp in a file": ModelParallelStrategy(ranks, 1, False, process_group_backend="gloo"),
+    }[how]
+    look = Look(str(folder / name))
+    t = trainer(folder, cb, look, saver, enable_checkpointing=True, devices=ranks, strategy=strategy)
     t.fit(Plain(), loader, ckpt_path=ckpt)
 
 
-def run(folder: Path, name: str, ranks: int, *args: Any) -> tuple[Any, Any, list[torch.Tensor]]:
+def run(folder: Path, name: str, how: str, ranks: int, *args: Any) -> tuple[Any, Any, list[torch.Tensor]]:
     """Weights by epoch, masks, and the samples of each step in a fixed order."""
-    if ranks == 1:
-        fit(folder, name, ranks, *args)
+    if how == "one":
+        fit(folder, name, how, ranks, *args)
     else:
-        as_by_torchrun(ranks, folder, fit, folder, name, ranks, *args)
+        as_by_torchrun(ranks, folder, fit, folder, name, how, ranks, *args)
     found = [torch.load(folder / f"{name}-{rank}.pt") for rank in range(ranks)]
     batches = zip(*(own for *_, own in found), strict=True)  # of each step, those of all ranks
     steps = [torch.cat([torch.tensor(part).view(-1, FEATURES) for part in parts]) for parts in batches]
     return found[0][0], found[0][1], [step[step[:, 0].argsort()] for step in steps]
 
 
-PAIRS = [(2, 1), (1, 2), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((2, 4), (4, 2), (1, 4), (4, 1)))]
+ONE, DDP2, DDP4 = ("one", 1), ("ddp", 2), ("ddp", 4)
+FSDP1, FSDP2, FSDP4 = (("fsdp", ranks) for ranks in (1, 2, 4))
+QUICK = [(DDP2, ONE), (ONE, DDP2), (FSDP1, FSDP2), (FSDP2, ONE), (DDP2, FSDP2)]
+SLOW = [
+    *((DDP2, DDP4), (DDP4, DDP2), (ONE, DDP4), (DDP4, ONE)),
+    *((FSDP2, FSDP1), (FSDP2, FSDP4), (FSDP4, FSDP2), (FSDP1, FSDP4), (FSDP4, FSDP1)),
+    *((FSDP4, DDP2), (FSDP2, DDP4), (DDP4, FSDP2), (DDP2, FSDP4), (ONE, FSDP4), (("fsdp in a file", 2), ONE)),
+]
+PAIRS = [*QUICK, *(pytest.param(*pair, marks=pytest.mark.slow) for pair in SLOW)]
 
 
 @pytest.mark.filterwarnings("ignore:The checkpoint holds the random state")
 @pytest.mark.xdist_group("processes")
-@pytest.mark.parametrize(("before", "after"), PAIRS)
-def test_resume_with_another_number_of_processes(tmp_path: Path, before: int, after: int) -> None:
-    weights, masks, steps = run(tmp_path, "whole", before)
-    again, other, rest = run(tmp_path, "again", after, str(tmp_path / "whole/epoch=1.ckpt"), 99)
+@pytest.mark.parametrize(("before", "after"), PAIRS, ids=lambda run: "-".join(map(str, run)))
+def test_resume_with_another_number_of_processes(
+    tmp_path: Path, before: tuple[str, int], after: tuple[str, int]
+) -> None:
+    weights, masks, steps = run(tmp_path, "whole", *before)
+    again, other, rest = run(tmp_path, "again", *after, str(tmp_path / "whole/epoch=1.ckpt"), 99)
     assert all(torch.equal(step, same) for step, same in zip(steps[8:], rest, strict=True)), "the same samples in order"
     assert masks.keys() == other.keys()
     assert all(torch.equal(mask, other[name]) for name, mask in masks.items())

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from lightning_cap.callbacks.checkpoint_folders import read_folder
 from lightning_cap.export.records import EXPORTS, ExportRecord
 from lightning_cap.trainer.records import EVENTS, EventRecord
 from lightning_cap.trainer.run_records import CYCLES, RUN, CycleRecord, RunRecord
@@ -57,9 +58,13 @@ def callback_states(state: dict[str, Any]) -> list[dict[str, Any]]:
     return [entry for key, entry in state["callbacks"].items() if "CAPPruningCallback" in key]
 
 
+def read(path: Path) -> Any:
+    return read_folder(path) if path.is_dir() else torch.load(path, weights_only=True)
+
+
 def check_checkpoint(path: Path, schedule: dict[int, float] = SCHEDULE) -> None:
     """It loads, and every event in it is whole: masks, weights and the list of events done tell the same."""
-    state = torch.load(path, weights_only=True)
+    state = read(path)
     entry, *others = callback_states(state)
     if others:  # of units, and of weights
         for one in (entry, *others):
@@ -80,10 +85,12 @@ def check_checkpoint(path: Path, schedule: dict[int, float] = SCHEDULE) -> None:
 def check_files(folder: Path, schedule: dict[int, float] = SCHEDULE) -> None:
     """Whatever a user or Lightning may load is complete; only hidden temporary files may be torn."""
     for path in folder.rglob("*"):
-        if path.is_dir() or path.suffix in (".txt", ".pt") or path.name.startswith("counts-"):
-            continue  # this test's own
         if path.suffix == ".ckpt" and not path.name.startswith("."):
             check_checkpoint(path, schedule)
+        if path.is_dir() or path.suffix in (".txt", ".pt", ".ckpt") or path.name.startswith("counts-"):
+            continue  # this test's own, and files of such folders
+        if path.parent.suffix == ".ckpt":
+            assert path.name == ".metadata" or path.suffix == ".distcp", path
         elif path.suffix == ".safetensors":
             plain(path)
         elif path.suffix == ".jsonl":
@@ -103,9 +110,8 @@ def check_files(folder: Path, schedule: dict[int, float] = SCHEDULE) -> None:
                 if len(epochs) == len(records):  # no units
                     assert epochs == sorted(schedule)[: len(epochs)]
         else:
-            hidden = path.parent.name
-            assert hidden.startswith("."), f"{path.name} is visible"
-            assert hidden.endswith(".tmp")
+            above = [folder.name for folder in path.parents]
+            assert any(name.startswith(".") and name.endswith(".tmp") for name in above), f"{path.name} is visible"
 
 
 def same(a: Any, b: Any, where: str = "") -> None:
@@ -135,7 +141,7 @@ def without_folder(value: Any, folder: Path) -> Any:
 
 
 def load(path: Path, folder: Path) -> Any:
-    return without_folder(torch.load(path, weights_only=True), folder)
+    return without_folder(read(path), folder)
 
 
 def plain(path: Path) -> tuple[Any, Any]:

@@ -15,15 +15,21 @@ from typing import Any, NoReturn
 import torch
 from fsspec.implementations.local import LocalFileOpener
 from lightning.pytorch.plugins import TorchCheckpointIO
+from torch.distributed.checkpoint.filesystem import FileSystemWriter
 
 import lightning_cap.callbacks.checkpoint_io as checkpoint_io
 import lightning_cap.callbacks.event_log as event_log
 import lightning_cap.export.safetensors as plain_weights
+import lightning_cap.export.sharded as sharded_weights
 import lightning_cap.pruners.blockwise as blockwise_module
 import lightning_cap.pruners.blockwise_path as path_module
+import lightning_cap.utilities.files as files
 from lightning_cap.calibration.gradients import GradientCollector
+from lightning_cap.calibration.sharded_rows import ShardedRowComputer
 from lightning_cap.sparsity.masks import MaskSet
+from lightning_cap.sparsity.shards import BlockShards
 from lightning_cap.sparsity.targets import Targets
+from lightning_cap.utilities.sharded import local
 from tests.support.toy import Toy
 
 # their names in the package are the functions
@@ -83,6 +89,13 @@ def install(moments: Moments, folder: Path, elsewhere: bool) -> None:
         ("log", event_log, "append_record"),
         ("export", plain_weights, "append_record"),
         ("remove", TorchCheckpointIO, "remove_checkpoint"),
+        ("remove", checkpoint_io, "remove_folder"),
+        ("collect", ShardedRowComputer, "row"),
+        ("exchange", BlockShards, "exchange"),
+        ("write checkpoint", FileSystemWriter, "write_data"),  # of a folder: files of one rank and not of another,
+        ("write checkpoint", FileSystemWriter, "finish"),  # then without and with a list of what is in them
+        ("write weights", sharded_weights, "whole"),
+        ("rename", files, "_exchange"),
         ("load", TorchCheckpointIO, "load_checkpoint"),
     ):
         around(owner, name, lambda phase=phase: moments.reach(phase))
@@ -126,7 +139,7 @@ def _install_event(moments: Moments) -> None:
 
     def restore_one_by_one(self: Targets, weights: Any) -> None:
         for name, weight in weights.items():
-            moments.reach("apply", lambda name=name, weight=weight: self[name].data[0].copy_(weight[0]))
+            moments.reach("apply", lambda name=name, weight=weight: local(self[name])[0].copy_(local(weight)[0]))
             restore(self, {name: weight})
 
     def update_one_by_one(self: MaskSet, masks: Any) -> None:

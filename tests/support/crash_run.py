@@ -15,11 +15,14 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
 from lightning_cap.schedules import OneShot, SparsitySteps
+from lightning_cap.utilities.sharded import reshard, whole
 from tests.support.crash_moments import Moments, install, limit_memory
 from tests.support.processes import FORKED, be_ordinary, free_port, torchrun_environment
+from tests.support.sharding import ShardedToy
 from tests.support.toy import Toy, ToyData, callback, loaders, trainer
 from tests.support.unit_runs import units, weights
 
@@ -99,9 +102,12 @@ def fit(order: dict[str, Any], folder: Path) -> None:
         cbs = [units({0: 0.2, 2: 0.4}, dirpath=pruned), weights({1: 0.6, 3: 0.9}, dirpath=pruned)]
     saver = ModelCheckpoint(dirpath=folder, save_last=True, **order.get("saver", {}))
     extra = [SmallFiles(*order["small_files"])] if "small_files" in order else []
-    options = {"devices": ranks, "strategy": "ddp"} if ranks > 1 else {}
+    options: dict[str, Any] = {"devices": ranks, "strategy": "ddp"} if ranks > 1 else {}
+    if order.get("fsdp"):
+        module, options["strategy"] = ShardedToy(), ModelParallelStrategy(ranks, 1, process_group_backend="gloo")
     t = trainer(folder, *extra, *cbs, saver, max_epochs=4, enable_checkpointing=True, **options)
     t.fit(module, **data, ckpt_path="last")
+    reshard(module)
     end = {
         "weights": module.state_dict(),
         "masks": [dict(cb.masks) for cb in cbs],
@@ -109,7 +115,16 @@ def fit(order: dict[str, Any], folder: Path) -> None:
         "optimizer": t.optimizers[0].state_dict(),
         "batches": module.batches[-4:],
     }
-    torch.save(end, folder / f"end-{t.global_rank}.pt")
+    torch.save(all_of(end), folder / f"end-{t.global_rank}.pt")
+
+
+def all_of(value: Any) -> Any:
+    """With whole tensors where they are sharded."""
+    if isinstance(value, dict):
+        return {key: all_of(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [all_of(inner) for inner in value]
+    return whole(value) if isinstance(value, torch.Tensor) else value
 
 
 def trial(order: dict[str, Any], folder: Path, rank: int, port: int) -> None:

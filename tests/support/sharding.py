@@ -6,10 +6,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import init_device_mesh
 from torch.utils.data import DataLoader, Dataset
+
+from tests.support.toy import Toy
 
 SIDE = 4
 #: Weights of odd sizes: no number of processes divides their rows, nor a block them; of ``7.weight`` a fourth process has none.
@@ -54,3 +57,16 @@ def make_sharded(**settings: Any) -> nn.Sequential:
 
 def image_loader() -> DataLoader[Any]:
     return DataLoader(Images(), batch_size=8)
+
+
+class ShardedToy(Toy):
+    """The toy, sharded where the strategy shards; without batch norm, whose statistics each process has of its own."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.net[1] = nn.Identity()
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, ModelParallelStrategy):
+            for layer in (self.net[4], self.net):
+                fully_shard(layer, mesh=self.device_mesh["data_parallel"])

@@ -15,16 +15,20 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import lightning_cap.callbacks.pruning as pruning_module
 from lightning_cap.calibration.gradients import GradientCollector
+from lightning_cap.calibration.sharded_rows import ShardedRowComputer
 from lightning_cap.schedules import OneShot
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.trainer.records import EVENTS, EventRecord
 from lightning_cap.trainer.run_records import RUN, RunRecord
 from lightning_cap.utilities.records import read_records
+from lightning_cap.utilities.sharded import reshard, whole
 from tests.support.processes import as_by_torchrun
+from tests.support.sharding import ShardedToy
 from tests.support.stopping import assert_same
 from tests.support.toy import Toy, callback, loaders, trainer, zeros
 
@@ -35,6 +39,8 @@ PLACES: dict[str, tuple[Any, str]] = {
     "solve": (eliminate_module, "_eliminate_chunk"),
     "apply": (Targets, "restore"),
     "evaluate": (pruning_module, "evaluate"),
+    "collect shards": (ShardedRowComputer, "row"),
+    "validate": (Toy, "validation_step"),
 }
 
 
@@ -55,7 +61,8 @@ def tell(monkeypatch: pytest.MonkeyPatch, place: str, nth: int, number: int = si
 def run(folder: Path, seed: int = 5, ckpt: Any = None, events: Any = None, more: Any = (), **options: Any) -> Any:
     """``(module, callback, trainer, whether it was ended)`` of four epochs with events at 0 and 2."""
     pl.seed_everything(seed, verbose=False)
-    module, cb = Toy(), callback(events or {0: 0.5, 2: 0.75}, dirpath=str(folder / "pruned"))
+    module = ShardedToy() if isinstance(options.get("strategy"), ModelParallelStrategy) else Toy()
+    cb = callback(events or {0: 0.5, 2: 0.75}, dirpath=str(folder / "pruned"))
     t = trainer(folder, cb, *more, enable_checkpointing=bool(more), **options)
     try:
         t.fit(module, **loaders(), ckpt_path=ckpt)
@@ -179,32 +186,35 @@ def test_no_files_are_written_where_none_are_wanted(tmp_path: Path, monkeypatch:
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-def on_a_rank(folder: Path, told: list[int], place: str = "", ckpt: Any = None) -> tuple[bool, Any, Any]:
-    """Whether the run was ended, its weights and its last batches; the ranks in ``told`` get the signal in the second event."""
+def on_a_rank(folder: Path, how: str, told: list[int], place: str = "", nth: int = 2, ckpt: Any = None) -> Any:
+    """Whether the run was ended, its weights and its last batches; the ranks in ``told`` get the signal in an event."""
     if int(os.environ["RANK"]) in told:
-        tell(pytest.MonkeyPatch(), place, 2)
+        tell(pytest.MonkeyPatch(), place, nth)
     os.environ["PL_GLOBAL_SEED"] = "5"
-    module, _, t, ended = run(folder, 99 if ckpt else 5, ckpt, devices=2, strategy="ddp")
+    strategy: Any = ModelParallelStrategy(2, 1, process_group_backend="gloo") if how == "fsdp" else how
+    module, _, t, ended = run(folder, 99 if ckpt else 5, ckpt, devices=2, strategy=strategy)
     assert t.received_sigterm is ended
-    return ended, module.state_dict(), module.batches[-4:]
+    reshard(module)
+    return ended, {name: whole(value) for name, value in module.state_dict().items()}, module.batches[-4:]
+
+
+QUICK = [("ddp", "solve", 2, [1]), ("fsdp", "collect shards", 30, [1])]
+SLOW = [
+    *(("ddp", *given) for given in (("solve", 2, [0]), ("solve", 2, [0, 1]), ("evaluate", 2, [1]))),
+    *(("fsdp", *given) for given in (("collect shards", 3, [0]), ("solve", 2, [0, 1]), ("apply", 2, [0]))),
+    *(("fsdp", "validate", nth, [1]) for nth in (1, 2)),
+]
 
 
 @pytest.mark.xdist_group("processes")
 @pytest.mark.parametrize(
-    ("place", "told"),
-    [
-        ("solve", [1]),
-        *(
-            pytest.param(*given, marks=pytest.mark.slow)
-            for given in (("solve", [0]), ("solve", [0, 1]), ("evaluate", [1]))
-        ),
-    ],
+    ("how", "place", "nth", "told"), [*QUICK, *(pytest.param(*given, marks=pytest.mark.slow) for given in SLOW)]
 )
-def test_all_ranks_end_if_one_is_told_to(tmp_path: Path, place: str, told: list[int]) -> None:
+def test_all_ranks_end_if_one_is_told_to(tmp_path: Path, how: str, place: str, nth: int, told: list[int]) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    expected = as_by_torchrun(2, tmp_path, on_a_rank, whole, [])
-    assert [ended for ended, *_ in as_by_torchrun(2, tmp_path, on_a_rank, cut, told, place)] == [True, True]
-    found = as_by_torchrun(2, tmp_path, on_a_rank, cut, [], "", cut / "pruned/stopped.ckpt")
+    expected = as_by_torchrun(2, tmp_path, on_a_rank, whole, how, [])
+    assert [ended for ended, *_ in as_by_torchrun(2, tmp_path, on_a_rank, cut, how, told, place, nth)] == [True, True]
+    found = as_by_torchrun(2, tmp_path, on_a_rank, cut, how, [], ckpt=cut / "pruned/stopped.ckpt")
     for (_, weights, batches), (ended, resumed, again) in zip(expected, found, strict=True):
         assert not ended
         assert batches == again
