@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,12 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.data import DataLoader
 
-from lightning_cap.errors import UnsupportedError
+from lightning_cap.callbacks.checkpoint_folders import read_folder
+from lightning_cap.errors import DataError, UnsupportedError
+from lightning_cap.trainer.checkpoints import check_checkpoint
 from lightning_cap.utilities import sharded
 from tests.support.processes import as_by_torchrun
+from tests.support.stopping import averaging
 from tests.support.toy import TARGET, Toy, ToyData, callback, cap, loaders, loss, trainer
 
 pytestmark = pytest.mark.xdist_group("processes")
@@ -114,6 +119,27 @@ def test_a_run_goes_on_from_a_distributed_checkpoint(tmp_path: Path) -> None:
     as_by_torchrun(2, tmp_path, resume, tmp_path)
     for name, weight in torch.load(tmp_path / "end-2-0.pt")["weights"].items():
         assert torch.equal(weight, uninterrupted[name])
+    check_folder(tmp_path / "fsdp/sparsity=0.75.ckpt", uninterrupted)
+
+
+def check_folder(path: Path, weights: dict[str, torch.Tensor]) -> None:
+    """A process alone can read it, also by the command that the message names."""
+    check_checkpoint(path, resumes=True, folders=True)
+    held = read_folder(path)
+    for name, weight in weights.items():
+        assert torch.equal(held["state_dict"][name], weight)
+        assert held["optimizer_states"][0]["state"][name]["exp_avg"].shape == weight.shape
+    with pytest.raises(
+        DataError, match=r"sharded checkpoint.* by python -m lightning.fabric.utilities.consolidate"
+    ) as e:
+        check_checkpoint(path)
+    assert str(path) in str(e.value)
+    file = path.with_name("one.ckpt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["consolidate", str(path), "--output_file", str(file)])
+        runpy.run_module("lightning.fabric.utilities.consolidate_checkpoint", run_name="__main__")
+    check_checkpoint(file)
+    assert all(torch.equal(value, held["state_dict"][n]) for n, value in torch.load(file)["state_dict"].items())
 
 
 def test_a_mixed_precision_policy_works(tmp_path: Path) -> None:
@@ -133,3 +159,29 @@ def test_tensor_parallel_is_refused_with_the_way_out(tmp_path: Path) -> None:
     for told in as_by_torchrun(2, tmp_path, fit_tensor_parallel, tmp_path):
         assert "tensor_parallel_size=2" in told
         assert "ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)" in told
+
+
+def fit_with_averages(folder: Path) -> str:
+    pl.seed_everything(4, verbose=False)
+    strategy = ModelParallelStrategy(1, 1, process_group_backend="gloo")
+    with pytest.raises(UnsupportedError) as caught:
+        trainer(folder, callback({0: 0.5}), averaging(), strategy=strategy).fit(Sharded(), **loaders())
+    return str(caught.value)
+
+
+def fit_with_averages_alone(folder: Path) -> str:
+    strategy = ModelParallelStrategy(1, 1, process_group_backend="gloo")
+    with pytest.warns(UserWarning, match="doesn't support sharding"), pytest.raises(AssertionError) as caught:
+        trainer(folder, averaging(), strategy=strategy).fit(Sharded(), **loaders())
+    return str(caught.value)
+
+
+def test_averages_of_shards_are_refused(tmp_path: Path) -> None:
+    averaging()  # skips where this Lightning has none
+    (told,) = as_by_torchrun(1, tmp_path, fit_with_averages, tmp_path)
+    assert told == (
+        "callbacks: EMAWeightAveraging does not average sharded weights (FSDP2): Lightning copies the whole model for it. Remove "
+        "it, or use Trainer(strategy='ddp')."
+    )
+    (told,) = as_by_torchrun(1, tmp_path, fit_with_averages_alone, tmp_path)
+    assert "does not support deepcopy" in told, "else it need not be refused any more"

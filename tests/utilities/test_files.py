@@ -13,8 +13,9 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+import lightning_cap.utilities.files as files
 from lightning_cap.errors import ConfigError
-from lightning_cap.utilities.files import atomic, require_writable, save_json
+from lightning_cap.utilities.files import atomic, remove_folder, require_writable, save_json
 from tests.support.processes import FORKED
 
 
@@ -111,3 +112,60 @@ def test_a_folder_takes_the_place_of_a_folder(tmp_path: Path) -> None:
     assert [str(path.relative_to(tmp_path)) for path in sorted(tmp_path.rglob("*"))] == [
         "model", "model/inside", "model/inside/second",
     ]  # fmt: skip
+
+
+class Killed(BaseException):
+    """Ends the process at once, as far as a test can."""
+
+
+def write_folder(path: Path, content: str) -> None:
+    with atomic(path) as temporary:
+        temporary.mkdir()
+        (temporary / content).touch()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems cannot exchange two folders")
+def test_a_folder_is_never_without_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "model", "first")
+    monkeypatch.setattr(files.os, "replace", lambda *_: pytest.fail("between two renamings there is no folder"))
+    write_folder(tmp_path / "model", "second")
+    assert [file.name for file in (tmp_path / "model").iterdir()] == ["second"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_where_folders_cannot_be_exchanged_the_next_writing_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path / "model", "first")
+    replace, calls = os.replace, []
+
+    def killed(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise Killed
+        replace(source, target)
+
+    with monkeypatch.context() as patch, suppress(Killed):
+        patch.setattr(files, "_exchange", lambda *_: False)
+        patch.setattr(files.os, "replace", killed)
+        patch.setattr(files.shutil, "rmtree", lambda *_, **__: None)
+        write_folder(tmp_path / "model", "second")
+    assert not (tmp_path / "model").exists()
+    save_json(tmp_path / "other.json", {})
+    assert [file.name for file in (tmp_path / "model").iterdir()] == ["second"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "other.json"]
+    monkeypatch.setattr(files, "_exchange", lambda *_: False)
+    write_folder(tmp_path / "model", "third")
+    assert [file.name for file in (tmp_path / "model").iterdir()] == ["third"]
+
+
+def test_a_folder_that_is_removed_is_whole_or_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_folder(tmp_path / "a", "inside")
+    with monkeypatch.context() as patch:
+        patch.setattr(files.shutil, "rmtree", lambda *_, **__: None)  # as if killed before
+        remove_folder(tmp_path / "a")
+    assert not (tmp_path / "a").exists()
+    write_folder(tmp_path / "b", "inside")
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]
+    remove_folder(tmp_path / "b")
+    assert not list(tmp_path.iterdir())
