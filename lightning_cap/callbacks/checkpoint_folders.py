@@ -9,12 +9,12 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-import torch.distributed.checkpoint as dcp
 from lightning.pytorch.strategies import ModelParallelStrategy
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
+from lightning_cap.errors import DataError
 from lightning_cap.trainer.checkpoints import META
 from lightning_cap.utilities import distributed
+from lightning_cap.utilities.arguments import shown
 from lightning_cap.utilities.files import atomic
 from lightning_cap.utilities.sharded import local
 
@@ -37,8 +37,8 @@ class WholeFolders:
         """Write a checkpoint. Every process must call it; remote paths are left to Lightning.
 
         Raises:
-            OSError: It could not be written, on the process that failed; `CAPError` with its message on the others. What was at
-                the path before is still there.
+            OSError: It could not be written, or torch's ``CheckpointException``, on the process that failed; `CAPError` with its
+                message on the others. What was at the path before is still there.
         """
         path = self._strategy.broadcast(str(filepath))
         if checkpoint.get("global_step") == 0:
@@ -85,7 +85,13 @@ def read_folder(folder: Path) -> dict[str, Any]:
 
     Returns:
         As of Lightning's own checkpoints, on the CPU; states of optimizers go by names of parameters.
+
+    Raises:
+        DataError: It is not by `ModelParallelStrategy`.
     """
+    import torch.distributed.checkpoint as dcp  # not before there is such a folder: it takes a while to import
+    from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
     known = dcp.FileSystemReader(folder).read_metadata()
     flat: dict[str, Any] = {
         name: torch.empty(kind.size, dtype=kind.properties.dtype) if isinstance(kind, TensorStorageMetadata) else None
@@ -96,6 +102,11 @@ def read_folder(folder: Path) -> dict[str, Any]:
     held: dict[str, Any] = {}
     for name, value in flat.items():
         _put(held, known.planner_data[name], value)
+    if "state_dict" not in held:
+        raise DataError(
+            f"ckpt_path={shown(str(folder))}: it has no 'state_dict', but {shown(list(held))}. Give a folder that "
+            "ModelParallelStrategy has saved."
+        )
     optimizers = [held[f"optimizer_{i}"] for i in range(len(held) - 1)]
     rest = torch.load(folder / META, map_location="cpu", weights_only=True)
     return {"state_dict": held["state_dict"], "optimizer_states": optimizers, **rest}

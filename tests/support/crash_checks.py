@@ -103,7 +103,7 @@ def check_files(folder: Path, schedule: dict[int, float] = SCHEDULE) -> None:
                 assert read_records(path, RunRecord)
             elif path.name == CYCLES:
                 lines = read_records(path, CycleRecord)
-                assert all(Path(line.checkpoint).is_file() for line in lines if line.checkpoint)
+                assert all(Path(line.checkpoint).exists() for line in lines if line.checkpoint)
             else:
                 records = read_records(path, EventRecord)
                 epochs = [record.epoch for record in records if record.saving is None]
