@@ -89,16 +89,18 @@ def read_folder(folder: Path) -> dict[str, Any]:
     Raises:
         DataError: It is not by `ModelParallelStrategy`.
     """
-    import torch.distributed.checkpoint as dcp  # not before there is such a folder: it takes a while to import
+    # not before there is such a folder: it takes a while to import
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+    from torch.distributed.checkpoint.state_dict_loader import load
 
-    known = dcp.FileSystemReader(folder).read_metadata()
+    known = FileSystemReader(folder).read_metadata()
     flat: dict[str, Any] = {
         name: torch.empty(kind.size, dtype=kind.properties.dtype) if isinstance(kind, TensorStorageMetadata) else None
         for name, kind in known.state_dict_metadata.items()
     }
-    alone = {"no_dist": True} if "no_dist" in inspect.signature(dcp.load).parameters else {}  # of torch >= 2.9
-    dcp.load(flat, checkpoint_id=folder, **alone)
+    alone = {"no_dist": True} if "no_dist" in inspect.signature(load).parameters else {}  # of torch >= 2.9
+    load(flat, checkpoint_id=folder, **alone)
     held: dict[str, Any] = {}
     for name, value in flat.items():
         _put(held, known.planner_data[name], value)

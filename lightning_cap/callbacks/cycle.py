@@ -82,8 +82,10 @@ def save_cycle(trainer: pl.Trainer, module: pl.LightningModule, targets: Targets
 def save_missing(module: pl.LightningModule, targets: Targets, history: Iterable[CycleRecord]) -> None:
     """Write the plain weights that are not there, of checkpoints that are. Call it on every rank, before training goes on.
 
-    Not of distributed checkpoints, which are folders.
+    Not of distributed checkpoints, which are folders, nor in a run that is sharded.
     """
+    if targets.is_sharded:
+        return
     with distributed.raise_on_all_ranks("Writing the plain weights that are missing"):
         for record in history if distributed.rank() == 0 else ():
             if record.weights and not Path(record.weights).exists() and Path(record.checkpoint).is_file():

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
@@ -13,8 +15,10 @@ from torch import nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 
 from lightning_cap.callbacks.checkpoint_folders import WholeFolders, read_folder
+from lightning_cap.callbacks.cycle import save_missing
 from lightning_cap.errors import DataError
 from lightning_cap.trainer.checkpoints import check_checkpoint
+from lightning_cap.trainer.run_records import CycleRecord
 
 
 class Alone:
@@ -108,3 +112,14 @@ def test_a_folder_of_another_strategy_is_refused(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "a.ckpt/meta.pt")
     with pytest.raises(DataError, match=r"it has no 'state_dict'.* ModelParallelStrategy"):
         read_folder(tmp_path / "a.ckpt")
+
+
+def test_a_sharded_run_writes_no_weights_of_a_file(tmp_path: Path) -> None:
+    """The file is of a run without shards, and its tensors do not fit into parts of them."""
+    torch.save({"state_dict": {}}, tmp_path / "a.ckpt")
+    record = CycleRecord(
+        0.5, 1, None, 0.5, False, checkpoint=str(tmp_path / "a.ckpt"), weights=str(tmp_path / "a.safetensors")
+    )
+    targets: Any = SimpleNamespace(is_sharded=True)
+    save_missing(pl.LightningModule(), targets, [record])
+    assert [path.name for path in tmp_path.iterdir()] == ["a.ckpt"]
