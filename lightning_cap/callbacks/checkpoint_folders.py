@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from lightning_cap.errors import DataError
+from lightning_cap.trainer import compat
 from lightning_cap.trainer.checkpoints import META
 from lightning_cap.utilities import distributed
 from lightning_cap.utilities.arguments import shown
@@ -34,7 +35,7 @@ class WholeFolders:
         self._save = strategy.save_checkpoint
 
     def __call__(self, checkpoint: dict[str, Any], filepath: str | Path, storage_options: Any = None) -> None:
-        """Write a checkpoint. Every process must call it; remote paths are left to Lightning.
+        """Write a checkpoint. Every process must call it; remote paths, and single files, are left to Lightning.
 
         Raises:
             OSError: It could not be written, or torch's ``CheckpointException``, on the process that failed; `CAPError` with its
@@ -44,7 +45,7 @@ class WholeFolders:
         if checkpoint.get("global_step") == 0:
             _forget_step(checkpoint.get("optimizer_states", []))
             _forget_step([optimizer.state_dict() for optimizer in self._strategy.optimizers])
-        if storage_options is not None or "://" in path:
+        if storage_options is not None or "://" in path or not compat.writes_folders(self._strategy):
             self._save(checkpoint, path, storage_options)
             return
         told = f"Writing {path}"

@@ -150,6 +150,15 @@ def set_inner_checkpoint_io(outer: AsyncCheckpointIO, inner: CheckpointIO) -> No
     outer._checkpoint_io = inner
 
 
+def writes_folders(strategy: Any) -> bool:
+    """Whether all processes of a `ModelParallelStrategy` write a checkpoint, which is a folder; else rank 0 writes a file.
+
+    Raises:
+        UnsupportedError: As `check_run`.
+    """
+    return bool(_look_up(strategy, "_save_distributed_checkpoint"))
+
+
 def ending_handlers(trainer: pl.Trainer) -> dict[int, Handler]:
     """What is done at each signal that Lightning ends the run by, or saves and requeues it; none outside of the main thread.
 

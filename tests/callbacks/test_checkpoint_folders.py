@@ -29,11 +29,15 @@ class Alone:
     def __init__(self, *optimizers: torch.optim.Optimizer) -> None:
         self.optimizers = list(optimizers)
         self.fails = False
+        self._save_distributed_checkpoint = True  # as Lightning calls it
 
     def broadcast(self, value: Any) -> Any:
         return value
 
-    def save_checkpoint(self, checkpoint: dict[str, Any], path: Path) -> None:
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Path, storage_options: Any = None) -> None:
+        self.path = path
+        if not self._save_distributed_checkpoint:
+            return
         states = {f"optimizer_{i}": state for i, state in enumerate(checkpoint.pop("optimizer_states"))}
         dcp.save({"state_dict": checkpoint.pop("state_dict"), **states}, checkpoint_id=path, no_dist=True)
         if self.fails:
@@ -105,6 +109,15 @@ def test_saving_before_the_first_step_counts_none(tmp_path: Path) -> None:
     assert {int(state["step"]) for state in optimizers[0].state.values()} == {0}, "the run that goes on"
     states = read_folder(tmp_path / "a.ckpt")["optimizer_states"][0]["state"]
     assert {int(state["step"]) for state in states.values()} == {0}, "the run that is resumed"
+
+
+def test_single_files_are_left_to_lightning(tmp_path: Path) -> None:
+    """Which may have another thread write them, later."""
+    model, optimizers = make()
+    strategy: Any = Alone(*optimizers)
+    strategy._save_distributed_checkpoint = False
+    WholeFolders(strategy)(checkpoint(model, optimizers, 1), tmp_path / "a.ckpt")
+    assert strategy.path == str(tmp_path / "a.ckpt")
 
 
 def test_a_folder_of_another_strategy_is_refused(tmp_path: Path) -> None:
