@@ -59,6 +59,8 @@ def free_port() -> int:
 def be_ordinary() -> None:
     """Have a process of the server start its own (the workers of a DataLoader) by forking, as a process of a user does."""
     multiprocessing.set_start_method("fork", force=True)
+    # after a fork torch makes its pool of threads anew at the first call, which must not be that of two threads at once
+    torch.set_num_threads(torch.get_num_threads())
 
 
 def _run(world: int, folder: Path, how: Callable[..., Any], call: Callable[[], Any]) -> list[Any]:
@@ -77,9 +79,6 @@ def _run(world: int, folder: Path, how: Callable[..., Any], call: Callable[[], A
 
 def _main(rank: int, world: int, place: str, port: int, how: Callable[..., Any], call: Callable[[], Any]) -> None:
     be_ordinary()
-    torch.set_num_threads(
-        torch.get_num_threads()
-    )  # after a fork torch makes its pool anew, which two threads at once cannot do
     torch.save(how(rank, world, place, port, call), Path(place) / f"{rank}.pt")
 
 
