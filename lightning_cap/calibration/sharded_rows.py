@@ -133,14 +133,13 @@ class ShardedCollector(GradientCollector):
         own, left = iter(self._batches), self._num_gradients
         spare: Any = None
         for number in itertools.count():
-            batch, counts = self._together(lambda: self._next_unless_told(own))
+            pieces, counts = self._together(lambda: self._next_pieces(own))
             ends = [min(left, end) for end in itertools.accumulate(counts)]
             most = [end - first for first, end in zip([0, *ends], ends, strict=False)]
             left -= sum(most)
             if not sum(most):
                 return
-            mine = most[distributed.rank()]
-            pieces = list(itertools.islice(self._computer.split(batch, mine), mine)) if mine else []
+            pieces = pieces[: most[distributed.rank()]]
             spare = pieces[0] if pieces else spare
             if number == 0 and min(most) == 0:
                 spare = self._lend(spare)
@@ -148,9 +147,12 @@ class ShardedCollector(GradientCollector):
             if left <= 0:
                 return
 
-    def _next_unless_told(self, own: Iterator[Any]) -> tuple[Any, int]:
-        poll()  # here all processes learn of it, and none waits for another's weights
-        return self._next(own)
+    def _next_pieces(self, own: Iterator[Any]) -> tuple[list[Any], int]:
+        """This process's next batch, a piece for each row. Of what goes wrong here all processes learn; none waits for weights."""
+        poll()
+        batch, count = self._next(own)
+        pieces = list(itertools.islice(self._computer.split(batch, count), count)) if count else []
+        return pieces, len(pieces)
 
     _chunks = _rounds
 

@@ -107,6 +107,7 @@ def make_checkpoints_atomic(trainer: pl.Trainer) -> None:
     if type(outer) is TorchCheckpointIO:
         trainer.strategy.checkpoint_io = ours
     elif type(outer) is AsyncCheckpointIO and type(outer.checkpoint_io) is TorchCheckpointIO:
+        compat.refuse_unsafe_async_io(outer)
         ours.write_behind(outer)
         compat.set_inner_checkpoint_io(outer, ours)
 

@@ -188,8 +188,8 @@ def refuse_sharding_by(strategy: type) -> None:
     _refuse_other_shards(strategy)
     if issubclass(strategy, ModelParallelStrategy):
         raise UnsupportedError(
-            f"strategy={strategy.__name__}: it shards parameters, and whole weights are needed here. "
-            "Use Trainer(strategy='ddp') or a single device."
+            f"strategy={strategy.__name__}: it shards parameters, which CAPPruningCallback and prune take (FSDP2), but plans, "
+            "one-shot runs and FixedMasks need whole ones. Use Trainer(strategy='ddp') or a single device."
         )
 
 

@@ -342,6 +342,8 @@ class CAPPruningCallback(SavingRun):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the table: dense accuracy, and accuracy, real sparsity and checkpoint of each goal."""
+        if self._run is None:  # as `_start` is for on_train_start, which does not come where nothing is left to train
+            self._start(trainer, pl_module)
         missed = self._active.missed(self._state.done)
         if trainer.max_epochs in missed and self._restored is not None:
             self._price_units(trainer, pl_module)

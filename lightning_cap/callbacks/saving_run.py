@@ -65,14 +65,18 @@ class SavingRun(CheckpointedRun):
         Raises:
             SIGTERMException: The run ends; not if nothing is left to train.
         """
-        after, ends = run_unless_told(trainer, prune)
+        files = self._log_files(trainer)
+
+        def save(after: dict[str, float] | None) -> None:
+            if files is not None and (after is None or epoch != trainer.max_epochs):
+                with compat.before_epoch(trainer):
+                    save_checkpoint(trainer, str(files.stopped))
+
+        after, ends = run_unless_told(trainer, prune, save)  # signals are held until the checkpoint is there
         if after is not None and (not ends or epoch == trainer.max_epochs):
             return after
-        files = self._log_files(trainer)
         advice = "Go on from your last checkpoint."
         if files is not None:
-            with compat.before_epoch(trainer):
-                save_checkpoint(trainer, str(files.stopped))
             advice = f"Go on with ckpt_path={shown(str(files.stopped))}."
         outcome = "abandoned, and nothing of it is left" if after is None else "done"
         rank_zero_info(f"SIGTERM: the run ends, with the pruning event of epoch {epoch} {outcome}. {advice}")

@@ -15,7 +15,7 @@ from lightning_cap.errors import UnsupportedError
 from lightning_cap.utilities.arguments import require_instance, require_path
 from lightning_cap.utilities.distributed import rank
 from lightning_cap.utilities.files import atomic
-from lightning_cap.utilities.sharded import whole
+from lightning_cap.utilities.sharded import check_sharding, whole
 
 _TYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64",
@@ -33,12 +33,14 @@ def write_sharded(path: Path | str, state: Mapping[str, Tensor], metadata: Mappi
 
     Raises:
         ConfigError: ``path`` is no path, or ``state`` or ``metadata`` something else.
-        UnsupportedError: A tensor is of a type that the format does not know.
+        UnsupportedError: A tensor is of a type that the format does not know, or sharded otherwise than by rows over all processes.
         OSError: The system refuses, as on a full disk; it names the file.
     """
     require_path("path", path, "model.safetensors")
     require_instance("state", state, Mapping, "model.state_dict()")
     require_instance("metadata", metadata, Mapping, '{"sparsity": "0.5"}')
+    for name, tensor in state.items():
+        check_sharding(name, tensor)
     names = sorted(state, key=lambda name: (-state[name].dtype.itemsize, name))
     header = _header({name: state[name] for name in names}, metadata)
     with _written(Path(path)) as file:

@@ -213,8 +213,10 @@ def refuse_shards(pruner: Pruner, targets: Targets, recalibrate: bool = False) -
         return
     way_out = "Use CAP, WoodFisher or Magnitude, or train with strategy='ddp'."
     if not pruner.takes_shards:
-        kind = f"{type(pruner).__name__} with pattern={pruner.pattern}"
-        raise UnsupportedError(f"pruner={kind}: it cannot prune sharded weights (FSDP2). {way_out}")
+        raise UnsupportedError(
+            f"pruner={type(pruner).__name__}: with these settings it cannot prune sharded weights (FSDP2). {way_out} Of CAP, "
+            "ranking='auto' needs whole weights; of Magnitude, a pattern of whole groups."
+        )
     if pruner.heal is not None:
         raise UnsupportedError(
             f"heal={shown(pruner.heal)}: sharded weights (FSDP2) cannot be healed. Leave heal out, or use strategy='ddp'."

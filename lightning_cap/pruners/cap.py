@@ -78,6 +78,11 @@ class CAP(FisherBlockwise):
         least = rounding_damp(fisher.diagonal, alive, fisher.count)
         return eliminate(fisher, weights, alive, damp, self.pattern, progress, self.backend, chunk, least_damp=least)
 
+    @property
+    def takes_shards(self) -> bool:
+        """Unless ``ranking`` is ``"auto"``, for which the losses of two solutions would have to be compared."""
+        return self.ranking != "auto"
+
     def merge_scores(self, losses: Tensor) -> Tensor:
         """The scores that ``ranking`` says."""
         return block_scores(losses, "marginal" if self.ranking == "auto" else self.ranking)

@@ -150,6 +150,19 @@ def set_inner_checkpoint_io(outer: AsyncCheckpointIO, inner: CheckpointIO) -> No
     outer._checkpoint_io = inner
 
 
+def refuse_unsafe_async_io(io: AsyncCheckpointIO) -> None:
+    """Refuse the plugin of Lightning before 2.5.4: it writes weights that training goes on to change, and one wait uses it up.
+
+    Raises:
+        UnsupportedError: It is that one.
+    """
+    if not hasattr(io, "_ensure_setup"):
+        raise UnsupportedError(
+            f"plugins=AsyncCheckpointIO: that of lightning {pl.__version__} writes weights while training changes them. Use "
+            "lightning >= 2.5.4, or leave it out."
+        )
+
+
 def writes_folders(strategy: Any) -> bool:
     """Whether all processes of a `ModelParallelStrategy` write a checkpoint, which is a folder; else rank 0 writes a file.
 

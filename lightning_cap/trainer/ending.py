@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from types import FrameType, TracebackType
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import lightning.pytorch as pl
 
@@ -26,32 +27,33 @@ class HeldSignals:
         trainer: In ``fit``.
 
     Attributes:
-        told: After the body, unless it has raised: the signals that any of the processes has got, the same on all of them.
+        told: After `agree`: the signals that any of the processes has got, the same on all of them.
     """
 
     def __init__(self, trainer: pl.Trainer) -> None:
         self._trainer = trainer
         self._handlers: dict[int, compat.Handler] = {}
-        self._got: dict[int, FrameType | None] = {}
-        self._watch: Any = None
+        self._before = bool(trainer.received_sigterm)  # it came before this
+        self._got: dict[int, FrameType | None] = {signal.SIGTERM: None} if self._before else {}
         self.told: list[int] = []
 
     def __enter__(self) -> HeldSignals:
         self._handlers = compat.ending_handlers(self._trainer)
         for number in self._handlers:
             signal.signal(number, self._note)
-        self._watch = watch(self._reason)
-        self._watch.__enter__()
         return self
 
+    def polled(self) -> AbstractContextManager[None]:
+        """A part of the body in which `poll` raises."""
+        return watch(self._reason)
+
+    def agree(self) -> None:
+        """Learn which signals came to any of the processes. Every rank must call it."""
+        self.told = sorted({number for got in distributed.gather_objects(list(self._got)) for number in got})
+
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._watch.__exit__(kind, error, at)
-        try:
-            if error is None:
-                self.told = sorted({number for got in distributed.gather_objects(list(self._got)) for number in got})
-        finally:
-            for number, handler in self._handlers.items():
-                signal.signal(number, handler)
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
         if error is not None and signal.SIGTERM in self._got:
             self._take_sigterm()
         elif error is None:
@@ -71,7 +73,7 @@ class HeldSignals:
 
     def _take_sigterm(self) -> None:
         got = signal.SIGTERM in self._got
-        handler = self._handlers.get(signal.SIGTERM) if got else None
+        handler = self._handlers.get(signal.SIGTERM) if got and not self._before else None
         compat.note_sigterm(self._trainer, handler, self._got.get(signal.SIGTERM))
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -83,7 +85,9 @@ class HeldSignals:
         return f"signal {min(self._got)}" if self._got else None
 
 
-def run_unless_told(trainer: pl.Trainer, work: Callable[[], T]) -> tuple[T | None, bool]:
+def run_unless_told(
+    trainer: pl.Trainer, work: Callable[[], T], end: Callable[[T | None], None]
+) -> tuple[T | None, bool]:
     """Do work that leaves everything as it was where it raises `StopRequested`. Every rank must call it.
 
     Where SLURM asks for a checkpoint meanwhile, the work is abandoned, the checkpoint is saved, and the work is done anew.
@@ -91,6 +95,7 @@ def run_unless_told(trainer: pl.Trainer, work: Callable[[], T]) -> tuple[T | Non
     Args:
         trainer: In ``fit``.
         work: Calls `poll` now and then.
+        end: Called with what the work returned, if the run is to end; signals that come meanwhile are held back, too.
 
     Returns:
         What the work returned, None if it was abandoned; and whether the run is to end.
@@ -99,15 +104,19 @@ def run_unless_told(trainer: pl.Trainer, work: Callable[[], T]) -> tuple[T | Non
         before = rng.capture()
         out: T | None = None
         done = True
+        ends = False
         with HeldSignals(trainer) as held:
             try:
-                out = work()
+                with held.polled():
+                    out = work()
             except StopRequested:
                 done = False
                 rng.restore(before)
-        ends = False
-        if held.told:
-            with compat.before_epoch(trainer):
-                ends = held.obey()
+            held.agree()
+            if held.told:
+                with compat.before_epoch(trainer):
+                    ends = held.obey()
+            if ends:
+                end(out)
         if done or ends:
             return out, ends

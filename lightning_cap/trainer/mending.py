@@ -15,7 +15,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_cap.calibration.rows import Loss
-from lightning_cap.errors import UnsupportedError
 from lightning_cap.healing import Heal
 from lightning_cap.healing.batchnorm import NUM_SAMPLES, batch_norms, estimate_statistics
 from lightning_cap.pruners.paths import PruneResult
@@ -78,17 +77,9 @@ class Mender:
         Args:
             candidates: See `PruningPath.candidates`.
             index: Of the collection.
-
-        Raises:
-            UnsupportedError: There are several, of sharded targets.
         """
         if len(candidates) == 1 or self._reader is None:
             return candidates[0]
-        if self._targets.is_sharded:
-            raise UnsupportedError(
-                "ranking='auto': the losses of several solutions cannot be compared on sharded weights (FSDP2). Use "
-                "ranking='marginal'."
-            )
         before, losses = self._targets.copies(), []
         try:
             for candidate in candidates:

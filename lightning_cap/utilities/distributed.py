@@ -171,7 +171,7 @@ def poll_together() -> None:
         told = caught
     if world_size() > 1 and _any_failed(told is not None):
         messages = _gather_objects(None if told is None else _message(told))
-        raise _agreed(told, "", messages)
+        raise _agreed(told, "The validation", messages)
 
 
 @contextmanager

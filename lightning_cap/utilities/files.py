@@ -66,7 +66,14 @@ def _take_place(new: Path, path: Path) -> None:
     if folders and os.path.lexists(path):
         if _exchange(new, path):
             return
-        os.replace(path, new.with_name(_BEFORE))  # a kill right here leaves both; the next writing goes on from it
+        before = new.with_name(_BEFORE)
+        os.replace(path, before)  # a kill right here leaves both; the next writing goes on from it
+        try:
+            os.replace(new, path)
+        except BaseException:
+            os.replace(before, path)
+            raise
+        return
     os.replace(new, path)
 
 

@@ -187,7 +187,7 @@ def test_a_metric_may_come_after_the_sanity_check(tmp_path: Path) -> None:
     [
         (FSDPStrategy, ["ModelParallelStrategy(tensor_parallel_size=1)", "fully_shard", "ddp"]),
         (DeepSpeedStrategy, ["ModelParallelStrategy(tensor_parallel_size=1)", "fully_shard", "ddp"]),
-        (ModelParallelStrategy, ["whole weights are needed here", "ddp"]),
+        (ModelParallelStrategy, ["plans, one-shot runs and FixedMasks need whole ones", "ddp"]),
     ],
 )
 def test_strategies_that_shard_are_refused_with_the_way_out(strategy: type, ways_out: list[str]) -> None:

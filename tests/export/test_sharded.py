@@ -8,6 +8,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Shard
 
 from lightning_cap.errors import ConfigError, UnsupportedError
 from lightning_cap.export.safetensors import save_plain_weights
@@ -47,6 +50,20 @@ def test_rank_0_writes_the_whole_weights(tmp_path: Path, world: int) -> None:
     wanted = make_net().state_dict()
     assert saved.keys() == wanted.keys()
     assert all(torch.equal(saved[name], weight) for name, weight in wanted.items())
+
+
+def write_columns(folder: Path) -> str:
+    model, mesh = torch.nn.Linear(4, 4), init_device_mesh("cpu", (distributed.world_size(),))
+    fully_shard(model, mesh=mesh, shard_placement_fn=lambda parameter: Shard(parameter.dim() - 1))
+    with pytest.raises(UnsupportedError) as caught:
+        write_sharded(folder / "w.safetensors", model.state_dict(), {})
+    return str(caught.value)
+
+
+def test_weights_that_are_shared_out_otherwise_are_not_scrambled(tmp_path: Path) -> None:
+    for told in on_ranks(2, tmp_path, write_columns, tmp_path):
+        assert "'weight' is placed as" in told
+    assert not (tmp_path / "w.safetensors").exists()
 
 
 @pytest.mark.parametrize(

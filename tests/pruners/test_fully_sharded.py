@@ -142,6 +142,7 @@ def refusals() -> list[str]:
     whole_groups = Magnitude(pattern=BlockOf(4))
     for refused in (
         lambda: prepare_(whole_groups, targets),
+        lambda: prepare_(CAP(ranking="auto"), targets),
         lambda: Targets.from_model(_half_sharded(), include=NAMES),
     ):
         with pytest.raises(UnsupportedError) as caught:
@@ -167,7 +168,9 @@ def _half_sharded() -> nn.Module:
 
 
 def test_what_needs_whole_weights_is_refused(tmp_path_factory: pytest.TempPathFactory) -> None:
-    for magnitude, half in on_ranks(2, tmp_path_factory.mktemp("refused"), refusals):
-        assert "pruner=Magnitude with pattern=" in magnitude
+    for magnitude, auto, half in on_ranks(2, tmp_path_factory.mktemp("refused"), refusals):
+        assert "pruner=Magnitude: with these settings it cannot prune sharded weights" in magnitude
+        assert "pruner=CAP: with these settings" in auto
+        assert "ranking='auto' needs whole weights" in auto
         assert "CAP" in magnitude
         assert "'5.weight' is not sharded, and '2.weight' is" in half

@@ -317,6 +317,14 @@ def test_classes_of_ours_take_no_private_name_of_their_bases() -> None:
                 assert taken - {"_abc_impl"} == set(), f"{kind.__qualname__}: {taken}"
 
 
+def test_an_asynchronous_plugin_that_tears_files_is_refused() -> None:
+    class Old:  # Lightning before 2.5.4
+        pass
+
+    with pytest.raises(UnsupportedError, match=r"AsyncCheckpointIO.*lightning >= 2\.5\.4"):
+        compat.refuse_unsafe_async_io(Old())  # type: ignore[arg-type]
+
+
 def test_the_reader_of_names_sees_all_forms() -> None:
     source = """
 import timm._version

@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 import lightning_cap.callbacks.pruning as pruning_module
+import lightning_cap.callbacks.saving_run as saving_run
 from lightning_cap.calibration.gradients import GradientCollector
 from lightning_cap.calibration.sharded_rows import ShardedRowComputer
 from lightning_cap.schedules import OneShot
@@ -41,6 +42,7 @@ PLACES: dict[str, tuple[Any, str]] = {
     "evaluate": (pruning_module, "evaluate"),
     "collect shards": (ShardedRowComputer, "row"),
     "validate": (Toy, "validation_step"),
+    "save": (saving_run, "save_checkpoint"),
 }
 
 
@@ -123,6 +125,49 @@ def test_told_to_end_in_the_event_at_the_end_of_training(tmp_path: Path, monkeyp
         assert (tmp_path / name / "pruned/sparsity=0.75.ckpt").exists()
 
 
+def end_on_shards(folder: Path) -> float:
+    """Told to end in the event at the end of training, gone on with, and begun again when all is done."""
+    events = OneShot(0.75, epoch=None)
+
+    def go(ckpt: Any = None) -> Any:
+        strategy: Any = ModelParallelStrategy(1, 1, process_group_backend="gloo")
+        return run(folder, 5, ckpt, events, strategy=strategy)
+
+    with pytest.MonkeyPatch.context() as patch:
+        tell(patch, "collect shards", 2)
+        assert go()[-1]
+    stopped, done = (folder / "pruned" / name for name in ("stopped.ckpt", "sparsity=0.75.ckpt"))
+    assert not done.exists()
+    _, cb, _, ended = go(stopped)
+    assert not ended
+    assert done.exists()
+    assert read_records(folder / "pruned" / RUN, RunRecord)[-1].state == "finished"
+    _, again, *_ = go(done)
+    assert again.history == cb.history
+    sparsity: float = again.masks.global_sparsity
+    return sparsity
+
+
+@pytest.mark.xdist_group("processes")
+def test_a_sharded_run_with_nothing_left_to_train(tmp_path: Path) -> None:
+    """Lightning loads its checkpoint late, and calls no hook of the training."""
+    assert as_by_torchrun(1, tmp_path, end_on_shards, tmp_path / "run") == [0.75]
+
+
+def test_told_to_end_before_the_event(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Told(pl.Callback):
+        def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+            if trainer.current_epoch == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    pl.seed_everything(5, verbose=False)
+    cb = callback({0: 0.5, 2: 0.75}, dirpath=str(tmp_path / "pruned"))
+    with pytest.raises(SIGTERMException):
+        trainer(tmp_path, Told(), cb).fit(Toy(), **loaders())
+    assert cb.state_dict()["done"] == [0]
+    assert (tmp_path / "pruned/stopped.ckpt").exists()
+
+
 def saving_model_checkpoint(folder: Path) -> ModelCheckpoint:
     return ModelCheckpoint(folder, "on_exception", save_on_exception=True, every_n_epochs=100)
 
@@ -187,9 +232,14 @@ def test_no_files_are_written_where_none_are_wanted(tmp_path: Path, monkeypatch:
 
 
 def on_a_rank(folder: Path, how: str, told: list[int], place: str = "", nth: int = 2, ckpt: Any = None) -> Any:
-    """Whether the run was ended, its weights and its last batches; the ranks in ``told`` get the signal in an event."""
+    """Whether the run was ended, its weights and its last batches; the ranks in ``told`` get the signal in an event.
+
+    Rank 1 gets another one while the checkpoint is written, as from a system that asks twice.
+    """
     if int(os.environ["RANK"]) in told:
         tell(pytest.MonkeyPatch(), place, nth)
+    if told and int(os.environ["RANK"]) == 1:
+        tell(pytest.MonkeyPatch(), "save", 1)
     os.environ["PL_GLOBAL_SEED"] = "5"
     strategy: Any = ModelParallelStrategy(2, 1, process_group_backend="gloo") if how == "fsdp" else how
     module, _, t, ended = run(folder, 99 if ckpt else 5, ckpt, devices=2, strategy=strategy)

@@ -141,7 +141,7 @@ def test_where_folders_cannot_be_exchanged_the_next_writing_goes_on(
 
     def killed(source: Path, target: Path) -> None:
         calls.append(target)
-        if len(calls) == 2:
+        if len(calls) >= 2:  # who is killed does nothing more
             raise Killed
         replace(source, target)
 
@@ -157,6 +157,27 @@ def test_where_folders_cannot_be_exchanged_the_next_writing_goes_on(
     monkeypatch.setattr(files, "_exchange", lambda *_: False)
     write_folder(tmp_path / "model", "third")
     assert [file.name for file in (tmp_path / "model").iterdir()] == ["third"]
+
+
+def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path / "model", "first")
+    replace, calls = os.replace, []
+
+    def fails(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError(5, "Input/output error")
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "_exchange", lambda *_: False)
+        patch.setattr(files.os, "replace", fails)
+        with pytest.raises(OSError, match="Input/output error"):
+            write_folder(tmp_path / "model", "second")
+    assert [file.name for file in (tmp_path / "model").iterdir()] == ["first"]
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
 def test_a_folder_that_is_removed_is_whole_or_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
