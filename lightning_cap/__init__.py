@@ -2,9 +2,18 @@
 
 from lightning_cap._version import __version__
 from lightning_cap.callbacks.pruning import CAPPruningCallback
-from lightning_cap.classifier import VisionClassifier
+from lightning_cap.classifier import DistillationLoss, VisionClassifier
 from lightning_cap.comparison import compare
 from lightning_cap.oneshot import prune
 from lightning_cap.schedules.learning_rate import CosineLR, CyclicLinearLR
 
-__all__ = ["CAPPruningCallback", "CosineLR", "CyclicLinearLR", "VisionClassifier", "__version__", "compare", "prune"]
+__all__ = [
+    "CAPPruningCallback",
+    "CosineLR",
+    "CyclicLinearLR",
+    "DistillationLoss",
+    "VisionClassifier",
+    "__version__",
+    "compare",
+    "prune",
+]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
+from lightning_cap.classifier.distillation import DistillationLoss
 from lightning_cap.classifier.vision import VisionClassifier
 from lightning_cap.classifier.weights import load_weights
 
-__all__ = ["VisionClassifier", "load_weights"]
+__all__ = ["DistillationLoss", "VisionClassifier", "load_weights"]

@@ -16,13 +16,18 @@ from lightning_cap.utilities.arguments import require_real, shown
 
 
 def create_timm(
-    name: str, num_classes: int | None, pretrained: bool, kwargs: dict[str, Any], drop_path_rate: float
+    name: str,
+    num_classes: int | None,
+    pretrained: bool,
+    kwargs: dict[str, Any],
+    drop_path_rate: float,
+    argument: str = "model",
 ) -> nn.Module:
-    """A timm model by name, its failures as errors of ours."""
+    """A timm model by name, its failures as errors of ours, about the argument of this name."""
     if ":" not in name and not timm.is_model(name):  # a colon: hf-hub:..., local-dir:...
         near = difflib.get_close_matches(name, timm.list_models(), n=5, cutoff=0.5)
         raise ConfigError(
-            f"model={name!r} is not a timm model; near names: {', '.join(near) or 'none'}. timm.list_models() lists all"
+            f"{argument}={name!r} is not a timm model; near names: {', '.join(near) or 'none'}. timm.list_models() lists all"
         )
     if drop_path_rate > 0:
         kwargs = {"drop_path_rate": drop_path_rate, **kwargs}
@@ -37,7 +42,7 @@ def create_timm(
             else "give model_kwargs (and a drop_path_rate) that this model takes"
         )
         raise ConfigError(
-            f"model={name!r} could not be created with pretrained={pretrained}, {kwargs} "
+            f"{argument}={name!r} could not be created with pretrained={pretrained}, {kwargs} "
             f"({type(error).__name__}: {error}); {remedy}"
         ) from error
     return model

@@ -22,6 +22,7 @@ from lightning_cap.classifier.agreement import (
     normalization_of,
     tell_other_normalization,
 )
+from lightning_cap.classifier.distillation import DistillationLoss
 from lightning_cap.classifier.making import check_given_module, create_timm, number_of_classes, with_recipe
 from lightning_cap.classifier.sharding import shard_by_blocks
 from lightning_cap.classifier.weights import load_weights
@@ -61,6 +62,7 @@ class VisionClassifier(LightningModule):
         optimizer: Makes the optimizer from parameter groups; in YAML its ``class_path`` and ``init_args``.
         lr_scheduler: Makes the scheduler, stepped once per optimizer step (``ReduceLROnPlateau`` once per epoch);
             ``None`` for a constant learning rate.
+        distillation: A teacher, whose outputs are a part of the loss in training and in calibration.
 
     Raises:
         ConfigError: If an argument cannot work, or the pretrained weights cannot be had.
@@ -80,6 +82,7 @@ class VisionClassifier(LightningModule):
         gradient_clip: float | None = None,
         optimizer: OptimizerCallable = lambda params: torch.optim.AdamW(params, lr=5e-4),
         lr_scheduler: LRSchedulerCallable | None = lambda optimizer: CyclicLinearLR(optimizer, min_lr=1e-5),
+        distillation: DistillationLoss | None = None,
     ) -> None:
         super().__init__()
         require_instance("model", model, (str, nn.Module), "'deit_tiny_patch16_224'")
@@ -91,6 +94,7 @@ class VisionClassifier(LightningModule):
         _require_function("optimizer", optimizer, "lambda groups: torch.optim.AdamW(groups, lr=5e-4)")
         if lr_scheduler is not None:
             _require_function("lr_scheduler", lr_scheduler, "lambda optimizer: CyclicLinearLR(optimizer, min_lr=1e-5)")
+        require_instance("distillation", distillation, DistillationLoss, "DistillationLoss(teacher)", optional=True)
         given = {
             "label_smoothing": label_smoothing,
             "weight_decay": weight_decay,
@@ -99,7 +103,9 @@ class VisionClassifier(LightningModule):
         }
         # hyperparameters are to load with weights_only=True: plain values alone, and none that a checkpoint makes obsolete
         complex_ones = [n for n, v in (("model", model), ("model_kwargs", model_kwargs)) if not _is_plain(v)]
-        self.save_hyperparameters(ignore=["pretrained", "checkpoint", "optimizer", "lr_scheduler", *complex_ones])
+        self.save_hyperparameters(
+            ignore=["pretrained", "checkpoint", "optimizer", "lr_scheduler", "distillation", *complex_ones]
+        )
         values = with_recipe(given, recipe)
         self.label_smoothing, self.weight_decay = values["label_smoothing"], values["weight_decay"]
         self.gradient_clip = values["gradient_clip"]
@@ -114,6 +120,12 @@ class VisionClassifier(LightningModule):
         if checkpoint is not None:
             load_weights(self.model, checkpoint)
         self.pretrained = pretrained
+        self.distillation = distillation
+        if distillation is not None and distillation.num_classes not in (None, self.num_classes):
+            raise ConfigError(
+                f"distillation={distillation}: its teacher has {distillation.num_classes} classes, the model {self.num_classes}. "
+                "Give a teacher of the same classes."
+            )
         self.make_optimizer, self.make_lr_scheduler = optimizer, lr_scheduler
         self.val_metrics = _accuracies(self.num_classes, "val/")
         self.test_metrics = _accuracies(self.num_classes, "test/")
@@ -151,7 +163,11 @@ class VisionClassifier(LightningModule):
     def calibration_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         """The training loss, a scalar, without logging anything; for the pruner's gradients."""
         images, labels = batch
-        logits = self(images)
+        if self.distillation is None:
+            return self._cross_entropy(self(images), labels)
+        return self.distillation(self.model, images, lambda logits: self._cross_entropy(logits, labels))
+
+    def _cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if labels.is_floating_point():  # soft labels carry their smoothing in them
             return F.cross_entropy(logits, labels.to(logits.dtype))
         return F.cross_entropy(logits, labels, label_smoothing=self.label_smoothing)

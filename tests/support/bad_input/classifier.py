@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import SGD
 from torch.optim.lr_scheduler import StepLR
 
-from lightning_cap.classifier import VisionClassifier, load_weights
+from lightning_cap.classifier import DistillationLoss, VisionClassifier, load_weights
 from lightning_cap.data import DigitsDataModule
 from lightning_cap.errors import ConfigError
 from tests.support.bad_input.table import Line, wrong
@@ -22,6 +22,10 @@ NAN, INF = float("nan"), float("inf")
 
 def classifier(argument: str, *values: Any, words: tuple[str, ...] = ()) -> list[Line]:
     return wrong(VisionClassifier, argument, *values, given={"model": NET}, words=words)
+
+
+def distillation(argument: str, *values: Any) -> list[Line]:
+    return wrong(DistillationLoss, argument, *values, given={"teacher": NET})
 
 
 def named(name: str, run: Callable[[Path], Any], *words: str) -> Line:
@@ -63,6 +67,17 @@ LINES = [
     *classifier("gradient_clip", "1", NAN, INF, -1, [1.0]),
     *classifier("optimizer", None, "AdamW", 3, {"lr": 0.1}),
     *classifier("lr_scheduler", "cosine", 3, [0.1], {"min_lr": 0.1}),
+    *classifier("distillation", "soft", 0.5, nn.Linear, NET, {"teacher": NET}, True),
+    *wrong(DistillationLoss, "teacher", None, 3, ["resnet18"], nn.Linear, "resnet81", "", True),
+    *distillation("alpha", None, "0.5", NAN, 1.1, -0.1, True, [0.5]),
+    *distillation("temperature", None, "1", NAN, INF, 0, -1, True),
+    *distillation("kind", None, "softer", 3, ["soft"]),
+    *distillation("layer", None, 3, "", ["norm"]),
+    *distillation("pretrained", None, "yes", 1),
+    *distillation("checkpoint", "", 3, ["a.pt"], True),
+    *distillation("model_kwargs", 3, "depth=3", [("depth", 3)]),
+    named("a layer that the teacher has not", lambda _: DistillationLoss(NET, kind="token"), "layer='norm'", "named_modules"),
+    named("weights for a teacher that is made", lambda _: DistillationLoss(NET, checkpoint="a.pt"), "checkpoint='a.pt'"),
     *wrong(load_weights, "model", None, "resnet18", {}, nn.Linear, given={"path": "a.pt"}),
     named("no such checkpoint", lambda _: load_weights(NET, "nowhere.pt"), "checkpoint='nowhere.pt' is not a file"),
     named("a folder as checkpoint", lambda folder: load_weights(NET, folder), "checkpoint=", "is not a file"),
