@@ -52,11 +52,15 @@ def with_files(record: CycleRecord, files: RunFiles) -> CycleRecord:
 
 
 def monitored(metrics: Mapping[str, Any], monitor: str | None) -> tuple[str | None, float | None]:
-    """Name and value of the monitored metric; ``monitor=None`` takes the validation accuracy, or else the validation loss."""
+    """Name and value of the monitored metric. ``monitor=None`` takes the validation accuracy, or else the only metric of validation
+    beside the loss, or else the validation loss.
+    """
     if monitor is None:
-        validated = [name for name in metrics if "val" in name.lower()]
-        for kind in ("acc", "loss"):
-            monitor = monitor or min((name for name in validated if kind in name.lower()), key=len, default=None)
+        validated = sorted((name for name in metrics if "val" in name.lower()), key=len)
+        losses = [name for name in validated if "loss" in name.lower()]
+        others = [name for name in validated if name not in losses]
+        accuracies = [name for name in others if "acc" in name.lower()]
+        monitor = next(iter(accuracies or (others if len(others) == 1 else losses)), None)
     if monitor is None or monitor not in metrics:
         return monitor, None
     return monitor, float(metrics[monitor])

@@ -149,7 +149,8 @@ def now() -> str:
 
 
 def _mode(metric: str | None, otherwise: str) -> str:
-    return "min" if metric is not None and "loss" in metric.lower() else otherwise
+    less = ("loss", "error", "mse", "mae", "perplexity")
+    return "min" if metric is not None and any(word in metric.lower() for word in less) else otherwise
 
 
 def _counted(line: CycleRecord) -> str:

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 
-from lightning_cap.callbacks.cycle import Cycle
+from lightning_cap.callbacks.cycle import Cycle, monitored
 from lightning_cap.export.records import ExportRecord
 from lightning_cap.trainer.records import EventRecord
 from lightning_cap.utilities.records import read_records
@@ -195,3 +195,17 @@ def test_the_validation_loss_stands_in_for_an_accuracy(tmp_path: Path, capsys: p
     trainer(tmp_path, cb, max_epochs=1).fit(Regression(), **loaders())
     assert all(record.value is not None for record in cb.history)
     assert "val_loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("logged", "name"),
+    [
+        (["val/loss", "val/acc5", "val/acc", "val_score"], "val/acc"),
+        (["val_loss", "val_iou", "train_loss"], "val_iou"),  # the only one beside the loss
+        (["val_loss", "val_iou", "val_dice"], "val_loss"),  # one of two is a guess
+        (["train_loss", "score"], None),
+    ],
+)
+def test_the_metric_of_the_table(logged: list[str], name: str | None) -> None:
+    metrics = {one: float(i) for i, one in enumerate(logged)}
+    assert monitored(metrics, None) == (name, None if name is None else metrics[name])
