@@ -203,6 +203,16 @@ def test_losses_without_gradient(tmp_path: Path) -> None:
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             return None
 
+    class Parts(Toy):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return {"class": super().training_step(batch, batch_idx), "box": torch.zeros(())}
+
+    class Vector(Toy):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return {"loss": super().training_step(batch, batch_idx).repeat(2)}
+
+    assert_refused(tmp_path, GradientError, r"a dict of 'class', 'box', without their sum as 'loss'", Parts())
+    assert_refused(tmp_path, GradientError, r"a tensor of shape \(2,\) instead of a scalar", Vector())
     assert_refused(tmp_path, GradientError, "has no gradient.*calibration_step", Detached())
     assert_refused(tmp_path, GradientError, "got a NoneType", Nothing())
 

@@ -171,4 +171,6 @@ def largest_difference(rows: Mapping[str, Tensor], others: Mapping[str, Tensor])
 
 
 def _describe(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return f"a {type(value).__name__} of {', '.join(map(repr, value)) or 'nothing'}, without their sum as 'loss',"
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
