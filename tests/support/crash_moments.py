@@ -139,7 +139,9 @@ def _install_event(moments: Moments) -> None:
 
     def restore_one_by_one(self: Targets, weights: Any) -> None:
         for name, weight in weights.items():
-            moments.reach("apply", lambda name=name, weight=weight: local(self[name])[0].copy_(local(weight)[0]))
+            moments.reach(
+                "apply", lambda name=name, weight=weight: local(self[name].detach())[0].copy_(local(weight)[0])
+            )
             restore(self, {name: weight})
 
     def update_one_by_one(self: MaskSet, masks: Any) -> None:
