@@ -189,12 +189,16 @@ class GradientCollector:
             GradientError: As `probe`.
         """
         if self.trial is None:
-            with distributed.raise_on_all_ranks("The first gradient"), rng.preserved():
-                batch, self._batches = peek(self._batches)
-                self.probe(batch)
+            with rng.preserved():
+                self._try_first()
             release_memory(self._targets.device)
         assert self.trial is not None
         return self.trial.memory
+
+    def _try_first(self) -> None:
+        with distributed.raise_on_all_ranks("The first gradient"):
+            batch, self._batches = peek(self._batches)
+            self.probe(batch)
 
     def limit_rows(self, rows: int) -> None:
         """Compute ``rows`` of them at once at the most; the results depend on it by rounding alone."""

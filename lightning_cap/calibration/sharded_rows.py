@@ -22,7 +22,6 @@ from lightning_cap.sparsity.shards import BlockShards
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.utilities import distributed, rng
 from lightning_cap.utilities.arguments import require_instance
-from lightning_cap.utilities.memory import release_memory
 from lightning_cap.utilities.peak_memory import measure_peak
 from lightning_cap.utilities.sharded import is_sharded, units
 from lightning_cap.utilities.stopping import poll
@@ -186,16 +185,10 @@ class ShardedCollector(GradientCollector):
         device = self._targets.device
         return pytree.tree_map(lambda leaf: leaf.to(device) if isinstance(leaf, Tensor) else leaf, first)
 
-    def memory(self) -> SourceMemory:
-        """See `GradientCollector.memory`."""
-        if self.trial is None:
-            with rng.preserved():
-                with distributed.raise_on_all_ranks("The first batch"):
-                    batch, self._batches = peek(self._batches)
-                self.probe(batch)
-            release_memory(self._targets.device)
-        assert self.trial is not None
-        return self.trial.memory
+    def _try_first(self) -> None:
+        with distributed.raise_on_all_ranks("The first batch"):
+            batch, self._batches = peek(self._batches)
+        self.probe(batch)  # which communicates
 
     def probe(self, batch: Any) -> None:
         """See `GradientCollector.probe`. Every process must call it."""

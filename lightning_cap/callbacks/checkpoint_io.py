@@ -52,10 +52,10 @@ class AtomicCheckpointIO(TorchCheckpointIO):
                 self._remove(path)
             return
         self._failed = True  # until it is written
-        self._save(checkpoint, path, storage_options)
+        self._write(checkpoint, path, storage_options)
         self._failed = False
 
-    def _save(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any) -> None:
+    def _write(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any) -> None:
         if storage_options is not None or "://" in str(path):
             super().save_checkpoint(checkpoint, path, storage_options)
             return

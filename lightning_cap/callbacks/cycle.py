@@ -73,13 +73,10 @@ def save_cycle(trainer: pl.Trainer, module: pl.LightningModule, targets: Targets
     """
     averages = averaged_models(trainer)
     model = getattr(averages[0], "module", averages[0]) if averages else module
-    if targets.is_sharded:
-        with distributed.fail_together(f"Writing {record.weights}"):
+    agree = distributed.fail_together if targets.is_sharded else distributed.raise_on_all_ranks
+    with agree(f"Writing {record.weights}"):
+        if targets.is_sharded or trainer.is_global_zero:
             save_weights(model, targets, Path(record.weights), sparsity=record.sparsity, goal=record.goal)
-    else:
-        with distributed.raise_on_all_ranks(f"Writing {record.weights}"):
-            if trainer.is_global_zero:
-                save_weights(model, targets, Path(record.weights), sparsity=record.sparsity, goal=record.goal)
     save_checkpoint(trainer, record.checkpoint)
 
 

@@ -316,16 +316,6 @@ class CAPPruningCallback(SavingRun):
         self._active.masks.apply_to_weights()
         mask_averages(trainer, self._active.masks)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Save the cycle's best so far."""
-        if trainer.state.fn != "fit":
-            return
-        checks.refuse_unlogged(trainer, self.monitor)
-        if trainer.sanity_checking:
-            return
-        self._validated = trainer.current_epoch
-        self._save_best(trainer, pl_module)
-
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the end of the cycle before the next event."""
         following = trainer.current_epoch + 1

@@ -18,7 +18,15 @@ from lightning_cap.callbacks.run_files import RunFiles
 from lightning_cap.fisher.memory_plan import MemoryPlan
 from lightning_cap.sparsity.flops import ModelFlops
 from lightning_cap.sparsity.targets import Targets
-from lightning_cap.trainer.run_records import CYCLES, RUN, CycleRecord, LayerRecord, PlanRecord, RunRecord
+from lightning_cap.trainer.run_records import (
+    CYCLES,
+    RUN,
+    CycleRecord,
+    LayerRecord,
+    PlanRecord,
+    RunRecord,
+    less_is_better,
+)
 from lightning_cap.trainer.units import inner_model
 from lightning_cap.utilities import distributed
 from lightning_cap.utilities.compiled import plain_name
@@ -149,8 +157,7 @@ def now() -> str:
 
 
 def _mode(metric: str | None, otherwise: str) -> str:
-    less = ("loss", "error", "mse", "mae", "perplexity")
-    return "min" if metric is not None and any(word in metric.lower() for word in less) else otherwise
+    return "min" if metric is not None and less_is_better(metric) else otherwise
 
 
 def _counted(line: CycleRecord) -> str:

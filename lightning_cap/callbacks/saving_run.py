@@ -11,6 +11,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_cap.callbacks.checkpoint_io import save_checkpoint
 from lightning_cap.callbacks.checkpointed import CheckpointedRun
+from lightning_cap.callbacks.checks import refuse_unlogged
 from lightning_cap.callbacks.cycle import monitored, save_cycle, with_files
 from lightning_cap.callbacks.run import writes_files
 from lightning_cap.callbacks.run_files import RunFiles
@@ -43,6 +44,16 @@ class SavingRun(CheckpointedRun):
         super().__init__()
         self._validated = -1  # the last epoch that was
         self._log = RunLog()
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the cycle's best so far."""
+        if trainer.state.fn != "fit":
+            return
+        refuse_unlogged(trainer, self.monitor)
+        if trainer.sanity_checking:
+            return
+        self._validated = trainer.current_epoch
+        self._save_best(trainer, pl_module)
 
     def end_cycle(
         self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int, metrics: Mapping[str, Any] | None = None

@@ -11,7 +11,7 @@ from lightning_cap.report.csv_metrics import Curve
 from lightning_cap.report.run_folder import Run
 from lightning_cap.report.texts import is_share
 from lightning_cap.trainer.records import EventRecord
-from lightning_cap.trainer.run_records import CycleRecord, LayerRecord
+from lightning_cap.trainer.run_records import CycleRecord, LayerRecord, less_is_better
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class RunNumbers:
         """1 where more of the metric is better, -1 where less of it is."""
         if self.run.start is not None and self.run.start.metric:
             return -1 if self.run.start.mode == "min" else 1
-        return -1 if self.metric is not None and "loss" in self.metric.lower() else 1
+        return -1 if self.metric is not None and less_is_better(self.metric) else 1
 
     @property
     def factor(self) -> float:

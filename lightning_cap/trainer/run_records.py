@@ -12,6 +12,12 @@ from lightning_cap.utilities.records import Record
 RUN = "run.jsonl"
 CYCLES = "cycles.jsonl"
 FINETUNED = "finetuned.jsonl"
+_LESS_IS_BETTER = ("loss", "error", "mse", "mae", "perplexity")
+
+
+def less_is_better(metric: str) -> bool:
+    """Whether a metric, as its name tells, is the better the less it is."""
+    return any(word in metric.lower() for word in _LESS_IS_BETTER)
 
 
 @dataclass(frozen=True)

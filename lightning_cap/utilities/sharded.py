@@ -112,6 +112,11 @@ def check_sharding(name: str, tensor: Tensor) -> None:
         raise UnsupportedError(
             f"target {name!r} is sharded over processes {mesh.mesh.tolist()}, not over all {distributed.world_size()}. {_OUT}."
         )
+    if local(tensor).device.type != mesh.device_type:
+        raise UnsupportedError(
+            f"target {name!r} is kept on {local(tensor).device}, while its processes meet on {mesh.device_type} "
+            "(CPUOffloadPolicy?). Keep it there, by fully_shard without an offload_policy."
+        )
 
 
 def reshard(model: nn.Module) -> None:

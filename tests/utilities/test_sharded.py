@@ -45,7 +45,7 @@ def look_at_shards() -> dict[str, Any]:
 
 
 def _refusals() -> list[str]:
-    from torch.distributed.tensor import Replicate, Shard, distribute_tensor, init_device_mesh
+    from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor, init_device_mesh
 
     world = distributed.world_size()
     line, plane = init_device_mesh("cpu", (world,)), init_device_mesh("cpu", (world, 1))
@@ -55,7 +55,10 @@ def _refusals() -> list[str]:
         with pytest.raises(UnsupportedError) as caught:
             sharded.check_sharding("fc.weight", distribute_tensor(weight, mesh, placements))
         told.append(str(caught.value))
-    return told
+    elsewhere = DTensor.from_local(torch.ones(4, 8, device="meta"), line, [Shard(0)], run_check=False)
+    with pytest.raises(UnsupportedError) as caught:
+        sharded.check_sharding("fc.weight", elsewhere)
+    return [*told, str(caught.value)]
 
 
 @pytest.fixture(scope="module", params=SIZES)
@@ -82,7 +85,8 @@ def test_units_give_their_whole_weights_back(found: list[dict[str, Any]]) -> Non
 
 
 def test_other_ways_to_shard_are_refused_with_the_way_out(found: list[dict[str, Any]]) -> None:
-    columns, copies, plane = found[0]["refused"]
+    columns, copies, plane, elsewhere = found[0]["refused"]
+    assert "'fc.weight' is kept on meta, while its processes meet on cpu (CPUOffloadPolicy?)" in elsewhere
     assert "'fc.weight' is placed as" in columns
     assert "'fc.weight' is placed as" in copies
     assert "mesh of 2 dimensions" in plane
