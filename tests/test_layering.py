@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "utilities": ["errors"],
     "oneshot": ["trainer"],
     "classifier": ["data", "schedules"],
+    "tokens": ["classifier"],
     "errors": [],
     "_version": [],
 }

@@ -46,7 +46,8 @@ class VisionClassifier(LightningModule):
     or ``image_shape`` is compared with the model before the first step.
 
     Args:
-        model: A timm model name, or any module from images to logits (in YAML: its ``class_path``).
+        model: A timm model name, or any module from images to logits (in YAML: its ``class_path``). What its method
+            ``auxiliary_loss()`` gives, if it has one, is added to the loss of each batch.
         num_classes: The number of classes; ``None`` takes the model's own.
         pretrained: Load timm's published weights of the named model (needs network or a filled cache).
         checkpoint: A local file to start from, see `load_weights`.
@@ -164,8 +165,11 @@ class VisionClassifier(LightningModule):
         """The training loss, a scalar, without logging anything; for the pruner's gradients."""
         images, labels = batch
         if self.distillation is None:
-            return self._cross_entropy(self(images), labels)
-        return self.distillation(self.model, images, lambda logits: self._cross_entropy(logits, labels))
+            loss = self._cross_entropy(self(images), labels)
+        else:
+            loss = self.distillation(self.model, images, lambda logits: self._cross_entropy(logits, labels))
+        own_loss: Callable[[], Any] | None = getattr(plain_module(self.model), "auxiliary_loss", None)
+        return loss if own_loss is None else loss + own_loss()
 
     def _cross_entropy(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         if labels.is_floating_point():  # soft labels carry their smoothing in them

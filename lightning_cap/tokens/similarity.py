@@ -1,0 +1,47 @@
+"""Tokens that say what others say already: the similarity stage of Zero-TPrune."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_cap.errors import ConfigError
+from lightning_cap.utilities.arguments import require_instance, require_whole
+
+
+def most_redundant(features: Tensor, importance: Tensor, count: int) -> Tensor:
+    """Of the less important half of the tokens those that are most like one of the more important half.
+
+    Args:
+        features: Of each token, ``(b, P, d)``, such as its key. They are compared by their cosine.
+        importance: ``(b, P)``.
+        count: How many, at most ``P // 2``.
+
+    Returns:
+        Their positions, int64 ``(b, count)``, the most alike first.
+
+    Raises:
+        ConfigError: Shapes do not fit, or there are fewer.
+    """
+    require_instance("features", features, Tensor, "torch.randn(8, 196, 64)")
+    require_instance("importance", importance, Tensor, "torch.rand(8, 196)")
+    if features.dim() != 3 or importance.shape != features.shape[:2]:
+        raise ConfigError(
+            f"importance of shape {tuple(importance.shape)} and features of shape {tuple(features.shape)}: give (b, P) and (b, P, d)."
+        )
+    half = features.shape[1] // 2
+    require_whole("count", count, at_least=0, at_most=half)
+    order = importance.argsort(dim=1, descending=True, stable=True)
+    ranked = F.normalize(features, dim=-1).gather(1, order.unsqueeze(-1).expand_as(features))
+    more, less = ranked[:, : features.shape[1] - half], ranked[:, features.shape[1] - half :]
+    nearest = (less @ more.transpose(1, 2)).amax(-1)
+    found = nearest.topk(count, dim=1).indices + (features.shape[1] - half)
+    return order.gather(1, found)
+
+
+def without(positions: Tensor, number: int) -> Tensor:
+    """Those of ``range(number)`` that are not among the positions ``(b, r)``: rising, int64 ``(b, number - r)``."""
+    marked = torch.zeros(positions.shape[0], number, dtype=torch.int64, device=positions.device)
+    marked = marked.scatter(1, positions, 1)
+    return marked.argsort(dim=1, stable=True)[:, : number - positions.shape[1]]
