@@ -65,7 +65,9 @@ class TokenPruning(nn.Module):
         self.vit = make_vit(model, pretrained, checkpoint, model_kwargs)
         depth = len(self.vit.blocks)
         if blocks[-1] >= depth:
-            raise ConfigError(f"blocks={shown(blocks)}: the model has {depth} blocks. Give numbers from 1 to {depth - 1}.")
+            raise ConfigError(
+                f"blocks={shown(blocks)}: the model has {depth} blocks. Give numbers from 1 to {depth - 1}."
+            )
         self.blocks = tuple(int(number) for number in blocks)
         #: Share of all patch tokens that is left after each stage.
         self.kept_shares = tuple(math.prod(ratios[: stage + 1]) for stage in range(len(ratios)))
@@ -144,7 +146,7 @@ class TokenPruning(nn.Module):
                 kept = chosen if kept is None else kept.gather(1, chosen)
             if self.reads_attention and counts.get(number + 1, left) < left:
                 with attention_of(block) as seen:
-                    tokens = self.run_block(block, tokens)
+                    tokens = block(tokens)  # not recomputed: in the backward pass nobody would be looking
             else:
                 tokens = self.run_block(block, tokens)
         return tokens, kept
@@ -202,5 +204,7 @@ def _checked(blocks: object, keep_ratio: object) -> list[float]:
     for ratio in keep_ratio:
         require_real("keep_ratio", ratio, "(0, 1]", 0.8)
     if len(keep_ratio) != len(numbers):
-        raise ConfigError(f"keep_ratio={shown(keep_ratio)}: give one number, or one for each of blocks={shown(blocks)}.")
+        raise ConfigError(
+            f"keep_ratio={shown(keep_ratio)}: give one number, or one for each of blocks={shown(blocks)}."
+        )
     return [float(ratio) for ratio in keep_ratio]

@@ -20,8 +20,8 @@ from lightning_cap.utilities.compiled import plain_module
 class KeptTokenDistillation(DistillationLoss):
     """``(1 - α) · loss + α · (KL + token_weight · distance of the kept tokens)``, section 3.3 of DynamicViT.
 
-    The distance is the mean squared difference from the teacher's last norm, over the patch tokens that the model keeps. The defaults
-    have DynamicViT's weights 1, 0.5 and 0.5, up to a common factor. The teacher is kept apart as `DistillationLoss` does.
+    The distance is the mean squared difference from the teacher's last norm, over the patch tokens that the model keeps. The
+    defaults have DynamicViT's weights 1, 0.5 and 0.5, up to a common factor. The teacher is kept apart as `DistillationLoss` does.
 
     Args:
         teacher: A timm `VisionTransformer` with as many tokens and channels, or the name of one; the dense model.
@@ -75,7 +75,7 @@ class KeptTokenDistillation(DistillationLoss):
         with torch.no_grad():
             logits = self.teacher.forward_head(tokens)  # type: ignore[operator]
         prefix = student.vit.num_prefix_tokens
-        wanted, weights = _at(tokens[:, getattr(self.teacher, "num_prefix_tokens") :], output)
+        wanted, weights = _at(tokens[:, self.teacher.num_prefix_tokens :], output)
         mine = output.tokens[:, prefix:]
         if logits.shape != output.logits.shape or wanted.shape != mine.shape:
             raise ConfigError(

@@ -22,13 +22,13 @@ _MASKED = 1e-10  # what is left of a masked token in the attention: its gradient
 class DynamicViT(TokenPruning):
     """A vision transformer with predictors that say before some blocks which tokens stay.
 
-    In training all tokens stay where they are: predictors draw a hard decision for each by the Gumbel-softmax, and a token that is
-    out is masked in the attention of all others, from then on. In evaluation each stage really keeps the ``k`` tokens of the highest
-    probability. `auxiliary_loss` draws the kept shares to ``keep_ratio``; `VisionClassifier` adds it by itself, a module of your own
-    adds it to its loss. To learn from the dense model as well, see `KeptTokenDistillation`.
+    In training all tokens stay where they are: predictors draw a hard decision for each by the Gumbel-softmax, and a token that
+    is out is masked in the attention of all others, from then on. In evaluation each stage really keeps the ``k`` tokens of the
+    highest probability. `auxiliary_loss` draws the kept shares to ``keep_ratio``; `VisionClassifier` adds it by itself, a module
+    of your own adds it to its loss. To learn from the dense model as well, see `KeptTokenDistillation`.
 
-    The predictors (``predictors.*``, 4 Linear layers each) are left dense when CAP prunes with its default targets: which tokens are
-    taken has no gradient in evaluation, where the Fisher is collected. Pruners that need no gradient take them by ``include``.
+    The predictors (``predictors.*``, 4 Linear layers each) are left dense when CAP prunes with its default targets: which tokens
+    are taken has no gradient in evaluation, where the Fisher is collected. Pruners without gradients take them by ``include``.
 
     Args:
         model: See `TokenPruning`, as for the next two and the last three. It pools by its class token.
@@ -114,7 +114,7 @@ class DynamicViT(TokenPruning):
         return tokens, policy
 
     def decide(self, scores: Tensor) -> Tensor:
-        """1 for tokens that stay and 0 for others, ``(b, P)``, drawn by log-probabilities ``(b, P, 2)``; straight-through gradient."""
+        """1 for tokens that stay, 0 for others, ``(b, P)``: drawn by log-probabilities ``(b, P, 2)``, straight-through gradient."""
         return F.gumbel_softmax(scores.float(), self.temperature, hard=True)[..., 1]
 
     def choose(self, stage: int, tokens: Tensor, seen: Attended, count: int) -> Tensor:

@@ -28,7 +28,7 @@ def most_redundant(features: Tensor, importance: Tensor, count: int) -> Tensor:
     require_instance("importance", importance, Tensor, "torch.rand(8, 196)")
     if features.dim() != 3 or importance.shape != features.shape[:2]:
         raise ConfigError(
-            f"importance of shape {tuple(importance.shape)} and features of shape {tuple(features.shape)}: give (b, P) and (b, P, d)."
+            f"importance of shape {tuple(importance.shape)} and features of {tuple(features.shape)}: give (b, P) and (b, P, d)."
         )
     half = features.shape[1] // 2
     require_whole("count", count, at_least=0, at_most=half)

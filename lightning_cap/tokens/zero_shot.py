@@ -62,7 +62,8 @@ class ZeroTPrune(TokenPruning):
     @torch.no_grad()
     def choose(self, stage: int, tokens: Tensor, seen: Attended, count: int) -> Tensor:
         """By the attention and the keys of the block before."""
-        assert seen.weights is not None and seen.keys is not None
+        assert seen.weights is not None
+        assert seen.keys is not None
         prefix = self.vit.num_prefix_tokens
         importance = token_importance(seen.weights, self.iterations, prefix, self.head_variance)
         number = importance.shape[1]
