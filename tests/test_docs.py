@@ -145,7 +145,7 @@ def test_every_page_is_in_the_navigation() -> None:
     assert {name for name in navigation if name not in own and not (ROOT / name).is_file()} == set()
 
 
-ROOMS = "pruners healing sparsity schedules data calibration export comparison report planning sweep"
+ROOMS = "pruners healing sparsity schedules data calibration export comparison report planning sweep tokens"
 
 
 @pytest.mark.parametrize("room", ["lightning_cap", *(f"lightning_cap.{room}" for room in ROOMS.split())])

@@ -12,7 +12,15 @@ from torch.utils.checkpoint import checkpoint as recompute
 
 from lightning_cap.errors import ConfigError
 from lightning_cap.tokens.vision_transformer import Attended, attention_of, make_vit, require_attention
-from lightning_cap.utilities.arguments import is_real, require_flag, require_list, require_real, require_whole, shown
+from lightning_cap.utilities.arguments import (
+    is_real,
+    is_whole,
+    require_flag,
+    require_list,
+    require_real,
+    require_whole,
+    shown,
+)
 
 
 class TokenOutput(NamedTuple):
@@ -194,10 +202,10 @@ def _checked(blocks: object, keep_ratio: object) -> list[float]:
     numbers: list[Any] = list(blocks)  # type: ignore[call-overload]
     if not numbers:
         raise ConfigError(f"blocks={shown(blocks)}: give at least one, such as [3, 6, 9].")
-    for number in numbers:
-        require_whole("blocks", number, example=3)
-    if numbers != sorted(set(numbers)):
-        raise ConfigError(f"blocks={shown(blocks)}: give rising numbers, each once, such as [3, 6, 9].")
+    if not all(is_whole(number) and number >= 1 for number in numbers) or numbers != sorted(set(numbers)):
+        raise ConfigError(
+            f"blocks={shown(blocks)}: give whole numbers from 1 on, rising, each once, such as [3, 6, 9]."
+        )
     if is_real(keep_ratio) or not isinstance(keep_ratio, Sequence) or isinstance(keep_ratio, str):
         require_real("keep_ratio", keep_ratio, "(0, 1]", 0.8)
         return [float(keep_ratio)] * len(numbers)  # type: ignore[arg-type]

@@ -162,7 +162,7 @@ def test_a_distilled_deit_keeps_both_its_tokens() -> None:
 @every_kind
 def test_cap_prunes_it_and_its_masks_hold(kind: type[TokenPruning], tmp_path: Path) -> None:
     """In a run whose token decisions are drawn; predictors are left dense by the default targets."""
-    module = VisionClassifier(pruned(kind))
+    module = VisionClassifier(pruned(kind)).train()
     samples = [(image, int(label)) for image, label in zip(*batch(16), strict=True)]
     cb = callback({0: 0.3, 1: 0.5}, pruner=CAP(block_size=16, num_gradients=16))
     trainer(tmp_path, max_epochs=2, callbacks=[cb]).fit(module, DataLoader(samples, 8))  # type: ignore[arg-type]

@@ -56,7 +56,7 @@ def test_a_run_of_all_three(tmp_path: Path) -> None:
     """Tokens, weights and a teacher at once: masks hold, the teacher is in no checkpoint and as it was."""
     teacher = vit()
     before = copy.deepcopy(teacher.state_dict())
-    module = VisionClassifier(pruned(DynamicViT), distillation=KeptTokenDistillation(teacher))
+    module = VisionClassifier(pruned(DynamicViT), distillation=KeptTokenDistillation(teacher)).train()
     samples = [(image, int(label)) for image, label in zip(*batch(16), strict=True)]
     cb = callback({0: 0.5}, pruner=CAP(block_size=16, num_gradients=8))
     run = trainer(tmp_path, max_epochs=1, callbacks=[cb])

@@ -24,6 +24,7 @@ from tests.support.bad_input.table import NO_COUNTS, NO_NUMBERS, Line, wrong
 from tests.support.tokens import images, pruned, vit
 
 VIT = vit(depth=3)
+ZEROT = pruned(ZeroTPrune)
 NAN = float("nan")
 NO_RATIOS: tuple[Any, ...] = (0, 0.0, -0.1, 1.1, "0.8", None, True, NAN, float("inf"), 1j, {"a": 0.8}, torch.ones(2))
 NO_BLOCKS: tuple[Any, ...] = (3, None, "3", {3: 1}, [], [0], [-1], [1.0], [True], ["1"], [2, 1], [1, 1], [NAN])
@@ -83,7 +84,7 @@ LINES = [
     *wrong(ZeroTPrune, "head_variance", 0.5, "all", True, [0.1], [0.5, 0.1], [NAN, 1.0], [-1.0, 1.0], (0.1, "1"), {"a": 1},
            given={"model": VIT, "blocks": [1]}),
     Line("tokens: in a classifier", _classifier, ConfigError, ("model=ResNet", "no tokens")),
-    *[named(f"return_tokens={bad!r}", lambda b=bad: pruned(ZeroTPrune)(images(), b), "return_tokens=") for bad in (1, "yes", None)],
+    *[named(f"return_tokens={bad!r}", lambda b=bad: ZEROT(images(), b), "return_tokens=") for bad in (1, "yes", None)],
     *wrong(KeptTokenDistillation, "teacher", None, 3, True, ["vit"], nn.Linear, "vit_tinny", {"a": 1}),
     *wrong(KeptTokenDistillation, "alpha", *NO_NUMBERS, -0.1, 1.1, given={"teacher": VIT}),
     *wrong(KeptTokenDistillation, "temperature", *NO_NUMBERS, 0, given={"teacher": VIT}),
