@@ -2,6 +2,7 @@
 
 from lightning_cap._version import __version__
 from lightning_cap.callbacks.pruning import CAPPruningCallback
+from lightning_cap.callbacks.qat import QATCallback
 from lightning_cap.classifier import DistillationLoss, VisionClassifier
 from lightning_cap.comparison import compare
 from lightning_cap.oneshot import prune
@@ -12,6 +13,7 @@ __all__ = [
     "CosineLR",
     "CyclicLinearLR",
     "DistillationLoss",
+    "QATCallback",
     "VisionClassifier",
     "__version__",
     "compare",

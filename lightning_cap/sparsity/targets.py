@@ -120,10 +120,10 @@ class Targets(Mapping[str, Tensor]):
             reasons |= _dense_by_default(layers, parameters, ends)
         else:
             ends = None
-            chosen = _matches("include", include, parameters, layers, computed)
+            chosen = matches("include", include, parameters, layers, computed)
             names = [name for name in parameters if name in chosen]
             reasons |= dict.fromkeys([name for name in layers if name not in chosen], "not in include")
-        reasons |= dict.fromkeys(_matches("exclude", exclude or (), parameters, parameters, computed), "excluded")
+        reasons |= dict.fromkeys(matches("exclude", exclude or (), parameters, parameters, computed), "excluded")
         names = [name for name in names if name not in reasons]
         dense = {name: reasons[name] for name in (*layers, *computed) if name in reasons}
         if not names:
@@ -223,14 +223,25 @@ def _dense_by_default(
     return reasons | {name: "frozen" for name in layers if not parameters[name][1].requires_grad}
 
 
-def _matches(
+def matches(
     argument: str,
     globs: Sequence[str],
     parameters: Mapping[str, object],
     among: Mapping[str, object],
     computed: Mapping[str, str],
 ) -> set[str]:
-    """Names that any of ``globs`` selects."""
+    """Names that any of ``globs`` selects.
+
+    Args:
+        argument: What the user calls the globs.
+        globs: Or exact names of parameters.
+        parameters: All, by plain name.
+        among: What globs choose from.
+        computed: Weights that are no parameters -> by what they are computed.
+
+    Raises:
+        TargetError: One matches nothing (near names are given), or ``include`` is empty.
+    """
     if argument == "include" and not globs:
         raise TargetError("include=[] selects nothing. Leave include out for the default targets.")
     return {name for glob in globs for name in _match(glob, parameters, among, computed, argument)}

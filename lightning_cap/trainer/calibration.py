@@ -19,6 +19,7 @@ from torch.utils.data.distributed import DistributedSampler
 from lightning_cap.calibration.batches import CalibrationBatches, batch_size
 from lightning_cap.calibration.statistics import Statistic
 from lightning_cap.errors import ConfigError, DataError
+from lightning_cap.quantization.layers import plain_linears
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.trainer import compat
 from lightning_cap.trainer.isolation import in_stage, preserve_attributes, preserve_state, suppress_logging
@@ -181,8 +182,16 @@ def loss_scale(trainer: pl.Trainer) -> float:
 
 @contextmanager
 def calibrating(trainer: pl.Trainer, module: pl.LightningModule) -> Iterator[None]:
-    """Around the reading of calibration batches and losses on them: no trace in the run, the training's augmentation."""
-    with preserve_state(module), suppress_logging(module), in_stage(trainer, RunningStage.TRAINING):
+    """Around the reading of calibration batches and losses on them: no trace in the run, the training's augmentation.
+
+    Fake quantization is off.
+    """
+    with (
+        plain_linears(module),
+        preserve_state(module),
+        suppress_logging(module),
+        in_stage(trainer, RunningStage.TRAINING),
+    ):
         yield
 
 

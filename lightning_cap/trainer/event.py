@@ -20,6 +20,7 @@ from lightning_cap.fisher.memory_plan import MemoryPlan
 from lightning_cap.healing.parts import ModelParts
 from lightning_cap.pruners.base import Pruner, heal_of, prepare
 from lightning_cap.pruners.paths import PruneResult, PruningPath
+from lightning_cap.quantization.layers import plain_linears
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.trainer.calibration import (
@@ -138,7 +139,7 @@ class PruningEvent:
         before = self._parts.copies()
         masks, saliency = dict(self._masks), 0.0
         try:
-            with distributed.fail_together("The pruning event"):
+            with distributed.fail_together("The pruning event"), plain_linears(self._module):
                 refuse_broken_weights(self._trainer, self._targets)
                 for sparsity in sparsities:
                     result = self._prune(sparsity, collection_index, masks, before)

@@ -1,0 +1,1 @@
+"""Fake quantization of Linear layers by torchao, and the integers that they are trained for."""
