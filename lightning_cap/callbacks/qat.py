@@ -47,7 +47,7 @@ class QATCallback(pl.Callback):
         exclude: list[str] | None = None,
         unsupported: Literal["skip", "refuse"] = "skip",
     ) -> None:
-        require_whole("epoch", epoch, at_least=0, example=10)
+        require_whole("epoch", epoch, at_least=0, at_most=2**31, example=10)
         require_names("include", include)
         require_names("exclude", exclude, "*.head.weight")
         require_choice("unsupported", unsupported, ("skip", "refuse"))
@@ -83,7 +83,7 @@ class QATCallback(pl.Callback):
         last = trainer.max_epochs
         if last is not None and 0 <= last <= self.epoch and not is_dry(trainer):
             raise ConfigError(
-                f"epoch={self.epoch}: the run ends after max_epochs={last}, so that nothing would be quantized. Give an epoch before."
+                f"epoch={self.epoch}: the run ends after max_epochs={last}, and nothing would be quantized. Give an earlier one."
             )
 
     def on_load_checkpoint(

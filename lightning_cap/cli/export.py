@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import tempfile
@@ -12,6 +13,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_cap.callbacks.qat import quantized_layers
 from lightning_cap.callbacks.state import pruned_units
 from lightning_cap.cli.checkpoint_model import CheckpointModel, load_checkpoint_model
 from lightning_cap.cli.inputs import real_inputs
@@ -21,7 +23,9 @@ from lightning_cap.errors import CAPError, ConfigError
 from lightning_cap.export import Exporter, ExportRecord
 from lightning_cap.export.benchmark import benchmark, print_benchmark, save_benchmark
 from lightning_cap.export.exporter import MODEL_ARGS, num_bytes
+from lightning_cap.export.safetensors import plain_model
 from lightning_cap.export.shrunk import shrink
+from lightning_cap.quantization.layers import prepare
 from lightning_cap.utilities.arguments import require_path, require_whole, shown
 from lightning_cap.utilities.files import require_writable
 from lightning_cap.utilities.flops import count_flops
@@ -111,6 +115,10 @@ def export(args: Sequence[str]) -> ExportRecord:
     inputs, origin = real_inputs(loaded, paths["config"] is not None, paths["data"], paths["input"])
     with _in_words_of_the_command(checkpoint):
         model = _shrunk(checkpoint, loaded, inputs) if given.shrink else loaded.model
+        quantized = _quantized_layers(loaded)
+        if exporter.integers and quantized:
+            model = copy.deepcopy(model)
+            prepare(model, quantized)
     path = folder / f"{checkpoint.stem}{'-shrunk' if given.shrink else ''}{exporter.suffix}"
     metadata = {} if loaded.model_args is None else {MODEL_ARGS: json.dumps(loaded.model_args, sort_keys=True)}
     size = num_bytes(loaded.model)
@@ -118,6 +126,10 @@ def export(args: Sequence[str]) -> ExportRecord:
         record = exporter.export(model, path, inputs, dense_bytes=size, shrunk=given.shrink, metadata=metadata)
     for line in describe(record, path, origin):
         print(line)
+    if quantized and not exporter.integers:
+        print(
+            "Its run trained with int8 weights; they are in float in this format. For integers, --to qdq or --to torchao."
+        )
     if given.benchmark:
         _benchmark(exporter, loaded.model, model, path, inputs, given.threads)
     return record
@@ -159,6 +171,13 @@ def _shrunk(checkpoint: Path, loaded: CheckpointModel, inputs: Tensor) -> nn.Mod
         )
     units, masks = found
     return shrink(loaded.module, masks, units, inputs[:2]).eval()
+
+
+def _quantized_layers(loaded: CheckpointModel) -> list[str]:
+    """Names in the model of the layers that its run has quantized."""
+    names = quantized_layers(loaded.callbacks)
+    prefix = "" if loaded.module is None else plain_model(loaded.module, [])[1]
+    return [name.removeprefix(prefix) for name in names if name.startswith(prefix)]
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from lightning_cap.export.onnx import ONNX
 from lightning_cap.export.openvino import OpenVINO
 from lightning_cap.export.plain_weights import Safetensors
 from lightning_cap.export.pt2 import PT2
+from lightning_cap.export.quantized import QDQ, TorchAO
 from lightning_cap.export.records import ExportRecord
 from lightning_cap.export.semi_structured import SemiStructured, load_semi_structured
 from lightning_cap.export.shrunk import shrink
@@ -18,6 +19,7 @@ from lightning_cap.export.shrunk_files import load, save_shrunk
 __all__ = [
     "ONNX",
     "PT2",
+    "QDQ",
     "Compressed",
     "CoreML",
     "ExportRecord",
@@ -26,6 +28,7 @@ __all__ = [
     "Runner",
     "Safetensors",
     "SemiStructured",
+    "TorchAO",
     "load",
     "load_compressed",
     "load_semi_structured",

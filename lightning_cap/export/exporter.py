@@ -62,6 +62,8 @@ class Exporter(ABC):
     beside: ClassVar[str] = ""
     #: Whether it writes a folder of files.
     is_folder: ClassVar[bool] = False
+    #: Whether it holds the integers of a model that `QATCallback` has trained; others hold its weights in float.
+    integers: ClassVar[bool] = False
     #: Whether what runs it leaves out products with zeros inside a weight.
     skips_zeros: ClassVar[bool] = False
 

@@ -67,7 +67,7 @@ def choose_layers(
     chosen -= matches("exclude", exclude or (), parameters, parameters, computed)
     reasons = {name: reason for name, reason in _reasons(model).items() if name in chosen}
     reasons |= {name: f"a weight {how}" for name, how in computed.items() if name in chosen}
-    reasons |= {name: "no weight of a Linear layer" for name in sorted(chosen - {*layers, *computed})}
+    reasons |= dict.fromkeys(sorted(chosen - {*layers, *computed}), "no weight of a Linear layer")
     names = [name.rpartition(".")[0] for name in layers if name in chosen and name not in reasons]
     if not names:
         left = "; ".join(f"{name}: {why}" for name, why in list(reasons.items())[:4]) or "none is chosen"

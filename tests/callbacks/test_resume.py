@@ -11,13 +11,12 @@ import lightning.pytorch as pl
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from torch.utils.data import DataLoader
 
 from lightning_cap.errors import ConfigError
 from lightning_cap.pruners import CAPUnits, Pruner, TaylorUnits
 from lightning_cap.sparsity import Flops
-from tests.support.stopping import CrashError, StopAfter, assert_same, averaging
-from tests.support.toy import Toy, ToyData, callback, cap, loaders, trainer, zeros
+from tests.support.stopping import CrashError, StatefulLoader, StopAfter, assert_same, averaging
+from tests.support.toy import Toy, callback, cap, loaders, trainer, zeros
 
 
 def run(
@@ -90,29 +89,6 @@ def test_resume_from_a_sparsity_checkpoint(tmp_path: Path) -> None:
     whole, _ = run(tmp_path / "whole")
     resumed, _ = run(tmp_path / "again", ckpt=str(tmp_path / "whole/pruned/sparsity=0.50.ckpt"), seed=99)
     assert_same(whole, resumed)
-
-
-class StatefulLoader(DataLoader):  # type: ignore[type-arg]
-    """A loader that can go on in the middle of an epoch, as torchdata's does: its own order, its own position."""
-
-    def __init__(self) -> None:
-        super().__init__(ToyData(noise=0.0), batch_size=16)
-        self.epoch, self.position, self.resume = -1, 0, False
-
-    def __iter__(self) -> Any:
-        if not self.resume:
-            self.epoch, self.position = self.epoch + 1, 0
-        self.resume = False
-        order = torch.randperm(64, generator=torch.Generator().manual_seed(self.epoch)).split(16)
-        while self.position < 4:
-            self.position += 1
-            yield torch.utils.data.default_collate([self.dataset[int(i)] for i in order[self.position - 1]])
-
-    def state_dict(self) -> dict[str, int]:
-        return {"epoch": self.epoch, "position": self.position}
-
-    def load_state_dict(self, state: dict[str, int]) -> None:
-        self.epoch, self.position, self.resume = state["epoch"], state["position"], True
 
 
 @pytest.mark.parametrize(("step", "pruner"), [(6, cap()), (7, cap()), (18, cap()), (18, TaylorUnits(num_gradients=16))])

@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_cap import VisionClassifier
 from lightning_cap.cli import main
+from lightning_cap.cli.export import export
 from lightning_cap.errors import ConfigError
 from lightning_cap.export import ExportRecord, Safetensors, load, load_compressed, shrink
 from lightning_cap.export.safetensors import save_plain_weights
@@ -279,3 +280,23 @@ def test_a_damaged_state_is_told_without_words_of_training(tmp_path: Path) -> No
         main(["export", path, "--to=safetensors", "--shrink"])
     assert "anew" not in str(e.value)
     assert "ckpt_path" not in str(e.value)
+
+
+@pytest.mark.parametrize("to", ["torchao", "qdq"])
+def test_the_integers_of_a_quantized_run(tmp_path: Path, to: str, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("torchao")
+    module = classifier()
+    torch.save(torch.randn(4, 3, 16, 16), tmp_path / "x.pt")
+    layers = [name for name, layer in module.named_modules() if isinstance(layer, nn.Linear)]
+    state = {"QATCallback": {"version": 1, "quantized": layers}}
+    checkpoint = saved(tmp_path, module, callbacks=state)
+    main(["export", checkpoint, "--to", to, "--input", str(tmp_path / "x.pt")])
+    record = record_of(tmp_path / "checkpoints/export")
+    assert (record.format, record.zeros_equal, record.tolerance) == (to, record.weights, 0.05)
+    assert record.dense_bytes is not None
+    assert record.bytes < 0.6 * record.dense_bytes
+    capsys.readouterr()
+    main(["export", checkpoint, "--to", "safetensors", "--input", str(tmp_path / "x.pt")])
+    assert "trained with int8 weights; they are in float" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match=f"to='{to}': no layer of the model was trained with int8 weights"):
+        export(["--to", to, saved(tmp_path, module), "--input", str(tmp_path / "x.pt")])

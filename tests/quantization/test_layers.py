@@ -62,8 +62,13 @@ def test_what_torchao_cannot_take_is_named() -> None:
 
 
 def test_patterns() -> None:
-    assert choose_layers(Zoo(), ["good.*.weight", "conv.weight"], ["*.1.weight"]) == (["good.0"], {"conv.weight": "a Conv2d"})
-    with pytest.raises(TargetError, match=r"include: 'god\.0\.weight' matches no parameter of the model. Near names: 'good"):
+    assert choose_layers(Zoo(), ["good.*.weight", "conv.weight"], ["*.1.weight"]) == (
+        ["good.0"],
+        {"conv.weight": "a Conv2d"},
+    )
+    with pytest.raises(
+        TargetError, match=r"include: 'god\.0\.weight' matches no parameter of the model. Near names: 'good"
+    ):
         choose_layers(Zoo(), ["god.0.weight"], None)
     with pytest.raises(TargetError, match=r"no Linear layer left to quantize \(conv.weight: a Conv2d\)"):
         choose_layers(Zoo(), ["conv.weight"], None)
@@ -133,5 +138,7 @@ def test_plain_inside_for_the_fisher() -> None:
 def test_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"X needs the package torchao, not installed here: pip install 'lightning-cap\[quant"):
+    with pytest.raises(
+        ConfigError, match=r"X needs the package torchao, not installed here: pip install 'lightning-cap\[quant"
+    ):
         require_torchao("X")

@@ -48,27 +48,29 @@ def quantizing_run(
     stop: int | None = None,
     seed: int = 11,
     more: Any = (),
+    data: Any = None,
     **kwargs: Any,
 ) -> tuple[Toy, QATCallback, Any]:
     """One ``fit`` of five epochs with events at 1 and 3, quantized from ``epoch`` on by a callback before or after the pruning one.
 
     Args:
-        folder: Of checkpoints of each epoch and half-way through it.
+        folder: Of checkpoints, after every second step of the four of an epoch, and of ``pruned``, those of the sparsities.
         epoch: See `QATCallback`.
         first: Whether that comes before the pruning callback.
         ckpt: To go on from.
         stop: The epoch that begins with a crash.
         seed: Of everything.
         more: Callbacks.
+        data: Of ``fit``, where it is not that of `loaders`.
         kwargs: Of the Trainer.
     """
     pl.seed_everything(seed, verbose=False)
     module, qat = Toy(), QATCallback(epoch)
     cb = callback({1: 0.5, 3: 0.75}, dirpath=str(folder / "pruned"))
-    saver = ModelCheckpoint(dirpath=folder, filename="{epoch}-{step}", save_top_k=-1, every_n_train_steps=2)
+    saver = ModelCheckpoint(dirpath=folder, filename="{step}", save_top_k=-1, every_n_train_steps=2)
     extra = [*more, saver, *([] if stop is None else [StopAfter(stop)])]
     pair = [qat, cb] if first else [cb, qat]
     t = trainer(folder, *pair, *extra, max_epochs=5, enable_checkpointing=True, **kwargs)
     with contextlib.suppress(CrashError):
-        t.fit(module, **loaders(), ckpt_path=ckpt)
+        t.fit(module, **{**loaders(), **(data or {})}, ckpt_path=ckpt)
     return module, qat, cb

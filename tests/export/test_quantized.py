@@ -1,0 +1,114 @@
+from __future__ import annotations
+
+import copy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_cap.errors import ConfigError
+from lightning_cap.export import ONNX, QDQ, Exporter, ExportRecord, Safetensors, TorchAO
+from lightning_cap.quantization.layers import fake_quantized, prepare
+from lightning_cap.utilities.records import read_records
+from tests.support.quantizing import features, quantized_net, sparse_net
+
+pytest.importorskip("torchao")
+KINDS = [TorchAO, QDQ]
+
+
+def made(kind: type[Exporter]) -> Exporter:
+    for package in kind.packages:
+        pytest.importorskip(package)
+    return kind()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_file_does_what_the_fake_quantized_model_does(kind: type[Exporter], tmp_path: Path) -> None:
+    exporter, net = made(kind), quantized_net()
+    path = tmp_path / f"model{exporter.suffix}"
+    before = copy.deepcopy(net.state_dict())
+    record = exporter.export(net, path, features(), goal=0.5)
+    assert read_records(path.with_name("exports.jsonl"), ExportRecord) == [record]
+    assert (record.format, record.weights, record.zeros_equal) == (kind.format, 3, 3)
+    assert record.difference is not None
+    assert record.difference <= exporter.tolerance == 0.05
+    run = exporter.runner(path, net, threads=1)
+    for number in (1, 2, 7):  # any batch
+        torch.testing.assert_close(run(features(number)), net(features(number)), rtol=1e-3, atol=1e-3)
+    assert (run(features()) - sparse_net()(features())).abs().max() > 1e-4  # it is rounded
+    assert list(fake_quantized(net)) == ["0", "2", "4"]
+    assert all(torch.equal(value, net.state_dict()[name]) for name, value in before.items())
+
+
+def test_torchao_alone_loads_its_file(tmp_path: Path) -> None:
+    net = quantized_net()
+    TorchAO().export(net, tmp_path / "m.torchao.pt", features())
+    other = sparse_net(0.0)
+    held = torch.load(tmp_path / "m.torchao.pt", weights_only=True)
+    other.load_state_dict(held, assign=True)
+    torch.testing.assert_close(other(features()), net(features()), rtol=1e-3, atol=1e-3)
+    assert held["0.weight"].qdata.dtype == torch.int8
+    assert (held["0.weight"].qdata[net[0].weight == 0] == 0).all()
+    assert list(held) == list(net.state_dict())
+
+
+def test_qdq_has_integers_with_the_scales_of_training(tmp_path: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    net = quantized_net()
+    made(QDQ).export(net, tmp_path / "m.qdq.onnx", features())
+    graph = onnx.load(str(tmp_path / "m.qdq.onnx")).graph
+    kinds = [node.op_type for node in graph.node]
+    assert kinds.count("QuantizeLinear") == 3
+    assert kinds.count("DequantizeLinear") == 6  # of weights, and of inputs
+    held = {entry.name: torch.from_numpy(onnx.numpy_helper.to_array(entry).copy()) for entry in graph.initializer}
+    for name, layer in fake_quantized(net).items():
+        integers, scale = held[f"{name}.weight"], held[f"{name}.scale"]
+        assert integers.dtype == torch.int8
+        assert (integers[layer.weight == 0] == 0).all()
+        rounded = layer.weight_fake_quantizer(layer.weight)
+        torch.testing.assert_close(integers * scale[:, None], rounded, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_and_layers_without_bias(kind: type[Exporter], tmp_path: Path) -> None:
+    """Inputs of more dimensions; part of the layers stays in float; a token that is all zero."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 9, bias=False), nn.GELU(), nn.Linear(9, 4), nn.Conv1d(5, 2, 1)).eval()
+    prepare(net, ["0"])
+    x = torch.randn(3, 5, 6)
+    x[0, 2] = 0
+    exporter = made(kind)
+    record = exporter.export(net, tmp_path / f"m{exporter.suffix}", x)
+    assert record.inputs == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_without_quantized_layers(kind: type[Exporter], tmp_path: Path) -> None:
+    exporter = made(kind)
+    with pytest.raises(ConfigError, match=f"to='{kind.format}': no layer of the model was trained with int8 weights"):
+        exporter.export(sparse_net(), tmp_path / f"m{exporter.suffix}", features())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_the_package(kind: type[Exporter], monkeypatch: pytest.MonkeyPatch) -> None:
+    find = sys.modules["importlib.util"].find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "torchao" else find(name))
+    with pytest.raises(ConfigError, match=rf"to='{kind.format}' needs the package torchao.*\[.*quantization\]"):
+        kind().require_packages()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_dense_model_takes_in_the_same_format(kind: type[Exporter], tmp_path: Path) -> None:
+    net = sparse_net()
+    run = made(kind).dense_runner(net, tmp_path, features())
+    torch.testing.assert_close(run(features()), net(features()), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [Safetensors, ONNX])
+def test_formats_of_floats_hold_what_it_was_trained_to(kind: type[Exporter], tmp_path: Path) -> None:
+    exporter = made(kind)
+    record = exporter.export(quantized_net(), tmp_path / f"m{exporter.suffix}", features())
+    assert record.zeros_equal == 3
