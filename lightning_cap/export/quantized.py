@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -98,7 +98,7 @@ class QDQ(IntegerExporter, ONNX):
 
     format = "qdq"
     suffix = ".qdq.onnx"
-    packages = (*ONNX.packages, "torchao")
+    packages: ClassVar[tuple[str, ...]] = (*ONNX.packages, "torchao")
     extra = "onnx,quantization"
 
     def write(self, model: nn.Module, path: Path, inputs: Tensor, metadata: Mapping[str, str]) -> None:

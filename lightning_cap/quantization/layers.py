@@ -90,14 +90,14 @@ def prepare(model: nn.Module, names: Collection[str]) -> None:
     Raises:
         ConfigError: torchao is missing, or the model has no such Linear layer.
     """
-    require_torchao("Quantization")
-    from torchao.quantization import quantize_
-    from torchao.quantization.qat import QATConfig
-
     layers = {plain_name(name): layer for name, layer in model.named_modules(remove_duplicate=False)}
     for name in names:
         if not isinstance(layers.get(name), nn.Linear):
             raise ConfigError(f"layers: the model has no Linear layer {name!r}. Give the model that was quantized.")
+    require_torchao("Quantization")
+    from torchao.quantization import quantize_
+    from torchao.quantization.qat import QATConfig
+
     wanted = set(names) - set(fake_quantized(model))
     modes = {name: layers[name].training for name in wanted}
     with rng.preserved():  # torchao initialises a layer before it gets the old one's parameters

@@ -70,9 +70,8 @@ LINES = [
     *wrong(QATCallback, "include", *NO_NAMES),
     *wrong(QATCallback, "exclude", *NO_NAMES),
     *wrong(QATCallback, "unsupported", None, True, "skp", ["skip"], 3, words=["'skip' or 'refuse'"]),
-    *wrong(loaded, "state", None, error=DataError, words=("QATCallback",)),
     *(Line(f"a state of QATCallback {held}", lambda _, held=held: loaded(held), DataError, ("the state of QATCallback",))
-      for held in ({}, {"version": 1}, {"version": 2, "quantized": []}, {"version": 1, "quantized": "net"},
+      for held in (None, {}, {"version": 1}, {"version": 2, "quantized": []}, {"version": 1, "quantized": "net"},
                    {"version": 1, "quantized": [3]})),
     Line("states of callbacks", lambda _: quantized_layers({"QATCallback": {"quantized": 3}}), DataError, ("QATCallback",)),
     Line("no Linear layer", lambda _: choose_layers(nn.Sequential(nn.Conv1d(2, 2, 1)), None, None), TargetError,
