@@ -1,6 +1,6 @@
 """A text classifier by transformers' BERT, pruned while it trains: `python text.py [epochs]`. It makes its own sentences.
 
-It needs `pip install transformers`, and downloads nothing.
+It needs `pip install "lightning-cap[text]"`, and downloads nothing.
 """
 
 import sys
