@@ -161,7 +161,7 @@ class TokenPruning(nn.Module):
 
     def run_block(self, block: nn.Module, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """One block, recomputed in the backward pass if the transformer is set to be (``set_grad_checkpointing``)."""
-        given = {} if mask is None else {"attn_mask": mask}
+        given: dict[str, Any] = {} if mask is None else {"attn_mask": mask}
         if self.vit.grad_checkpointing and self.training:
             out: Tensor = recompute(block, tokens, use_reentrant=False, **given)
         else:
