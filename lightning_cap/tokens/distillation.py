@@ -47,6 +47,8 @@ class KeptTokenDistillation(DistillationLoss):
         model_kwargs: dict[str, Any] | None = None,
     ) -> None:
         require_real("token_weight", token_weight, "[0, inf)", 1.0)
+        if isinstance(teacher, nn.Module):
+            require_tokens("teacher", teacher)
         super().__init__(teacher, alpha, temperature, "token", "norm", pretrained, checkpoint, model_kwargs)
         require_tokens("teacher", self.teacher)
         self.token_weight = token_weight
@@ -70,6 +72,13 @@ class KeptTokenDistillation(DistillationLoss):
             )
         if any(module is self.teacher for module in model.modules()):
             raise ConfigError("teacher: it is the model itself. Give a copy, as copy.deepcopy(model), before pruning.")
+        both: list[Any] = [self.teacher, student.vit]
+        patches = [int(vit.patch_embed.num_patches) for vit in both]
+        if patches[0] != patches[1]:
+            raise ConfigError(
+                f"teacher: it has {patches[0]} patches, and the model {patches[1]}. Give the dense model of the same size and "
+                "classes."
+            )
         output: TokenOutput = model(inputs, return_tokens=True)
         tokens = self._taught(inputs)
         with torch.no_grad():
@@ -80,7 +89,8 @@ class KeptTokenDistillation(DistillationLoss):
         if logits.shape != output.logits.shape or wanted.shape != mine.shape:
             raise ConfigError(
                 f"teacher: it gives logits {tuple(logits.shape)} and patch tokens {tuple(wanted.shape)}, and the model "
-                f"{tuple(output.logits.shape)} and {tuple(mine.shape)}. Give the dense model of the same size and classes."
+                f"{tuple(output.logits.shape)} and {tuple(mine.shape)}. Give the dense model of the same size and "
+                "classes."
             )
         apart = (mine - wanted.to(mine.dtype)).square().mean(-1)
         apart = apart.mean() if weights is None else (apart * weights).sum() / weights.sum().clamp(min=1)
@@ -96,6 +106,4 @@ def _at(tokens: Tensor, output: TokenOutput) -> tuple[Tensor, Tensor | None]:
         return tokens, None
     if kept.is_floating_point():
         return tokens, kept.detach()
-    if int(kept.max()) >= tokens.shape[1]:
-        return tokens, None  # of another size, which is told
     return tokens.gather(1, kept.unsqueeze(-1).expand(-1, -1, tokens.shape[2])), None

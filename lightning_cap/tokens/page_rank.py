@@ -42,7 +42,7 @@ def weighted_page_rank(attention: Tensor, iterations: int, start: Tensor | None 
 
 
 def token_importance(
-    attention: Tensor, iterations: int, prefix: int = 1, head_variance: tuple[float, float] | None = HEAD_VARIANCE
+    attention: Tensor, iterations: int, prefix: int = 1, head_variance: tuple[float, float] | None = None
 ) -> Tensor:
     """The page rank of each patch token, the heads of a layer put together.
 

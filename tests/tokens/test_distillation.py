@@ -77,7 +77,7 @@ def test_models_that_do_not_go_together() -> None:
     model = pruned(DynamicViT)
     with pytest.raises(ConfigError, match="it is the model itself"):
         run(model, model.vit)
-    for changes in ({"num_classes": 7}, {"embed_dim": 48}):
+    for changes in ({"num_classes": 7}, {"embed_dim": 48}, {"patch_size": 5}):
         with pytest.raises(ConfigError, match="Give the dense model of the same size and classes"):
             run(model, vit(**changes))
     with pytest.raises(ConfigError, match="teacher=Linear: it has no tokens"):

@@ -26,7 +26,8 @@ def seen_by(model: Any, block: int) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("similarity", [0.0, 0.4, 1.0])
 def test_the_least_important_go_and_then_those_that_are_alike(similarity: float) -> None:
     model = pruned(ZeroTPrune, blocks=[2], keep_ratio=0.6, similarity=similarity, iterations=4)
-    attention, keys = seen_by(model.vit, 1)
+    with torch.no_grad():
+        attention, keys = seen_by(model.vit, 1)
     importance = token_importance(attention, 4)
     kept = model(images(), return_tokens=True).kept
     going = round(similarity * 10)  # of 25 stay 15

@@ -25,6 +25,7 @@ from tests.support.tokens import images, pruned, vit
 
 VIT = vit(depth=3)
 ZEROT = pruned(ZeroTPrune)
+AVERAGED, DIFFERENTIAL = vit(global_pool="avg", depth=3), vit(attn_layer="diff", depth=3)
 NAN = float("nan")
 NO_RATIOS: tuple[Any, ...] = (0, 0.0, -0.1, 1.1, "0.8", None, True, NAN, float("inf"), 1j, {"a": 0.8}, torch.ones(2))
 NO_BLOCKS: tuple[Any, ...] = (3, None, "3", {3: 1}, [], [0], [-1], [1.0], [True], ["1"], [2, 1], [1, 1], [NAN])
@@ -75,8 +76,8 @@ LINES = [
     *no_tokens("no class token", lambda: vit_without_class(), "no class token"),
     named("kwargs of a module", lambda: ZeroTPrune(VIT, [1], model_kwargs={"num_classes": 3}), "model_kwargs={'num_classes': 3}"),
     named("weights of both kinds", lambda: ZeroTPrune("vit_tiny_patch16_224", pretrained=True, checkpoint="a.pt"), "keep one"),
-    named("pooling of all tokens", lambda: DynamicViT(vit(global_pool="avg"), [1]), "global_pool='avg'"),
-    named("another attention", lambda: ZeroTPrune(vit(attn_layer="diff"), [1]), "its block 0", "leave 1 out of blocks="),
+    named("pooling of all tokens", lambda: DynamicViT(AVERAGED, [1]), "global_pool='avg'"),
+    named("another attention", lambda: ZeroTPrune(DIFFERENTIAL, [1]), "its block 0", "leave 1 out of blocks="),
     *wrong(DynamicViT, "temperature", *NO_NUMBERS, 0, -1.0, given={"model": VIT, "blocks": [1]}),
     *wrong(DynamicViT, "ratio_weight", *NO_NUMBERS, -1.0, given={"model": VIT, "blocks": [1]}),
     *wrong(ZeroTPrune, "similarity", *NO_NUMBERS, -0.1, 1.1, given={"model": VIT, "blocks": [1]}),
