@@ -57,7 +57,7 @@ def test_int8_costs_at_most_half_a_point(tmp_path: Path, monkeypatch: pytest.Mon
     folder, quantized = fit("quantized", tmp_path, f"--ckpt_path={folder / 'sparsity=0.50.ckpt'}", quantized=True)
     print(f"sparse {accuracy(sparse):.2f} %, with int8 {accuracy(quantized):.2f} %")
     assert len(quantized_layers(quantized["callbacks"])) == 4 * 4 + 1
-    assert accuracy(sparse) > 95
+    assert accuracy(sparse) > 93
     assert accuracy(quantized) >= accuracy(sparse) - 0.5
     for to in ("torchao", "qdq"):
         main(["export", str(folder / "sparsity=0.75.ckpt"), "--to", to, f"--config={tmp_path / 'quantized.yaml'}"])
