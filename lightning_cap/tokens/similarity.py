@@ -32,7 +32,7 @@ def most_redundant(features: Tensor, importance: Tensor, count: int) -> Tensor:
         )
     half = features.shape[1] // 2
     require_whole("count", count, at_least=0, at_most=half)
-    order = importance.argsort(dim=1, descending=True, stable=True)
+    order = importance.topk(importance.shape[1], dim=1).indices
     ranked = F.normalize(features, dim=-1).gather(1, order.unsqueeze(-1).expand_as(features))
     more, less = ranked[:, : features.shape[1] - half], ranked[:, features.shape[1] - half :]
     nearest = (less @ more.transpose(1, 2)).amax(-1)
@@ -44,4 +44,5 @@ def without(positions: Tensor, number: int) -> Tensor:
     """Those of ``range(number)`` that are not among the positions ``(b, r)``: rising, int64 ``(b, number - r)``."""
     marked = torch.zeros(positions.shape[0], number, dtype=torch.int64, device=positions.device)
     marked = marked.scatter(1, positions, 1)
-    return marked.argsort(dim=1, stable=True)[:, : number - positions.shape[1]]
+    places = torch.arange(number, device=positions.device)
+    return (-places - number * marked).topk(number - positions.shape[1], dim=1).indices  # ONNX has no stable sort
