@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from lightning_cap.errors import ConfigError
-from lightning_cap.tokens.vision_transformer import Attended, attention_of, make_vit, require_attention
+from lightning_cap.tokens.vision_transformer import Attended, attention_of, embed, make_vit, require_attention
 from lightning_cap.utilities.arguments import (
     is_real,
     is_whole,
@@ -133,8 +133,7 @@ class TokenPruning(nn.Module):
         """
         require_flag("return_tokens", return_tokens)
         vit: Any = self.vit
-        tokens = vit.norm_pre(vit.patch_drop(vit._pos_embed(vit.patch_embed(images))))
-        tokens, kept = self.run_blocks(tokens)
+        tokens, kept = self.run_blocks(embed(vit, images))
         tokens = vit.norm(tokens)
         logits = vit.forward_head(tokens)
         return TokenOutput(logits, tokens, kept) if return_tokens else logits

@@ -7,13 +7,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import timm
 from timm.models.vision_transformer import Attention, VisionTransformer
 from torch import Tensor, nn
 
 from lightning_cap.classifier.making import create_timm
 from lightning_cap.classifier.weights import load_weights
-from lightning_cap.errors import ConfigError
+from lightning_cap.errors import ConfigError, UnsupportedError
 from lightning_cap.utilities.arguments import require_flag, require_instance, require_path, require_text
+
+_EMBED = "_pos_embed"  # adds class and register tokens, and positions
 
 
 @dataclass
@@ -62,6 +65,7 @@ def require_tokens(argument: str, model: object) -> VisionTransformer:
 
     Raises:
         ConfigError: Says what is missing.
+        UnsupportedError: This timm has another name for something.
     """
     if not isinstance(model, VisionTransformer):
         raise ConfigError(
@@ -73,7 +77,18 @@ def require_tokens(argument: str, model: object) -> VisionTransformer:
             f"{argument}={type(model).__name__}: it has no class token, which is what is kept whatever goes. Give one with "
             "class_token=True."
         )
+    if not hasattr(model, _EMBED):
+        raise UnsupportedError(
+            f"timm {timm.__version__} has no VisionTransformer.{_EMBED}, which token pruning needs. pip install 'timm<=1.0.27'"
+        )
     return model
+
+
+def embed(vit: VisionTransformer, images: Tensor) -> Tensor:
+    """What the first block gets: ``(b, N, C)`` of images ``(b, C, H, W)``."""
+    patches = vit.patch_embed(images)
+    tokens: Tensor = vit.norm_pre(vit.patch_drop(getattr(vit, _EMBED)(patches)))
+    return tokens
 
 
 def require_attention(number: int, block: nn.Module) -> None:
