@@ -47,21 +47,28 @@ class RandomTokens(TokenPruning):
         return highest(noise, count)
 
 
+LATE = [4, 5, 6, 7, 8, 9, 10, 11]
 #: Name -> class and settings.
 ROWS: dict[str, tuple[type[TokenPruning], dict[str, Any]]] = {
-    "zero-shot, keep 0.77": (ZeroTPrune, {"keep_ratio": 0.77}),
-    "zero-shot, blocks 2, 4, 6, keep 0.83": (ZeroTPrune, {"keep_ratio": 0.83, "blocks": [2, 4, 6]}),
-    "random tokens, keep 0.77": (RandomTokens, {"keep_ratio": 0.77}),
-    "zero-shot, keep 0.9": (ZeroTPrune, {"keep_ratio": 0.9}),
-    "zero-shot, keep 0.8": (ZeroTPrune, {"keep_ratio": 0.8}),
-    "zero-shot, keep 0.7": (ZeroTPrune, {"keep_ratio": 0.7}),
-    "zero-shot, keep 0.6": (ZeroTPrune, {"keep_ratio": 0.6}),
-    "zero-shot, the paper's heads and 5 steps, keep 0.77": (
+    "blocks 4 to 11, keep 0.87": (ZeroTPrune, {"blocks": LATE, "keep_ratio": 0.87}),
+    "blocks 4 to 11, keep 0.92": (ZeroTPrune, {"blocks": LATE, "keep_ratio": 0.92}),
+    "blocks 4 to 11, keep 0.82": (ZeroTPrune, {"blocks": LATE, "keep_ratio": 0.82}),
+    "blocks 4, 6, 8, 10, keep 0.78": (ZeroTPrune, {"blocks": [4, 6, 8, 10], "keep_ratio": 0.78}),
+    "blocks 4, 7, 10, keep 0.72": (ZeroTPrune, {"blocks": [4, 7, 10], "keep_ratio": 0.72}),
+    "blocks 3, 6, 9, keep 0.9": (ZeroTPrune, {"keep_ratio": 0.9}),
+    "blocks 3, 6, 9, keep 0.8": (ZeroTPrune, {"keep_ratio": 0.8}),
+    "blocks 3, 6, 9, keep 0.77": (ZeroTPrune, {"keep_ratio": 0.77}),
+    "blocks 3, 6, 9, keep 0.7": (ZeroTPrune, {"keep_ratio": 0.7}),
+    "blocks 3, 6, 9, keep 0.6": (ZeroTPrune, {"keep_ratio": 0.6}),
+    "keep 0.77, by importance alone": (ZeroTPrune, {"keep_ratio": 0.77, "similarity": 0.0}),
+    "keep 0.77, by similarity alone": (ZeroTPrune, {"keep_ratio": 0.77, "similarity": 1.0}),
+    "keep 0.77, dropped": (ZeroTPrune, {"keep_ratio": 0.77, "merge": False}),
+    "keep 0.77, dropped, the paper's heads and 5 steps": (
         ZeroTPrune,
-        {"keep_ratio": 0.77, "iterations": 5, "head_variance": HEAD_VARIANCE},
+        {"keep_ratio": 0.77, "merge": False, "iterations": 5, "head_variance": HEAD_VARIANCE},
     ),
-    "importance alone, keep 0.77": (ZeroTPrune, {"keep_ratio": 0.77, "similarity": 0.0}),
-    "similarity alone, keep 0.77": (ZeroTPrune, {"keep_ratio": 0.77, "similarity": 1.0}),
+    "blocks 4 to 11, keep 0.87, dropped": (ZeroTPrune, {"blocks": LATE, "keep_ratio": 0.87, "merge": False}),
+    "keep 0.77, random ones dropped": (RandomTokens, {"keep_ratio": 0.77}),
     "DynamicViT, keep 0.8": (DynamicViT, {"keep_ratio": 0.8}),
 }
 DENSE = "dense"

@@ -143,29 +143,45 @@ class TokenPruning(nn.Module):
         prefix = self.vit.num_prefix_tokens
         counts = dict(zip(self.blocks, self.num_kept(tokens.shape[1] - prefix), strict=True))
         kept: Tensor | None = None
+        sizes: Tensor | None = None
         seen = Attended()
         left = tokens.shape[1] - prefix
         for number, block in enumerate(self.vit.blocks):
             if counts.get(number, left) < left:
                 left = counts[number]
                 chosen = self.choose(self.blocks.index(number), tokens, seen, left)
-                tokens = gather(tokens, chosen, prefix)
+                tokens, sizes = self.reduce(tokens, sizes, seen, chosen)
                 kept = chosen if kept is None else kept.gather(1, chosen)
+            mask = None if sizes is None else sizes.log()[:, None, None, :]
             if self.reads_attention and counts.get(number + 1, left) < left:
                 with attention_of(block) as seen:
-                    tokens = block(tokens)  # not recomputed: in the backward pass nobody would be looking
+                    tokens = call(block, tokens, mask)  # not recomputed: in the backward pass nobody would be looking
             else:
-                tokens = self.run_block(block, tokens)
+                tokens = self.run_block(block, tokens, mask)
         return tokens, kept
 
     def run_block(self, block: nn.Module, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
         """One block, recomputed in the backward pass if the transformer is set to be (``set_grad_checkpointing``)."""
-        given: dict[str, Any] = {} if mask is None else {"attn_mask": mask}
         if self.vit.grad_checkpointing and self.training:
-            out: Tensor = recompute(block, tokens, use_reentrant=False, **given)
-        else:
-            out = block(tokens, **given)
-        return out
+            out: Tensor = recompute(call, block, tokens, mask, use_reentrant=False)
+            return out
+        return call(block, tokens, mask)
+
+    def reduce(
+        self, tokens: Tensor, sizes: Tensor | None, seen: Attended, chosen: Tensor
+    ) -> tuple[Tensor, Tensor | None]:
+        """The tokens without those that are not chosen.
+
+        Args:
+            tokens: ``(b, N, C)``, class and register tokens first.
+            sizes: Of how many tokens each is the mean, ``(b, N)``; None where each is one.
+            seen: As for `choose`, which gave
+            chosen: the positions.
+
+        Returns:
+            Tokens ``(b, prefix + count, C)`` and their sizes. Attention counts a token of size n as n tokens.
+        """
+        return gather(tokens, chosen, self.vit.num_prefix_tokens), None
 
     @abstractmethod
     def choose(self, stage: int, tokens: Tensor, seen: Attended, count: int) -> Tensor:
@@ -180,6 +196,12 @@ class TokenPruning(nn.Module):
         Returns:
             Rising positions among the patch tokens, int64 ``(b, count)``.
         """
+
+
+def call(block: nn.Module, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    """The block; the mask is added to its attention scores."""
+    out: Tensor = block(tokens) if mask is None else block(tokens, attn_mask=mask)
+    return out
 
 
 def gather(tokens: Tensor, chosen: Tensor, prefix: int) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from lightning_cap.errors import ConfigError
 from lightning_cap.tokens.base import TokenPruning, highest
 from lightning_cap.tokens.predictor import TokenPredictor
-from lightning_cap.tokens.vision_transformer import Attended
+from lightning_cap.tokens.vision_transformer import Attended, require_mask
 from lightning_cap.utilities.arguments import require_real
 
 _MASKED = 1e-10  # what is left of a masked token in the attention: its gradient needs a finite logarithm
@@ -65,11 +64,7 @@ class DynamicViT(TokenPruning):
                 "global_pool='token'."
             )
         for number, block in enumerate(vit.blocks):
-            if "attn_mask" not in inspect.signature(block.forward).parameters:
-                raise ConfigError(
-                    f"model: its block {number} ({type(block).__name__}) takes no attn_mask, so that tokens cannot be masked in "
-                    "training. Update timm, or give a model of its usual blocks."
-                )
+            require_mask(number, block, "tokens cannot be masked in training")
         self.temperature, self.ratio_weight = temperature, ratio_weight
         pruning = [share < 1 for share in self.kept_shares]
         like = vit.cls_token

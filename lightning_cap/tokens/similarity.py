@@ -40,6 +40,41 @@ def most_redundant(features: Tensor, importance: Tensor, count: int) -> Tensor:
     return order.gather(1, found)
 
 
+def merge_into_nearest(
+    tokens: Tensor, sizes: Tensor | None, features: Tensor, chosen: Tensor, prefix: int
+) -> tuple[Tensor, Tensor]:
+    """Average each token that goes into the one that stays and is most like it, as token merging does (Bolya et al., ICLR 2023).
+
+    Args:
+        tokens: ``(b, N, C)``.
+        sizes: Of how many tokens each is the mean, ``(b, N)``. None: of one.
+        features: Of each but the first ``prefix`` ones, ``(b, P, d)``. They are compared by their cosine.
+        chosen: Positions of those that stay, int64 ``(b, k)``, among the same.
+        prefix: So many first ones stay as they are.
+
+    Returns:
+        Means weighted by sizes, ``(b, prefix + k, C)``, in the order of ``chosen``, and the new sizes ``(b, prefix + k)``.
+    """
+    sizes = tokens.new_ones(tokens.shape[:2]) if sizes is None else sizes
+    going = without(chosen, features.shape[1])
+    features = F.normalize(features, dim=-1)
+    nearest = (take(features, going) @ take(features, chosen).transpose(1, 2)).argmax(-1)
+
+    def added(values: Tensor) -> Tensor:
+        first, rest = values[:, :prefix], values[:, prefix:]
+        to = nearest.unsqueeze(-1).expand(-1, -1, values.shape[2])
+        return torch.cat([first, take(rest, chosen).scatter_add(1, to, take(rest, going))], 1)
+
+    weights = sizes.unsqueeze(-1)
+    total = added(weights)
+    return added(tokens * weights) / total, total.squeeze(-1)
+
+
+def take(values: Tensor, positions: Tensor) -> Tensor:
+    """Rows of ``(b, N, d)`` at positions ``(b, k)``: ``(b, k, d)``."""
+    return values.gather(1, positions.unsqueeze(-1).expand(-1, -1, values.shape[2]))
+
+
 def without(positions: Tensor, number: int) -> Tensor:
     """Those of ``range(number)`` that are not among the positions ``(b, r)``: rising, int64 ``(b, number - r)``."""
     marked = torch.zeros(positions.shape[0], number, dtype=torch.int64, device=positions.device)

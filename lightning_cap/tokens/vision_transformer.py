@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -102,6 +103,25 @@ def require_attention(number: int, block: nn.Module) -> None:
         raise ConfigError(
             f"model: its block {number - 1} ({type(block).__name__}) has no softmax attention that can be read ("
             f"{type(attention).__name__}). Give a model with timm's Attention, or leave {number} out of blocks=."
+        )
+
+
+def require_mask(number: int, block: nn.Module, why: str, way_out: str = "") -> None:
+    """Refuse a block that takes nothing to add to its attention scores.
+
+    Args:
+        number: Of the block.
+        block: Of timm.
+        why: What cannot be done then.
+        way_out: Another one than the usual.
+
+    Raises:
+        ConfigError: Names the block.
+    """
+    if "attn_mask" not in inspect.signature(block.forward).parameters:
+        raise ConfigError(
+            f"model: its block {number} ({type(block).__name__}) takes no attn_mask, so that {why}. Update timm, give a model of "
+            f"its usual blocks{way_out}."
         )
 
 

@@ -38,6 +38,42 @@ def test_the_least_important_go_and_then_those_that_are_alike(similarity: float)
         assert kept[image].tolist() == [place for rank, place in enumerate(left) if rank not in alike]
 
 
+@pytest.mark.parametrize("fused", [True, False])
+def test_merging_tokens_that_are_equal_changes_nothing(fused: bool) -> None:
+    """Attention to n equal tokens is attention to one of size n."""
+    model = vit()
+    with torch.no_grad():
+        model.pos_embed[:, 1:] = model.pos_embed[:, 1:2]
+    for block in model.blocks:
+        block.attn.fused_attn = fused
+    same = images()[:, :, :4, :4].tile(5, 5)  # 25 times one patch
+    other = images(seed=7)[:, :, :4, :4]
+    same[:, :, :4, :4] = other
+    tokens = {merge: ZeroTPrune(model, [1, 3], 0.3, merge=merge).eval()(same) for merge in (True, False)}
+    torch.testing.assert_close(tokens[True], model(same), rtol=1e-4, atol=1e-4)
+    assert (tokens[False] - model(same)).abs().max() > 0.01
+
+
+def test_every_patch_is_in_one_token_at_the_end() -> None:
+    class Sized(ZeroTPrune):
+        def reduce(self, tokens: Tensor, sizes: Tensor | None, seen: Any, chosen: Tensor) -> Any:
+            tokens, sizes = super().reduce(tokens, sizes, seen, chosen)
+            counted.append(sizes)
+            return tokens, sizes
+
+    counted: list[Any] = []
+    pruned(Sized)(images())
+    assert [sizes.shape for sizes in counted] == [(3, 1 + kept) for kept in KEPT]
+    assert all(torch.equal(sizes.sum(1), torch.full((3,), 1.0 + PATCHES)) for sizes in counted)
+    assert all(bool((sizes[:, 0] == 1).all()) for sizes in counted)
+
+
+def test_dropped_tokens_are_the_merged_ones() -> None:
+    """At the first stage the same ones stay."""
+    kept = [pruned(ZeroTPrune, blocks=[2], merge=merge)(images(), return_tokens=True).kept for merge in (True, False)]
+    assert torch.equal(*kept)
+
+
 def test_positions_of_later_stages_are_those_in_the_image() -> None:
     """What is left at the end was left after each stage, and the tokens are those of a model that had these alone from there on."""
     model = pruned(ZeroTPrune)

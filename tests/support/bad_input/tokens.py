@@ -26,6 +26,9 @@ from tests.support.tokens import images, pruned, vit
 VIT = vit(depth=3)
 ZEROT = pruned(ZeroTPrune)
 AVERAGED, DIFFERENTIAL = vit(global_pool="avg", depth=3), vit(attn_layer="diff", depth=3)
+MASKLESS: Any = vit(depth=3)  # as blocks of an older timm are
+for block in MASKLESS.blocks:
+    block.forward = lambda x: x
 NAN = float("nan")
 NO_RATIOS: tuple[Any, ...] = (0, 0.0, -0.1, 1.1, "0.8", None, True, NAN, float("inf"), 1j, {"a": 0.8}, torch.ones(2))
 NO_BLOCKS: tuple[Any, ...] = (3, None, "3", {3: 1}, [], [0], [-1], [1.0], [True], ["1"], [2, 1], [1, 1], [NAN])
@@ -81,6 +84,9 @@ LINES = [
     *wrong(DynamicViT, "temperature", *NO_NUMBERS, 0, -1.0, given={"model": VIT, "blocks": [1]}),
     *wrong(DynamicViT, "ratio_weight", *NO_NUMBERS, -1.0, given={"model": VIT, "blocks": [1]}),
     *wrong(ZeroTPrune, "similarity", *NO_NUMBERS, -0.1, 1.1, given={"model": VIT, "blocks": [1]}),
+    *wrong(ZeroTPrune, "merge", None, 1, "yes", [True], NAN, given={"model": VIT, "blocks": [1]}),
+    named("blocks without a mask", lambda: ZeroTPrune(MASKLESS, [1]), "its block 1", "or merge=False"),
+    named("training without a mask", lambda: DynamicViT(MASKLESS, [1]), "its block 0", "takes no attn_mask"),
     *wrong(ZeroTPrune, "iterations", *NO_COUNTS, given={"model": VIT, "blocks": [1]}),
     *wrong(ZeroTPrune, "head_variance", 0.5, "all", True, [0.1], [0.5, 0.1], [NAN, 1.0], [-1.0, 1.0], (0.1, "1"), {"a": 1},
            given={"model": VIT, "blocks": [1]}),
