@@ -293,6 +293,9 @@ def test_the_integers_of_a_quantized_run(tmp_path: Path, to: str, capsys: pytest
     main(["export", checkpoint, "--to", to, "--input", str(tmp_path / "x.pt")])
     record = record_of(tmp_path / "checkpoints/export")
     assert (record.format, record.zeros_equal, record.tolerance) == (to, record.weights, 0.05)
+    if to == "qdq":
+        main(["export", checkpoint, "--to=qdq", "--to.static=true", "--input", str(tmp_path / "x.pt")])
+        assert record_of(tmp_path / "checkpoints/export").difference != record.difference
     capsys.readouterr()
     main(["export", checkpoint, "--to", "safetensors", "--input", str(tmp_path / "x.pt")])
     assert "trained with int8 weights; they are in float" in capsys.readouterr().out

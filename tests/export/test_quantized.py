@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import copy
+import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -82,6 +84,11 @@ def test_tokens_and_layers_without_bias(kind: type[Exporter], tmp_path: Path) ->
     exporter = made(kind)
     record = exporter.export(net, tmp_path / f"m{exporter.suffix}", x)
     assert record.inputs == 3
+    if kind is QDQ:
+        static = QDQ(static=True)
+        assert static.export(net, tmp_path / "s.qdq.onnx", x).difference < 1e-5  # type: ignore[operator]
+        found = static.runner(tmp_path / "s.qdq.onnx")(x) - net(x)
+        assert 1e-4 < found.abs().max() < 0.1  # beside what was trained
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -105,6 +112,62 @@ def test_what_a_dense_model_takes_in_the_same_format(kind: type[Exporter], tmp_p
     net = sparse_net()
     run = made(kind).dense_runner(net, tmp_path, features())
     torch.testing.assert_close(run(features()), net(features()), rtol=1e-4, atol=1e-5)
+
+
+def statically(net: nn.Sequential, x: torch.Tensor, ranges: list[tuple[float, float]]) -> torch.Tensor:
+    """Outputs ``(n, 3)`` with the inputs of each layer rounded to 256 values over a range, in float64."""
+    x = x.double()
+    for place, (low, high) in zip((0, 2, 4), ranges, strict=True):
+        layer: Any = net[place]
+        scale = (high - low) / 255
+        zero = round(-low / scale)
+        x = ((x / scale).round().add(zero).clamp(0, 255) - zero) * scale
+        x = x @ layer.weight_fake_quantizer(layer.weight).double().T + layer.bias.double()
+        x = x if place == 4 else x.relu()
+    return x
+
+
+def test_constant_scales(tmp_path: Path) -> None:
+    """Of the range of inputs of each layer; onnxruntime computes the products in integers."""
+    exporter, net = QDQ(static=True), quantized_net()
+    for package in exporter.packages:
+        pytest.importorskip(package)
+    import onnx
+    import onnxruntime
+
+    ranges = []
+    for layer in net:  # as torchao's own rounding leaves them
+        if isinstance(layer, nn.Linear):
+            layer.register_forward_pre_hook(
+                lambda _, x: ranges.append((min(float(x[0].min()), 0), max(float(x[0].max()), 0)))
+            )
+    net(features())
+    net = quantized_net()
+    path = tmp_path / "m.qdq.onnx"
+    record = exporter.export(net, path, features())
+    assert (record.weights, record.zeros_equal, record.inputs) == (3, 3, 6)
+    run = exporter.runner(path)
+    with torch.no_grad():
+        for x in (features(), 100 * features(4)):  # some beyond the range
+            torch.testing.assert_close(run(x).double(), statically(net, x, ranges), rtol=1e-4, atol=1e-4)
+    assert torch.equal(net(features()), quantized_net()(features()))  # the model is as it was
+    options = onnxruntime.SessionOptions()
+    options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    kinds = [node.op_type for node in onnx.load(str(tmp_path / "optimized.onnx")).graph.node]
+    assert sum(kind in ("MatMulIntegerToFloat", "QLinearMatMul", "QGemm", "MatMulInteger") for kind in kinds) == 3
+    assert not {"MatMul", "Gemm"} & set(kinds)
+
+
+def test_constant_scales_say_how_far_they_move_the_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[str] = []
+    monkeypatch.setattr("lightning_cap.export.quantized.rank_zero_info", told.append)
+    made(QDQ)
+    QDQ(static=True).export(quantized_net(), tmp_path / "m.qdq.onnx", features())
+    (line,) = told
+    assert re.fullmatch(
+        r"Constant scales from 6 inputs move the outputs by \d\.\d% of the largest one at the most\.", line
+    )
 
 
 @pytest.mark.parametrize("kind", [Safetensors, ONNX])

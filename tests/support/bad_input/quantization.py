@@ -79,6 +79,7 @@ LINES = [
     Line("no such weight", lambda _: choose_layers(nn.Sequential(MODEL), ["a.*"], None), TargetError, ("include: 'a.*'", "Near")),
     Line("no such layer", lambda _: prepare(nn.Sequential(MODEL), ["3"]), ConfigError, ("no Linear layer '3'",)),
     *(row for kind in (TorchAO, QDQ) for row in wrong(kind, "tolerance", *NO_NUMBERS, 0, 1, -0.1)),
+    *wrong(QDQ, "static", None, 1, "yes", [True]),
     *(Line(f"{type(exporter).__name__} of plain layers", lambda _, e=exporter: exported(e, f"m{e.suffix}"), ConfigError, WORDS)
       for exporter in (TorchAO(), QDQ())),
     *wrong(torchao_runner, "model", None, "model", nn.Linear),
