@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -52,7 +52,8 @@ class GateComputer(RowComputer):
     ) -> None:
         super().__init__(model, gates_of(targets), loss, samples_per_gradient, context, scale)
         self._units, self._all = units_of(targets), targets
-        self._spots = _find_spots(model, targets)
+        spots = find_spots(model, targets)
+        self._spots = spots if all(spots.values()) else None
         self._compared = False
 
     @property
@@ -80,7 +81,7 @@ class GateComputer(RowComputer):
             try:
                 found = self._by_gates(some, self._spots)
                 right = largest_difference(found, wanted)[0] <= self.tolerance
-            except (_UnsuitedError, RuntimeError) as error:
+            except (UnsuitedError, RuntimeError) as error:
                 if is_out_of_memory(error):
                     raise
                 right = False
@@ -90,36 +91,63 @@ class GateComputer(RowComputer):
     def _by_weights(self, batch: Any) -> dict[str, Tensor]:
         return gate_gradients(self._units, self._all.weights(), super().at_once(batch))
 
-    def _by_gates(self, batch: Any, spots: Mapping[str, list[_Spot]]) -> dict[str, Tensor]:
-        size, device = batch_size(batch), self._all.device
-        gates = {
-            spot.key: torch.ones(size, spot.channels, device=device, requires_grad=True)
-            for found in spots.values()
-            for spot in found
-        }
+    def _by_gates(self, batch: Any, spots: Mapping[str, list[Spot]]) -> dict[str, Tensor]:
+        size = batch_size(batch)
         contexts = (torch.inference_mode(False), torch.enable_grad(), self._context(), PlainNormalization())
-        with ExitStack() as stack:
-            for spot in {spot.key: spot for found in spots.values() for spot in found}.values():
-                stack.callback(spot.install(gates[spot.key]))
-            for context in contexts:
-                stack.enter_context(context)
-            loss = self._program(batch).reshape(()) * (self._scale * size)
-            grads = torch.autograd.grad(loss, list(gates.values()), allow_unused=True)
-        if any(grad is None for grad in grads):
-            raise _UnsuitedError
-        of = dict(zip(gates, grads, strict=True))
-        return {
-            name: self.unscaled(torch.stack([of[spot.key][:, spot.index].sum(-1) for spot in found]).sum(0))
-            for name, found in spots.items()
-        }
+
+        def summed() -> Tensor:
+            return self._program(batch).reshape(()) * (self._scale * size)  # type: ignore[no-any-return]
+
+        found = gradients_of_gates(spots, size, self._all.device, summed, contexts)
+        return {name: self.unscaled(rows) for name, rows in found.items()}
 
 
-class _UnsuitedError(Exception):
+def gradients_of_gates(
+    spots: Mapping[str, Sequence[Spot]],
+    samples: int,
+    device: torch.device,
+    total: Callable[[], Tensor],
+    contexts: Sequence[AbstractContextManager[Any]],
+) -> dict[str, Tensor]:
+    """Gradients of a scalar by gates of value 1 that every sample has on each unit.
+
+    Args:
+        spots: Where the gates of each group are.
+        samples: How many there are in dim 0 of what goes through the model.
+        device: Of the gates.
+        total: Computes the scalar by a forward pass.
+        contexts: Entered around it and the way back, in this order, after the gates are in place.
+
+    Returns:
+        ``{group: (samples, size)}``.
+
+    Raises:
+        UnsuitedError: A tensor has not the channels or samples, or the scalar does not depend on the gates of a group.
+    """
+    single = {spot.key: spot for found in spots.values() for spot in found}
+    gates = {k: torch.ones(samples, spot.channels, device=device, requires_grad=True) for k, spot in single.items()}
+    with ExitStack() as stack:
+        for key, spot in single.items():
+            stack.callback(spot.install(gates[key]))
+        for context in contexts:
+            stack.enter_context(context)
+        grads = torch.autograd.grad(total(), list(gates.values()), allow_unused=True)
+    of = {key: grad for key, grad in zip(gates, grads, strict=True) if grad is not None}
+    missing = [name for name, found in spots.items() if any(spot.key not in of for spot in found)]
+    if missing:
+        raise UnsuitedError(f"nothing depends on the output of {missing[0]!r}")
+    return {
+        name: torch.stack([of[spot.key][:, spot.index].sum(-1) for spot in found]).sum(0)
+        for name, found in spots.items()
+    }
+
+
+class UnsuitedError(Exception):
     """Gates of samples cannot be put where they belong."""
 
 
 @dataclass(frozen=True, eq=False)
-class _Spot:
+class Spot:
     """A tensor that gates multiply: the input or output of a layer, whose channels are in one dim.
 
     Attributes:
@@ -147,7 +175,7 @@ class _Spot:
         def multiply(tensor: Tensor) -> Tensor:
             samples = gates.shape[0]
             if tensor.dim() < 2 or tensor.shape[self.dim] != self.channels or tensor.shape[0] % samples:
-                raise _UnsuitedError
+                raise UnsuitedError(f"a {type(self.module).__name__} keeps samples or channels in other dims")
             shape = [1] * tensor.dim()
             shape[self.dim] = self.channels
             shape[0] = tensor.shape[0]
@@ -158,25 +186,19 @@ class _Spot:
 
             def enter(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
                 if not args:
-                    raise _UnsuitedError
+                    raise UnsuitedError(f"a {type(self.module).__name__} is called with named arguments alone")
                 return (multiply(args[0]), *args[1:])
 
             return self.module.register_forward_pre_hook(enter).remove
         return self.module.register_forward_hook(lambda _, args, out: multiply(out)).remove
 
 
-def _find_spots(model: nn.Module, targets: Targets) -> dict[str, list[_Spot]] | None:
-    """Where the gates of each group are; None if one cannot be told, as in layers of other types or compiled ones."""
-    spots = {}
-    for name, group in units_of(targets).items():
-        found = _spots_of(model, targets, group)
-        if not found:
-            return None
-        spots[name] = found
-    return spots
+def find_spots(model: nn.Module, targets: Targets) -> dict[str, list[Spot]]:
+    """Where the gates of each group are; none of one where that cannot be told, as in layers of other types or compiled ones."""
+    return {name: _spots_of(model, targets, group) for name, group in units_of(targets).items()}
 
 
-def _spots_of(model: nn.Module, targets: Targets, group: UnitGroup) -> list[_Spot]:
+def _spots_of(model: nn.Module, targets: Targets, group: UnitGroup) -> list[Spot]:
     """Those of one group, none if they cannot be told."""
     parts: dict[str, dict[str, tuple[int, Tensor]]] = {}
     for part in group.gates:
@@ -194,14 +216,14 @@ def _spots_of(model: nn.Module, targets: Targets, group: UnitGroup) -> list[_Spo
         dim, index = named["weight"]
         axis = -1 if linear or type(module) is nn.LayerNorm else 1
         if dim == 1 and set(named) == {"weight"} and (linear or (convolution and module.groups == 1)):
-            spots.append(_Spot(module, True, axis, int(module.weight.shape[1]), index))
+            spots.append(Spot(module, True, axis, int(module.weight.shape[1]), index))
         elif (
             dim == 0
             and set(named) == whole
             and all(torch.equal(other, index) for _, other in named.values())
             and (linear or convolution or type(module) in (*_BATCH_NORMS, nn.LayerNorm))
         ):
-            spots.append(_Spot(module, False, axis, int(module.weight.shape[0]), index))
+            spots.append(Spot(module, False, axis, int(module.weight.shape[0]), index))
         else:
             return []
     return spots

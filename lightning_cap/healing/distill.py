@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, get_args
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_cap.calibration.batches import first_samples, slice_batch
 from lightning_cap.calibration.checks import check_collector, check_samples
-from lightning_cap.calibration.normalization import PlainNormalization
+from lightning_cap.calibration.outputs import ModelOutputs
 from lightning_cap.calibration.rows import Loss
 from lightning_cap.errors import GradientError, TargetError
 from lightning_cap.healing.base import Heal, HealReport, check_weights, count_samples
@@ -103,7 +103,7 @@ class DistillHeal(Heal):
         check_collector(model, targets, loss, batches, context, progress)
         parameters = self.parameters(model, targets)
         check_weights(targets, masks, dense, parameters)
-        forward = _Forward(model, loss, context)
+        forward = ModelOutputs(model, loss, context)
         update = _Update(parameters, masks, self.lr, self.steps)
         apart: list[float] = []
         with rng.preserved(), torch.inference_mode(False):
@@ -132,7 +132,7 @@ class DistillHeal(Heal):
         return HealReport(samples=total, passes=passes, healed=tuple(targets), stats=stats)
 
     def _gradients(
-        self, forward: _Forward, samples: _Samples, parameters: list[nn.Parameter]
+        self, forward: ModelOutputs, samples: _Samples, parameters: list[nn.Parameter]
     ) -> tuple[list[Tensor], Tensor]:
         """Float32 sums over this process's next samples; and of them their number and how far outputs are apart, ``(2,)``."""
         ranks, rank = distributed.world_size(), distributed.rank()
@@ -164,57 +164,6 @@ class DistillHeal(Heal):
             return self.temperature**2 * F.kl_div(own, dense, log_target=True, reduction="sum")
 
 
-class _Forward:
-    """Gives the outputs of a model for a batch, with those of a loss that calls it.
-
-    Args:
-        model: In eval mode.
-        loss: Calls it, or modules of it.
-        context: Entered around it.
-    """
-
-    def __init__(self, model: nn.Module, loss: Loss, context: Callable[[], AbstractContextManager[Any]]) -> None:
-        self._model, self._loss, self._context = model, loss, context
-        self._depth, self._found = 0, None
-
-    def __call__(self, batch: Any) -> Tensor:
-        self._depth, self._found = 0, None
-        with self._hooked(), self._context(), PlainNormalization():
-            self._loss(self._model, batch)
-        outputs, self._found = _tensor(self._found), None
-        if outputs is None:
-            raise TargetError("model: the loss calls no module that gives a tensor, so its outputs are not known. Let it call the "
-                              "model, or a module of it.")  # fmt: skip
-        return outputs
-
-    @contextmanager
-    def _hooked(self) -> Iterator[None]:
-        with ExitStack() as stack:
-            for module in self._model.modules():
-                if any(p.requires_grad for p in module.parameters()):
-                    stack.callback(module.register_forward_pre_hook(self._enter).remove)
-                    stack.callback(module.register_forward_hook(self._leave).remove)
-            yield
-
-    def _enter(self, *_: Any) -> None:
-        self._depth += 1
-
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
-        self._depth -= 1
-        if self._depth == 0:
-            self._found = output
-
-
-def _tensor(output: Any) -> Tensor | None:
-    """The outputs in what a module returns: itself, or its ``logits``, or the first of several."""
-    output = getattr(output, "logits", output)
-    if isinstance(output, Mapping):
-        output = output.get("logits", next(iter(output.values()), None))
-    elif isinstance(output, (tuple, list)):
-        output = next(iter(output), None)
-    return output if isinstance(output, Tensor) and output.dim() > 0 else None
-
-
 class _Samples:
     """This process's samples with the dense model's outputs, to be gone through again and again.
 
@@ -224,7 +173,7 @@ class _Samples:
         num_inputs: Samples over all processes.
     """
 
-    def __init__(self, forward: _Forward, batches: Iterable[Any], num_inputs: int) -> None:
+    def __init__(self, forward: ModelOutputs, batches: Iterable[Any], num_inputs: int) -> None:
         self._parts: list[tuple[Any, int, Tensor]] = []
         self._part = self._start = self.own = self.reached = 0
         for batch, size, done in first_samples(batches, num_inputs):

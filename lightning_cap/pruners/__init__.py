@@ -9,6 +9,7 @@ from lightning_cap.pruners.fast_cap import FastCAP
 from lightning_cap.pruners.gradient import GradientTimesWeight, Taylor
 from lightning_cap.pruners.layerwise import LayerwiseOBS
 from lightning_cap.pruners.layerwise_units import LayerwiseUnits
+from lightning_cap.pruners.lrp_units import LRPUnits
 from lightning_cap.pruners.magnitude import Magnitude
 from lightning_cap.pruners.magnitude_units import MagnitudeUnits
 from lightning_cap.pruners.mfac import MFAC
@@ -28,6 +29,7 @@ __all__ = [
     "DropAndGrow",
     "FastCAP",
     "GradientTimesWeight",
+    "LRPUnits",
     "LayerwiseOBS",
     "LayerwiseUnits",
     "Magnitude",

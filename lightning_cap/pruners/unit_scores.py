@@ -21,7 +21,7 @@ from lightning_cap.utilities import distributed
 from lightning_cap.utilities.arguments import require_choice
 from lightning_cap.utilities.progress import Progress
 
-Normalize = Literal["none", "mean"]
+Normalize = Literal["none", "mean", "sum"]
 
 
 @dataclass(kw_only=True, eq=False)
@@ -30,7 +30,7 @@ class ScoredUnits(UnitPruner):
 
     Args:
         normalize: How units of different groups are compared: ``"none"`` by their saliency per price that they save, ``"mean"`` by
-            their saliency over the mean of their group, whatever they save.
+            their saliency over the mean of their group, whatever they save, ``"sum"`` over the sum of their group.
         cost: What a goal counts. See `UnitPruner`.
         allocation: How units are shared out over the groups. See `UnitPruner`.
 
@@ -51,7 +51,7 @@ class ScoredUnits(UnitPruner):
 
     @abstractmethod
     def _saliency(self, targets: Targets, gradients: GradientSource) -> Mapping[str, Tensor]:
-        """``{group: (size)}``: what it costs to remove each unit, at least 0."""
+        """``{group: (size)}``: what it costs to remove each unit. Those below 0 are removed first."""
 
     def _solve(
         self,
@@ -64,8 +64,10 @@ class ScoredUnits(UnitPruner):
         orders = by_saliency(self._saliency(targets, gradients), kept)
         if self.normalize == "none":
             return UnitSolution(orders)
-        means = {name: float(order.losses.mean()) if len(order.losses) else 0.0 for name, order in orders.items()}
-        return UnitSolution({n: UnitOrder(o.units, o.losses / (means[n] or 1.0)) for n, o in orders.items()})
+        totals = {name: float(order.losses.abs().sum()) for name, order in orders.items()}
+        if self.normalize == "mean":
+            totals = {name: total / max(1, len(orders[name].losses)) for name, total in totals.items()}
+        return UnitSolution({n: UnitOrder(o.units, o.losses / (totals[n] or 1.0)) for n, o in orders.items()})
 
 
 def by_saliency(saliencies: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> dict[str, UnitOrder]:
@@ -80,7 +82,11 @@ def by_saliency(saliencies: Mapping[str, Tensor], kept: Mapping[str, Tensor]) ->
 
 
 def mean_over_gates(
-    targets: Targets, units: Units, gradients: GradientSource, statistic: Callable[[Tensor], Tensor]
+    targets: Targets,
+    units: Units,
+    gradients: GradientSource,
+    statistic: Callable[[Tensor], Tensor],
+    unit: str = "gradients",
 ) -> tuple[dict[str, Tensor], int]:
     """Mean of a statistic of gate gradients over all rows of all processes. Every process must call it.
 
@@ -89,6 +95,7 @@ def mean_over_gates(
         units: The groups.
         gradients: Chunks ``{group: (n, size)}``; read once.
         statistic: ``(n, size)`` float64 rows of a group -> their sum of something.
+        unit: What the rows are; see `check_zeros`.
 
     Returns:
         ``{group: sum over rows, divided by their number}`` float64 on the CPU, and the number of rows.
@@ -113,5 +120,5 @@ def mean_over_gates(
             name: statistic(torch.zeros(0, *shape, device=targets.device).double()) for name, shape in shapes.items()
         }
     means = {name: (distributed.sum_over_ranks(sums[name]) / sum(total)).cpu() for name in units}
-    check_zeros({name: bool(mean.any()) for name, mean in means.items()}, sum(total), "gradients")
+    check_zeros({name: bool(mean.any()) for name, mean in means.items()}, sum(total), unit)
     return means, sum(total)

@@ -9,6 +9,7 @@ from lightning_cap.errors import GradientError
 
 _REMEDY = {
     "gradients": "Check the loss: all labels may be ignored, or it is multiplied by 0 or detached from these weights.",
+    "relevances": "Check the model, whose logits may be zero, and the calibration data.",
     "inputs": "Check the calibration data and what is done to it.",
 }
 
@@ -19,7 +20,7 @@ def check_zeros(found: Mapping[str, bool], count: int, unit: str) -> None:
     Args:
         found: Whether anything of a target is not zero, the same on every process.
         count: Samples, on all processes.
-        unit: What they are: ``"gradients"`` or ``"inputs"``.
+        unit: What they are: ``"gradients"``, ``"relevances"`` or ``"inputs"``.
 
     Raises:
         GradientError: Everything is zero.

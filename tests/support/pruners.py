@@ -21,6 +21,7 @@ from lightning_cap.pruners import (
     GradientTimesWeight,
     LayerwiseOBS,
     LayerwiseUnits,
+    LRPUnits,
     Magnitude,
     MagnitudeUnits,
     Pruner,
@@ -167,7 +168,7 @@ class UnitCase:
 
     kind: type[UnitPruner]
     own: Mapping[str, Any] = field(default_factory=dict)
-    reads: Literal["gradients", "inputs", "nothing"] = "gradients"
+    reads: Literal["gradients", "relevances", "inputs", "nothing"] = "gradients"
     updates: bool = False
     predicts_loss: bool = False
     uniform: bool = False
@@ -180,6 +181,8 @@ class UnitCase:
     def path(self, targets: Any, rows: Any, masks: Any = None, *, pruner: UnitPruner | None = None) -> Any:
         """The path from gate gradients, or from layer statistics as many."""
         source = reader_grams(targets, rows) if self.reads == "inputs" else rows
+        if self.reads == "relevances" and isinstance(rows, list):  # with a sign; here of those that are positive
+            source = [{name: row.abs() for name, row in chunk.items()} for chunk in rows]
         return (pruner or self.pruner()).path(targets, source, masks)
 
 
@@ -209,6 +212,8 @@ UNIT_CASES: dict[str, UnitCase] = {
     "layerwise-units-uniform": UnitCase(
         LayerwiseUnits, {"allocation": Uniform()}, reads="inputs", updates=True, uniform=True
     ),
+    "lrp-units": UnitCase(LRPUnits, {"num_inputs": 40}, reads="relevances"),
+    "lrp-units-none": UnitCase(LRPUnits, {"normalize": "none"}, reads="relevances"),
     "taylor-units": UnitCase(TaylorUnits, {"num_gradients": 40}),
     "taylor-units-mean": UnitCase(TaylorUnits, {"normalize": "mean"}),
     "magnitude-units": UnitCase(MagnitudeUnits, reads="nothing"),

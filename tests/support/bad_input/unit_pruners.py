@@ -9,14 +9,24 @@ import torch
 from torch import nn
 
 from lightning_cap.calibration.layer_inputs import sum_up
+from lightning_cap.calibration.relevance import UnitRelevance
 from lightning_cap.calibration.unit_samples import UnitInputs, UnitSamples
 from lightning_cap.errors import CAPError, ConfigError, GradientError, PatternError, TargetError, UnsupportedError
-from lightning_cap.pruners import CAPUnits, LayerwiseUnits, MagnitudeUnits, RandomUnits, TaylorUnits, UnitPruner
+from lightning_cap.pruners import (
+    CAPUnits,
+    LayerwiseUnits,
+    LRPUnits,
+    MagnitudeUnits,
+    RandomUnits,
+    TaylorUnits,
+    UnitPruner,
+)
 from lightning_cap.sparsity import ERK, Cost, Flops, Global, PerTarget, Targets
 from tests.support.bad_input.table import NO_COUNTS, NO_NUMBERS, Line, wrong
 from tests.support.units import cross_entropy, gate_rows, images, small_net, small_targets, small_units
 
-ALL: list[type[Any]] = [CAPUnits, LayerwiseUnits, TaylorUnits, MagnitudeUnits, RandomUnits]
+ALL: list[type[Any]] = [CAPUnits, LayerwiseUnits, LRPUnits, TaylorUnits, MagnitudeUnits, RandomUnits]
+SCORED: list[type[Any]] = [LRPUnits, TaylorUnits, MagnitudeUnits, RandomUnits]
 GRADIENTS: list[type[Any]] = [CAPUnits, TaylorUnits]
 NO_DAMPS: tuple[Any, ...] = (*NO_NUMBERS, 0, -1.0)
 PLAIN = Targets({"fc.weight": torch.ones(3, 4)})
@@ -112,20 +122,46 @@ def losses(candidates: Any) -> Any:
     return source.losses(candidates)
 
 
+def relevance(**given: Any) -> Any:
+    return UnitRelevance(4, **given)
+
+
+def relevant(loss: Any, batch: Any) -> Any:
+    model = small_net()
+    return list(UnitRelevance(2).collector(model, small_units().targets(model), loss, [batch]))
+
+
+X, Y = images(2)[0]
+NO_CLASSES: list[tuple[str, Any, Any, type[CAPError], tuple[str, ...]]] = [
+    ("no labels", lambda m, b: m(b[0]).sum(), (X,), GradientError, ("classes='labels'", "found none", "classes='predicted'")),
+    ("labels beyond the classes", lambda m, b: m(b[0]).sum(), (X, Y + 3), GradientError, ("below 3",)),
+    ("labels of another kind", lambda m, b: m(b[0]).sum(), (X, ["cat", "dog"]), GradientError, ("found none",)),
+    ("a loss without the model", lambda m, b: X.sum(), (X, Y), TargetError, ("the loss calls no module",)),
+    ("outputs that are no logits", lambda m, b: m.conv1(b[0]).sum(), (X, Y), TargetError, ("(1, 6, 5, 5)", "TaylorUnits")),
+    ("units that are not reached", lambda m, b: m.fc2(m.fc1(b[0].flatten(1)[:, :7])).sum(), (X, Y), UnsupportedError,
+     ("'conv1'", "exclude=[...]")),
+]  # fmt: skip
+
+
 LINES = [
     *(entry for kind in ALL for entry in wrong(kind, "cost", None, "flops", Flops, 0.5)),
     *(entry for kind in ALL for entry in wrong(kind, "allocation", None, "ERK", Global, 0.5, ERK(), PerTarget({"a": 0.5}))),
     *(entry for kind in GRADIENTS for entry in wrong(kind, "num_gradients", *NO_COUNTS)),
     *(entry for kind in GRADIENTS for entry in wrong(kind, "samples_per_gradient", "1", None, True, 32.0, 0)),
     *(entry for kind in (CAPUnits, LayerwiseUnits) for entry in wrong(kind, "damp", *NO_DAMPS)),
-    *(entry for kind in (CAPUnits, LayerwiseUnits) for entry in wrong(kind, "num_inputs", *NO_COUNTS)),
+    *(entry for kind in (CAPUnits, LayerwiseUnits, LRPUnits) for entry in wrong(kind, "num_inputs", *NO_COUNTS)),
     *wrong(CAPUnits, "ridge", *NO_DAMPS),
     *wrong(CAPUnits, "compensate", "yes", None, 1, 0.0, []),
-    *(entry for kind in (TaylorUnits, MagnitudeUnits, RandomUnits) for entry in wrong(kind, "normalize", "max", None, 1, True)),
+    *(entry for kind in SCORED for entry in wrong(kind, "normalize", "max", None, 1, True)),
     *wrong(RandomUnits, "seed", "0", None, True, 1.0, -1, [0]),
     *wrong(UnitSamples, "n", *NO_COUNTS, 10**12),
     *wrong(UnitSamples, "per_sample", *NO_COUNTS, given={"n": 4}),
     *wrong(UnitSamples, "num_inputs", *NO_NUMBERS, -1, 32.0, 10**12, given={"n": 4}),
+    *(entry for make in (LRPUnits, relevance) for entry in wrong(make, "rule", "gamma", None, 1, True, ["epsilon"])),
+    *(entry for make in (LRPUnits, relevance) for entry in wrong(make, "epsilon", *NO_NUMBERS, 0, -1.0)),
+    *(entry for make in (LRPUnits, relevance) for entry in wrong(make, "classes", "label", None, 0, True, [1])),
+    *(Line(f"relevance: {name}", lambda _, loss=loss, batch=batch: relevant(loss, batch), error, words)
+      for name, loss, batch, error, words in NO_CLASSES),
     *wrong(UnitInputs, "n", *NO_COUNTS, 10**12),
     *wrong(losses, "candidates", None, 3, "weights", {}),
     line("layer statistics of no chunk", lambda: sum_up([], torch.device("cpu")), "are empty", error=GradientError),
