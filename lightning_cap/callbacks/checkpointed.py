@@ -56,6 +56,10 @@ class CheckpointedRun(pl.Callback):
         return self._active.masks
 
     @property
+    def _recomputations(self) -> tuple[int, StepPath]:
+        return self.num_recomputations, self.recomputation_path
+
+    @property
     def starts(self) -> list[int]:
         """Epochs of the events that begin a cycle (during and after ``fit``)."""
         return self._active.starts
@@ -122,7 +126,8 @@ class CheckpointedRun(pl.Callback):
             others["recomputation_path"] = self.recomputation_path
         if self.recalibrate:
             others["recalibrate"] = True
-        return describe_settings(run.events, self.pruner, **others)
+        rule = self.schedule if self.schedule.adapts else None
+        return describe_settings(run.events, self.pruner, rule, **others)
 
     def _packed_masks(self) -> dict[str, Any] | None:
         if self._run is None:

@@ -12,12 +12,12 @@ from lightning.pytorch.strategies import DeepSpeedStrategy, FSDPStrategy, ModelP
 
 from lightning_cap.callbacks.run import is_dry
 from lightning_cap.callbacks.run_files import RunFiles, checkpoint_dir
-from lightning_cap.errors import ConfigError, ScheduleError, UnsupportedError
+from lightning_cap.errors import ConfigError, PatternError, ScheduleError, UnsupportedError
 from lightning_cap.export.records import EXPORTS, ExportRecord
 from lightning_cap.pruners import Pruner
 from lightning_cap.pruners.base import refuse_shards, refuse_splitting
 from lightning_cap.schedules import SparsitySchedule
-from lightning_cap.sparsity.cost import require_path_of_steps
+from lightning_cap.sparsity.cost import Parameters, require_path_of_steps
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.trainer import compat
 from lightning_cap.trainer.records import EventRecord
@@ -79,6 +79,34 @@ def check_settings(callback: CAPPruningCallback) -> None:
         )
 
 
+def refuse_adapting(schedule: SparsitySchedule, pruner: Pruner, save_sparsities: Sequence[float] | None) -> None:
+    """Refuse what a schedule that finds its sparsities in the weights does not go with.
+
+    Raises:
+        ConfigError: The sparsities to save are named.
+        PatternError: The pattern fixes the sparsity.
+        UnsupportedError: Goals do not count single weights, or weights grow back.
+    """
+    if not schedule.adapts:
+        return
+    named = f"schedule={type(schedule).__name__}: it finds sparsities in the weights that are left"
+    if pruner.takes_units or not isinstance(pruner.cost, Parameters):
+        counted = "units" if pruner.takes_units else f"what {shown(pruner.cost)} counts"
+        raise UnsupportedError(f"{named}, and not of {counted}. Give a pruner of weights, such as CAP().")
+    if pruner.regrows or schedule.regrows:
+        raise UnsupportedError(
+            f"{named}, and weights of {type(pruner).__name__} grow back. Give CAP() or another pruner."
+        )
+    if pruner.pattern.sparsity is not None:
+        raise PatternError(
+            f"{named}, and pattern={shown(pruner.pattern)} has only one. Give SparsitySteps, or Unstructured()."
+        )
+    if save_sparsities is not None:
+        raise ConfigError(
+            f"save_sparsities={shown(save_sparsities)}: {named}, so that none is known before. Leave it out."
+        )
+
+
 def refuse_trainer(trainer: pl.Trainer, save: str, dirpath: str | None) -> None:
     """Refuse a Trainer with which a run could not come to its end. To be called on every rank, before anything runs.
 
@@ -108,6 +136,11 @@ def refuse_targets(targets: Targets, pruner: Pruner, schedule: SparsitySchedule,
     """
     refuse_shards(pruner, targets, recalibrate)
     refuse_growing_shards(schedule, targets)
+    if schedule.adapts and targets.is_sharded:
+        raise UnsupportedError(
+            f"schedule={type(schedule).__name__}: it reads whole weights, and those of FSDP2 are sharded. Use another schedule, or "
+            "strategy='ddp'."
+        )
     if targets.units is None:
         pruner.check(targets)
 

@@ -21,7 +21,7 @@ from lightning_cap.callbacks.companions import (
     goes_on,
     refuse_wrong_companions,
 )
-from lightning_cap.callbacks.cost import price_units, with_cost
+from lightning_cap.callbacks.cost import with_cost
 from lightning_cap.callbacks.cycle import Cycle, monitored, save_missing
 from lightning_cap.callbacks.event_log import event_record, log_event
 from lightning_cap.callbacks.leftovers import remove_empty_logs
@@ -34,7 +34,7 @@ from lightning_cap.callbacks.run_files import checkpoint_dir
 from lightning_cap.callbacks.saving_run import SavingRun
 from lightning_cap.callbacks.settings import warn_of_differences
 from lightning_cap.callbacks.state import RunState, choose_files, first_masks
-from lightning_cap.callbacks.steps import PruningSteps, plan_steps, pruners_of, validate_steps
+from lightning_cap.callbacks.steps import PruningSteps, goal_of, plan_steps, pruners_of, validate_steps
 from lightning_cap.callbacks.summary import print_table
 from lightning_cap.callbacks.targets import choose_targets, find_parts, known_parts, run_of_same_model
 from lightning_cap.callbacks.weight_averaging import mask_averages, update_averages
@@ -75,7 +75,7 @@ class CAPPruningCallback(SavingRun):
         recomputation_path: How they rise: ``"exponential"``, the density falls by the same factor each time, or ``"linear"``.
         existing_zeros: Take the zeros that the targets have when training starts as pruned already.
         save: ``"last"``: at the end of each cycle; ``"best"``: at its best epoch by ``monitor``; ``"both"`` or ``"none"``.
-        save_sparsities: The scheduled sparsities to save checkpoints of. Default: all.
+        save_sparsities: The scheduled sparsities to save checkpoints of. Default: all; not for schedules that find them.
         dirpath: Folder of ``sparsity=0.50.ckpt`` and ``.safetensors``; ``sparsity=0.50-v1.ckpt`` and so on where other runs have
             written to it. Of units ``parameters=0.50.ckpt``, ``flops=0.50.ckpt`` or ``latency=0.50.ckpt``, by what goals count.
             Default: ``checkpoints`` beside the logs.
@@ -127,6 +127,7 @@ class CAPPruningCallback(SavingRun):
         self.seed, self.recalibrate = seed, recalibrate
         checks.check_settings(self)
         self.pruner = with_heal(with_cost(self.pruner, cost), heal)
+        checks.refuse_adapting(self.schedule, self.pruner, save_sparsities)
         self._stepped = False
         self._warned: set[str] = set()
         self._pictures = Pictures()
@@ -228,10 +229,6 @@ class CAPPruningCallback(SavingRun):
         if self._restored is not None and compat.restarted_mid_epoch(trainer):
             restore_random_state(self._restored.rng)
 
-    def _price_units(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
-        files = self._log_files(trainer)
-        price_units(trainer, module, self.pruner, self._active, self.seed, None if files is None else files.folder)
-
     # ----------------------------------------------------------------- events
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -249,7 +246,8 @@ class CAPPruningCallback(SavingRun):
         return self._prune_unless_told(trainer, epoch, lambda: self._prune_now(trainer, module, epoch))
 
     def _prune_now(self, trainer: pl.Trainer, module: pl.LightningModule, epoch: int) -> dict[str, float]:
-        run, goal = self._active, self._active.events[epoch]
+        run = self._active
+        goal = goal_of(trainer, self.schedule, run, epoch)
         begins = (
             epoch in run.starts or self._state.cycle is None or self._state.cycle.goal != goal
         )  # else the cycle goes on
@@ -260,6 +258,8 @@ class CAPPruningCallback(SavingRun):
         if not self._state.history:
             self._state.history.append(self._line(0.0, epoch, known))
             self._log.keep(self._state.history, self._state.metric)
+        if goal is None:
+            return self._train_on(trainer, epoch, before)
         steps = plan_steps(self.pruner, self.schedule, run.targets, run.masks, goal, epoch, *self._recomputations)
         if steps is None:
             self._state.done.append(epoch)
@@ -279,12 +279,20 @@ class CAPPruningCallback(SavingRun):
         self._pictures.log(trainer, record, report.saliency)
         return after
 
+    def _train_on(self, trainer: pl.Trainer, epoch: int, metrics: dict[str, float]) -> dict[str, float]:
+        """Of an event without anything to prune: the cycle of the sparsity goes on, with a learning rate that begins anew."""
+        self._state.done.append(epoch)
+        if self._state.cycle is not None:
+            self._state.cycle.saved = False
+        restart_schedulers(trainer, cycle_starts(trainer), self._warned)
+        return metrics
+
     def _run_event(
         self, trainer: pl.Trainer, module: pl.LightningModule, steps: PruningSteps, epoch: int, begins: bool
     ) -> EventReport:
         """Go to the goal of an event; bring weights, optimizers and averages in line with the masks."""
         run = self._active
-        with event_progress(trainer, f"Pruning to {run.events[epoch]:.4g}") as progress:
+        with event_progress(trainer, f"Pruning to {steps.goal:.4g}") as progress:
             steps.pruner.begin_event(run.done(epoch))
             event = self._event(trainer, module, steps.pruner, progress)
             self._state.collection_index = event.run(steps.sparsities, self._state.collection_index)
@@ -349,10 +357,6 @@ class CAPPruningCallback(SavingRun):
             print_table(self._state.history, self._state.metric)
 
     # ---------------------------------------------------------------- helpers
-
-    @property
-    def _recomputations(self) -> tuple[int, StepPath]:
-        return self.num_recomputations, self.recomputation_path
 
     def _events(self, trainer: pl.Trainer) -> dict[int, float]:
         return checks.resolve_events(trainer, self.schedule, self.pruner, self.num_recomputations, self.save_sparsities)

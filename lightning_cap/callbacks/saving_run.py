@@ -12,6 +12,7 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from lightning_cap.callbacks.checkpoint_io import save_checkpoint
 from lightning_cap.callbacks.checkpointed import CheckpointedRun
 from lightning_cap.callbacks.checks import refuse_unlogged
+from lightning_cap.callbacks.cost import price_units
 from lightning_cap.callbacks.cycle import monitored, save_cycle, with_files
 from lightning_cap.callbacks.run import writes_files
 from lightning_cap.callbacks.run_files import RunFiles
@@ -154,6 +155,10 @@ class SavingRun(CheckpointedRun):
         name, value = monitored(metrics, self.monitor)
         self._state.metric = name or self._state.metric
         return value
+
+    def _price_units(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        files = self._log_files(trainer)
+        price_units(trainer, module, self.pruner, self._active, self.seed, None if files is None else files.folder)
 
     def _log_files(self, trainer: pl.Trainer) -> RunFiles | None:
         return self._active.files if writes_files(trainer) and self.save != "none" else None

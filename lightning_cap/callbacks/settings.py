@@ -9,16 +9,20 @@ from typing import Any
 from lightning.pytorch.utilities.rank_zero import rank_zero_warn
 
 from lightning_cap.pruners import Pruner
+from lightning_cap.schedules import SparsitySchedule
 from lightning_cap.sparsity.cost import Parameters
 from lightning_cap.utilities.arguments import shown
 
 
-def describe_settings(events: Mapping[int, float], pruner: Pruner, **others: Any) -> dict[str, str]:
+def describe_settings(
+    events: Mapping[int, float], pruner: Pruner, rule: SparsitySchedule | None = None, **others: Any
+) -> dict[str, str]:
     """Each setting as text, by name.
 
     Args:
         events: Epoch -> sparsity of the run.
         pruner: Its pruner.
+        rule: The schedule, if it finds its sparsities as it goes.
         others: Plain settings of the callback.
     """
     settings = {"schedule": repr(dict(events)), "pruner": type(pruner).__qualname__}
@@ -27,6 +31,8 @@ def describe_settings(events: Mapping[int, float], pruner: Pruner, **others: Any
         if pruner.heal is None:
             own.pop("heal", None)  # unset, as in the checkpoints of versions that did not know it
         settings.update({f"pruner.{name}": _text(value) for name, value in own.items()})
+    if rule is not None and is_dataclass(rule):
+        settings.update({f"schedule.{field.name}": _text(getattr(rule, field.name)) for field in fields(rule)})
     if type(pruner.cost) is not Parameters:
         settings["pruner.cost"] = _text(pruner.cost)
     return {**settings, **{name: repr(value) for name, value in others.items()}}

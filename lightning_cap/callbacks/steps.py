@@ -5,16 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
-from lightning.pytorch.utilities.rank_zero import rank_zero_warn
+import lightning.pytorch as pl
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_cap.calibration.statistics import GradientSamples
-from lightning_cap.errors import PatternError
+from lightning_cap.callbacks.run import Run
+from lightning_cap.errors import PatternError, ScheduleError
 from lightning_cap.pruners import DropAndGrow, Pruner
 from lightning_cap.schedules import SparsitySchedule
 from lightning_cap.sparsity.cost import StepPath, steps_to
 from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.patterns import Unstructured
 from lightning_cap.sparsity.targets import Targets
+from lightning_cap.trainer.divergence import refuse_broken_weights
+from lightning_cap.utilities import distributed
+from lightning_cap.utilities.arguments import require_real
 
 
 @dataclass(frozen=True)
@@ -28,6 +33,31 @@ class PruningSteps:
 
     pruner: Pruner
     sparsities: tuple[float, ...]
+
+    @property
+    def goal(self) -> float:
+        """Of the event."""
+        return self.sparsities[-1] if self.sparsities else 0.0
+
+
+def goal_of(trainer: pl.Trainer, schedule: SparsitySchedule, run: Run, epoch: int) -> float | None:
+    """The goal of an event that has come, the same on every rank; None, with a message, where a schedule finds nothing to prune.
+
+    Raises:
+        GradientError: The schedule reads the weights, and they are not finite.
+        ScheduleError: What it finds is no sparsity.
+    """
+    planned = run.events[epoch]
+    if not schedule.adapts:
+        return planned
+    refuse_broken_weights(trainer, run.targets)
+    goal: float | None = distributed.gather_objects(schedule.adapted(planned, run.targets.weights(), run.masks))[0]
+    if goal is None:
+        reached = run.masks.global_sparsity
+        rank_zero_info(f"Epoch {epoch}: the schedule finds nothing to prune beyond {reached:.2%}; a new cycle begins.")
+    else:
+        require_real("schedule.adapted()", goal, "[0, 1)", example=planned, error=ScheduleError)
+    return goal
 
 
 def plan_steps(

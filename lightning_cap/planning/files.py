@@ -76,7 +76,8 @@ def cycle_files(
     if callback.save == "none":
         return []
     wanted = callback.save_sparsities
-    saved = [goal for goal in dict.fromkeys(goals.values()) if wanted is None or goal in wanted]
+    found = goals if callback.schedule.adapts else set(goals.values())  # one each, where they are not known yet
+    saved = [goal for goal in found if wanted is None or goal in wanted]
     each = len(saved) * (2 if callback.save == "both" else 1)
     records = len(goals) * (_EVENT + _RECORD * len(targets))
     return [

@@ -207,6 +207,8 @@ class _Probe(pl.Callback):
             )
         if not callbacks:
             notes.append("no callback prunes: this run has no pruning events")
+        if any(callback.schedule.adapts for callback in callbacks):
+            notes.append("the schedule finds the sparsities in the weights, at each event; those told are the highest")
         mended = mending_notes([c.pruner for c in callbacks], any(c.recalibrate for c in callbacks))
         return notes + mended + memory_notes(self._deployment if callbacks else None)
 

@@ -59,7 +59,9 @@ def run_chapter(run: Run, title: str, key: str, links: FileLinks) -> Chapter:
 def _lead(run: Run) -> str:
     """What the run is, in a sentence."""
     start = run.start
-    goals = sorted({event.goal for event in run.events} | set(start.schedule.values() if start is not None else ()))
+    last = run.events[-1].epoch if run.events else -1
+    planned = {} if start is None else start.schedule  # of events that have come, what they went for counts
+    goals = sorted({e.goal for e in run.events} | {goal for epoch, goal in planned.items() if int(epoch) > last})
     reached = f" to {_listed([f'{100 * goal:.4g}' for goal in goals])} % {run.counted}" if 0 < len(goals) <= 8 else ""
     if start is None:
         return f"Pruning{reached}, as its events tell; there is no run.jsonl."

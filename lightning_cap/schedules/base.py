@@ -1,15 +1,18 @@
-"""What a schedule is: a pure function from the epochs of a run to sparsities."""
+"""What a schedule is: a function from the epochs of a run, and from the weights if it adapts, to sparsities."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning_cap.errors import ScheduleError
 from lightning_cap.utilities.arguments import require_flag, require_real, require_whole, shown
 from lightning_cap.utilities.decimals import plain_float
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MOST_EVENTS = 10**6
 
@@ -25,6 +28,24 @@ class SparsitySchedule(ABC):
     def regrows(self) -> bool:
         """Whether pruned weights come back at an event whose sparsity is below the one that is reached."""
         return False
+
+    @property
+    def adapts(self) -> bool:
+        """Whether the sparsity of an event is found when it comes, by `adapted`; `events` then says the most that it may be."""
+        return False
+
+    def adapted(self, planned: float, weights: Mapping[str, Tensor], masks: Mapping[str, Tensor]) -> float | None:
+        """The sparsity of an event that has come, of a schedule that adapts. The weights alone may decide, as runs are resumed.
+
+        Args:
+            planned: What `events` said.
+            weights: ``{target: (*shape)}``, as they are now.
+            masks: ``{target: bool (*shape)}``, True = kept.
+
+        Returns:
+            Sparsity to reach in ``[0, planned]``; None where nothing is to be pruned.
+        """
+        return planned
 
     @abstractmethod
     def events(self, max_epochs: int | None) -> dict[int, float]:

@@ -17,7 +17,7 @@ from lightning_cap.planning import plan_fit
 from lightning_cap.planning.machine import Settings
 from lightning_cap.planning.run_plan import RunPlan
 from lightning_cap.pruners import CAP, CAPUnits, DropAndGrow, Magnitude
-from lightning_cap.schedules import RepeatedSchedule, SparsitySteps
+from lightning_cap.schedules import PQAdaptive, RepeatedSchedule, SparsitySteps
 from lightning_cap.sparsity import Flops
 from lightning_cap.trainer.records import EventRecord
 from lightning_cap.utilities.records import read_records
@@ -167,3 +167,10 @@ def test_memory_is_that_of_whole_batches(samples: int) -> None:
     rows = {1: (8, 64), 4: (1, 1)}[samples]
     assert (small.rows, large.rows) == rows
     assert (large.peak_bytes > small.peak_bytes) == (samples == 1)
+
+
+def test_sparsities_that_are_found_later_are_told_as_the_highest() -> None:
+    plan = planned(pruning(schedule=PQAdaptive(1, 3, max_sparsity=0.8), pruner=Magnitude()), settings=QUICK)
+    assert [(event.epoch, event.goal) for event in plan.pruning[0].events] == [(1, 0.8), (2, 0.8), (3, 0.8)]
+    assert {file.count for file in plan.files if file.name.startswith("sparsity=*")} == {3}
+    assert any("those told are the highest" in note for note in plan.notes)

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from lightning_cap import CAPPruningCallback
-from lightning_cap.errors import ScheduleError, UnsupportedError
-from lightning_cap.pruners import CAP, Magnitude, MagnitudeUnits
-from lightning_cap.schedules import AlternatingSchedule, OneShot, SparsitySteps
-from lightning_cap.sparsity import Flops
+from lightning_cap.errors import ConfigError, PatternError, ScheduleError, UnsupportedError
+from lightning_cap.pruners import CAP, DropAndGrow, Magnitude, MagnitudeUnits
+from lightning_cap.schedules import AlternatingSchedule, OneShot, PQAdaptive, SparsitySteps
+from lightning_cap.sparsity import Flops, NofM
 from tests.support.bad_input.table import NO_COUNTS, NO_HEALS, Line, wrong
 
 SCHEDULE = {0: 0.5}
@@ -57,5 +57,13 @@ LINES: list[Line] = [
              ("schedule=", "MagnitudeUnits", "no gradient"))
         for schedule in (SparsitySteps({0: 0.5, 1: 0.3}, allow_decrease=True), AlternatingSchedule(0.5, 0, 1, 1))
     ),
+    Line("sparsities are not found in units", lambda _: CAPPruningCallback(PQAdaptive(0, 2), MagnitudeUnits()), UnsupportedError,
+         ("schedule=PQAdaptive", "units")),
+    Line("sparsities are not found where weights grow", lambda _: CAPPruningCallback(PQAdaptive(0, 2), DropAndGrow()),
+         UnsupportedError, ("schedule=PQAdaptive", "grow back")),
+    Line("a pattern has one sparsity", lambda _: CAPPruningCallback(PQAdaptive(0, 2), CAP(pattern=NofM(2, 4))), PatternError,
+         ("schedule=PQAdaptive", "pattern=", "SparsitySteps")),
+    Line("sparsities to save are not known", lambda _: CAPPruningCallback(PQAdaptive(0, 2), save_sparsities=[0.5]), ConfigError,
+         ("save_sparsities=[0.5]", "PQAdaptive", "Leave it out")),
     *bad("seed", None, "3", True, 1.0, -1, float("nan"), 2**63),
 ]  # fmt: skip

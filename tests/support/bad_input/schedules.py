@@ -4,16 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from lightning_cap.errors import ScheduleError
 from lightning_cap.schedules import (
     AlternatingSchedule,
     ExponentialSchedule,
     OneShot,
     PolynomialSchedule,
+    PQAdaptive,
     RepeatedSchedule,
     SparsitySchedule,
     SparsitySteps,
     check_events,
+    pq_index,
 )
 from tests.support.bad_input.table import NO_COUNTS, NO_NUMBERS, Line, wrong
 
@@ -21,10 +25,16 @@ RISE: dict[str, Any] = {"final": 0.9, "start_epoch": 2, "end_epoch": 8}
 ALTERNATING: dict[str, Any] = {"sparsity": 0.5, "start_epoch": 2, "sparse_epochs": 3, "dense_epochs": 1}
 NO_SPARSITIES: tuple[Any, ...] = (*NO_NUMBERS, 1.0, -0.1, 50)
 NO_EPOCHS: tuple[Any, ...] = ("3", None, True, [3], float("nan"), 3.0, 2.5, -1)
+PQ: dict[str, Any] = {"start_epoch": 2, "end_epoch": 8}
+FOUND: dict[str, Any] = {
+    "planned": 0.5,
+    "weights": {"a": torch.ones(2)},
+    "masks": {"a": torch.ones(2, dtype=torch.bool)},
+}
 NO_FLAGS: tuple[Any, ...] = ("yes", None, 1, 0.0, [])
 GOOD: list[SparsitySchedule] = [
     SparsitySteps({1: 0.5}), PolynomialSchedule(0.5, 0, 2), ExponentialSchedule(0.5, 0, 2), OneShot(0.5, None),
-    OneShot(0.5), RepeatedSchedule(0.5), AlternatingSchedule(0.5, 0, 1, 1),
+    OneShot(0.5), RepeatedSchedule(0.5), AlternatingSchedule(0.5, 0, 1, 1), PQAdaptive(0, 2),
 ]  # fmt: skip
 
 
@@ -76,4 +86,30 @@ LINES = [
     *wrong(RepeatedSchedule, "frequency", *NO_COUNTS, error=ScheduleError, given={"sparsity": 0.5}),
     *wrong(RepeatedSchedule, "start_epoch", "0", None, 0.0, -1, error=ScheduleError, given={"sparsity": 0.5}),
     *wrong(RepeatedSchedule, "end_epoch", "9", True, 9.0, -1, error=ScheduleError, given={"sparsity": 0.5}),
+    *wrong(PQAdaptive, "start_epoch", *NO_EPOCHS, 9, error=ScheduleError, given=PQ),
+    *wrong(PQAdaptive, "end_epoch", *NO_EPOCHS, 1, error=ScheduleError, given=PQ),
+    *wrong(PQAdaptive, "frequency", *NO_COUNTS, error=ScheduleError, given=PQ),
+    *wrong(PQAdaptive, "max_sparsity", *NO_SPARSITIES, 0, error=ScheduleError, given=PQ),
+    *wrong(PQAdaptive, "p", *NO_NUMBERS, 0, -0.5, error=ScheduleError, given=PQ),
+    *wrong(PQAdaptive, "q", *NO_NUMBERS, 0, 0.5, 0.2, error=ScheduleError, given=PQ),
+    *wrong(PQAdaptive, "eta", *NO_NUMBERS, -0.1, error=ScheduleError, given=PQ),
+    *wrong(PQAdaptive, "gamma", *NO_NUMBERS, 0, -1.0, error=ScheduleError, given=PQ),
+    *wrong(PQAdaptive, "beta", *NO_NUMBERS, 0, 1.0, error=ScheduleError, given=PQ),
+    *wrong(PQAdaptive(0, 2).adapted, "planned", *NO_SPARSITIES, error=ScheduleError, given=FOUND),
+    *wrong(PQAdaptive(0, 2).adapted, "weights", None, 3, [torch.ones(2)], error=ScheduleError, given=FOUND),
+    *wrong(
+        PQAdaptive(0, 2).adapted,
+        "masks",
+        None,
+        3,
+        {},
+        {"a": None},
+        {"a": torch.ones(2)},
+        {"a": torch.ones(3, dtype=torch.bool)},
+        error=ScheduleError,
+        given=FOUND,
+    ),
+    *wrong(pq_index, "weights", None, 3, [1.0], torch.ones(0), torch.ones(2, dtype=torch.complex64)),
+    *wrong(pq_index, "p", *NO_NUMBERS, 0, 1.0, given={"weights": torch.ones(2)}),
+    *wrong(pq_index, "q", *NO_NUMBERS, 0, 0.5, given={"weights": torch.ones(2)}),
 ]
