@@ -37,7 +37,7 @@ from lightning_cap.callbacks.state import RunState, choose_files, first_masks
 from lightning_cap.callbacks.steps import PruningSteps, goal_of, plan_steps, pruners_of, validate_steps
 from lightning_cap.callbacks.summary import print_table
 from lightning_cap.callbacks.targets import choose_targets, find_parts, known_parts, run_of_same_model
-from lightning_cap.callbacks.weight_averaging import mask_averages, update_averages
+from lightning_cap.callbacks.weight_averaging import mask_averages, take_averages, update_averages
 from lightning_cap.errors import CAPError
 from lightning_cap.healing import HealArgument
 from lightning_cap.pruners import CAP, Pruner
@@ -335,6 +335,9 @@ class CAPPruningCallback(SavingRun):
         last, run = trainer.current_epoch - 1, self._active
         self.end_cycle(trainer, pl_module, last)
         if trainer.max_epochs in run.events and trainer.max_epochs not in self._state.done:
+            take_averages(
+                trainer, pl_module
+            )  # before or after Lightning does: what is pruned is what the run ends with
             self.end_cycle(trainer, pl_module, last, self._prune(trainer, pl_module, trainer.max_epochs))
         run.warn_of_missed(self._state.done)
 

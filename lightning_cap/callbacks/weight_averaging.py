@@ -8,19 +8,23 @@ from torch import nn
 
 from lightning_cap.healing.batchnorm import batch_norms
 from lightning_cap.sparsity.masks import MaskSet
-from lightning_cap.trainer.compat import averaged_models
+from lightning_cap.trainer.compat import averaged_models, averages_at_end
 
 
 @torch.no_grad()
 def restart_averages(trainer: pl.Trainer, module: nn.Module) -> None:
     """Make every average begin anew from the weights that the model has now."""
     for average in averaged_models(trainer):
-        copy = getattr(average, "module", average)
-        for mine, theirs in ((module.parameters(), copy.parameters()), (module.buffers(), copy.buffers())):
-            for source, target in zip(mine, theirs, strict=True):
-                target.copy_(source)
+        _copy(module, getattr(average, "module", average))
         if isinstance(getattr(average, "n_averaged", None), torch.Tensor):
             average.n_averaged.zero_()  # type: ignore[operator]
+
+
+@torch.no_grad()
+def take_averages(trainer: pl.Trainer, module: nn.Module) -> None:
+    """Put the averages that Lightning ends a run with into the model now, whether or not it has done so already."""
+    for average in averages_at_end(trainer):
+        _copy(getattr(average, "module", average), module)
 
 
 @torch.no_grad()
@@ -47,3 +51,10 @@ def mask_averages(trainer: pl.Trainer, masks: MaskSet) -> None:
     """Set masked weights to zero in every average."""
     for average in averaged_models(trainer):
         masks.apply_to_copy(getattr(average, "module", average))
+
+
+def _copy(source: nn.Module, target: nn.Module) -> None:
+    """Parameters and buffers."""
+    for given, taken in ((source.parameters(), target.parameters()), (source.buffers(), target.buffers())):
+        for value, place in zip(given, taken, strict=True):
+            place.copy_(value)

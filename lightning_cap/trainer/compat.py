@@ -106,6 +106,17 @@ def averaging_callbacks(trainer: pl.Trainer) -> list[pl.Callback]:
     return [callback for callback in trainer.callbacks if isinstance(callback, known)]  # type: ignore[attr-defined]
 
 
+def averages_at_end(trainer: pl.Trainer) -> list[nn.Module]:
+    """The averaged LightningModules that Lightning puts in place of the model when training ends.
+
+    Raises:
+        UnsupportedError: As `check_run`.
+    """
+    kind = getattr(callbacks, _AVERAGING[0], ())
+    found = [_look_up(callback, _AVERAGE) for callback in averaging_callbacks(trainer) if isinstance(callback, kind)]
+    return [model for model in found if isinstance(model, nn.Module)]
+
+
 def restarted_mid_epoch(trainer: pl.Trainer) -> bool:
     """Whether the checkpoint that was loaded is one of the middle of an epoch.
 

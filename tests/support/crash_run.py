@@ -18,11 +18,15 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 
+from lightning_cap import QATCallback
+from lightning_cap.quantization.layers import fake_quantized
 from lightning_cap.schedules import OneShot, SparsitySteps
+from lightning_cap.trainer.compat import averaged_models
 from lightning_cap.utilities.sharded import reshard, whole
 from tests.support.crash_moments import Moments, install, limit_memory
 from tests.support.processes import FORKED, be_ordinary, free_port, torchrun_environment
 from tests.support.sharding import ShardedToy
+from tests.support.stopping import averaging
 from tests.support.toy import Toy, ToyData, callback, loaders, trainer
 from tests.support.unit_runs import units, weights
 
@@ -100,12 +104,16 @@ def fit(order: dict[str, Any], folder: Path) -> None:
     cbs = [callback(schedule, dirpath=pruned, include=TARGETS)]
     if order.get("units"):
         cbs = [units({0: 0.2, 2: 0.4}, dirpath=pruned), weights({1: 0.6, 3: 0.9}, dirpath=pruned)]
+    companions: list[pl.Callback] = list(cbs)
+    if "combined" in order:
+        kinds = {"prune": cbs[0], "quantize": QATCallback(order["quantized"]), "average": averaging()}
+        companions = [kinds[kind] for kind in order["combined"]]
     saver = ModelCheckpoint(dirpath=folder, save_last=True, **order.get("saver", {}))
     extra = [SmallFiles(*order["small_files"])] if "small_files" in order else []
     options: dict[str, Any] = {"devices": ranks, "strategy": "ddp"} if ranks > 1 else {}
     if order.get("fsdp"):
         module, options["strategy"] = ShardedToy(), ModelParallelStrategy(ranks, 1, process_group_backend="gloo")
-    t = trainer(folder, *extra, *cbs, saver, max_epochs=4, enable_checkpointing=True, **options)
+    t = trainer(folder, *extra, *companions, saver, max_epochs=4, enable_checkpointing=True, **options)
     t.fit(module, **data, ckpt_path="last")
     reshard(module)
     end = {
@@ -115,6 +123,10 @@ def fit(order: dict[str, Any], folder: Path) -> None:
         "optimizer": t.optimizers[0].state_dict(),
         "batches": module.batches[-4:],
     }
+    if "combined" in order:
+        end["averages"] = [average.state_dict() for average in averaged_models(t)]
+        end["metrics"] = dict(t.callback_metrics)
+        end["quantized"] = list(fake_quantized(module))
     torch.save(all_of(end), folder / f"end-{t.global_rank}.pt")
 
 
