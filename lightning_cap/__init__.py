@@ -1,6 +1,7 @@
 """Correlation-aware pruning (CAP) of vision models as a PyTorch Lightning callback."""
 
 from lightning_cap._version import __version__
+from lightning_cap.callbacks.mask_sparsity import MaskSparsity
 from lightning_cap.callbacks.pruning import CAPPruningCallback
 from lightning_cap.callbacks.qat import QATCallback
 from lightning_cap.classifier import DistillationLoss, VisionClassifier
@@ -13,6 +14,7 @@ __all__ = [
     "CosineLR",
     "CyclicLinearLR",
     "DistillationLoss",
+    "MaskSparsity",
     "QATCallback",
     "VisionClassifier",
     "__version__",

@@ -9,6 +9,7 @@ from lightning_cap.sparsity.masks import MaskSet
 from lightning_cap.sparsity.patterns import BlockOf, NofM, OutputRows, Pattern, Unstructured, check_pattern
 from lightning_cap.sparsity.permutation import ChannelOrders, permute_channels
 from lightning_cap.sparsity.targets import Targets
+from lightning_cap.sparsity.unit_penalty import unit_penalty
 from lightning_cap.sparsity.units import UnitGroup, Units
 
 __all__ = [
@@ -37,5 +38,6 @@ __all__ = [
     "find_ends",
     "model_flops",
     "permute_channels",
+    "unit_penalty",
     "zero_shares",
 ]
