@@ -117,6 +117,13 @@ def test_the_summary_has_a_line_for_each_model(whole: Reader) -> None:
         assert words in whole.text
 
 
+def test_sparsities_that_were_found_at_the_events_take_the_place_of_the_highest(tmp_path: Path) -> None:
+    done = page(write_run(tmp_path / "done", schedule={"2": 0.9, "4": 0.9}))
+    assert "by CAP to 50 and 75 % sparsity" in done.text
+    begun = page(write_run(tmp_path / "begun", schedule={"2": 0.9, "4": 0.9, "9": 0.9}))
+    assert "by CAP to 50, 75 and 90 % sparsity" in begun.text
+
+
 def test_each_event_has_its_drop_losses_seconds_and_bytes(whole: Reader) -> None:
     assert ["2", "50 %", "50.00 %", "98.00 %", "95.50 %", "2.55 %", "128 gradients", "0", "0"] in whole.cells
     assert ["2", "50 %", "0.05", "0.0625", "1.25"] in whole.cells
