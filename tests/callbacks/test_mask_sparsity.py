@@ -187,3 +187,34 @@ def test_heads_and_neurons_of_a_classifier_are_drawn_but_not_in_its_fisher(tmp_p
     batch = torch.randn(4, 1, 8, 8), torch.arange(4)
     loss = module.eval().calibration_step(batch, 0)
     assert torch.equal(loss, module._cross_entropy(module(batch[0]), batch[1]))
+
+
+@pytest.mark.usefixtures("seeded")
+def test_the_gradient_is_scaled_where_the_optimizer_divides_by_the_scale(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As fused optimizers do in float16 training; the others get gradients that were divided already."""
+    module, term = Plain(), MaskSparsity(0.4, strength=0.1, include=["net.0"])
+    fit(tmp_path, module, term, max_epochs=1)
+    monkeypatch.setattr("lightning_cap.callbacks.mask_sparsity.loss_scale", lambda _: 8.0)
+    optimizer, found = torch.optim.SGD(module.parameters(), lr=0.1), []
+    for divides in (False, True):
+        optimizer._step_supports_amp_scaling = divides  # type: ignore[attr-defined]
+        module.zero_grad()
+        term.on_before_optimizer_step(module.trainer, module, optimizer)
+        found.append(dict(module.named_parameters())["net.1.weight"].grad)
+    assert found[0].any()
+    assert torch.equal(8 * found[0], found[1])
+
+
+@pytest.mark.usefixtures("seeded")
+def test_only_the_weights_of_the_optimizer_get_a_gradient(tmp_path: Path) -> None:
+    module, term = Plain(), MaskSparsity(0.4)
+    module.net[1].requires_grad_(False)
+    fit(tmp_path, module, term, max_epochs=1)
+    module.zero_grad()
+    term.on_before_optimizer_step(module.trainer, module, torch.optim.SGD(module.net[4].parameters(), lr=0.1))
+    assert {name for name, weight in module.named_parameters() if weight.grad is not None} == {
+        "net.4.weight",
+        "net.4.bias",
+    }
