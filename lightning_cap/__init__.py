@@ -2,6 +2,7 @@
 
 from lightning_cap._version import __version__
 from lightning_cap.callbacks.mask_sparsity import MaskSparsity
+from lightning_cap.callbacks.pdp import PDPCallback
 from lightning_cap.callbacks.pruning import CAPPruningCallback
 from lightning_cap.callbacks.qat import QATCallback
 from lightning_cap.classifier import DistillationLoss, VisionClassifier
@@ -15,6 +16,7 @@ __all__ = [
     "CyclicLinearLR",
     "DistillationLoss",
     "MaskSparsity",
+    "PDPCallback",
     "QATCallback",
     "VisionClassifier",
     "__version__",

@@ -15,6 +15,7 @@ from lightning_cap.pruners.magnitude_units import MagnitudeUnits
 from lightning_cap.pruners.mfac import MFAC
 from lightning_cap.pruners.obd import DiagonalFisher
 from lightning_cap.pruners.paths import PruneResult, PruningPath
+from lightning_cap.pruners.pdp import PDP
 from lightning_cap.pruners.random import Random
 from lightning_cap.pruners.random_units import RandomUnits
 from lightning_cap.pruners.taylor_units import TaylorUnits
@@ -24,6 +25,7 @@ from lightning_cap.pruners.woodfisher import WoodFisher
 __all__ = [
     "CAP",
     "MFAC",
+    "PDP",
     "CAPUnits",
     "DiagonalFisher",
     "DropAndGrow",

@@ -14,6 +14,7 @@ from lightning_cap.calibration.layer_inputs import LayerGrams
 from lightning_cap.pruners import (
     CAP,
     MFAC,
+    PDP,
     CAPUnits,
     DiagonalFisher,
     DropAndGrow,
@@ -33,7 +34,7 @@ from lightning_cap.pruners import (
     WoodFisher,
 )
 from lightning_cap.sparsity.allocation import ERK, Global, Uniform
-from lightning_cap.sparsity.patterns import BlockOf, OutputRows, Pattern
+from lightning_cap.sparsity.patterns import BlockOf, NofM, OutputRows, Pattern
 
 SMALL: dict[str, Any] = {"block_size": 7, "num_gradients": 40, "num_inputs": 40, "damp": 1e-2}
 
@@ -132,6 +133,7 @@ CASES: dict[str, Case] = {
     "magnitude-erk": Case(
         Magnitude, {"allocation": ERK()}, reads="nothing", predicts_loss=False, uniform=True, edge=True, **SCORED
     ),
+    "pdp": Case(PDP, reads="nothing", predicts_loss=False, edge=True, refuses=[NofM, BlockOf, OutputRows], **SCORED),
     "random": Case(Random, {"seed": 3}, reads="nothing", predicts_loss=False, **SCORED),
     "drop-and-grow": Case(DropAndGrow, regrows=True, predicts_loss=False, **SCORED),
     "drop-and-grow-uniform": Case(

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 
-from lightning_cap import CAPPruningCallback
+from lightning_cap import CAPPruningCallback, PDPCallback
 from lightning_cap.errors import ConfigError, PatternError, ScheduleError, UnsupportedError
 from lightning_cap.pruners import CAP, DropAndGrow, Magnitude, MagnitudeUnits
 from lightning_cap.schedules import AlternatingSchedule, OneShot, PQAdaptive, SparsitySteps
 from lightning_cap.sparsity import Flops, NofM
-from tests.support.bad_input.table import NO_COUNTS, NO_HEALS, Line, wrong
+from tests.support.bad_input.table import NO_COUNTS, NO_HEALS, NO_NUMBERS, Line, wrong
 
 SCHEDULE = {0: 0.5}
 NO_NAMES: tuple[Any, ...] = ("*.weight", 3, True, [3], [None], [""], {"a": 1}, object)
@@ -65,5 +65,8 @@ LINES: list[Line] = [
          ("schedule=PQAdaptive", "pattern=", "SparsitySteps")),
     Line("sparsities to save are not known", lambda _: CAPPruningCallback(PQAdaptive(0, 2), save_sparsities=[0.5]), ConfigError,
          ("save_sparsities=[0.5]", "PQAdaptive", "Leave it out")),
+    *wrong(PDPCallback, "epoch", *NO_NUMBERS, 3.0, 0.5, -1, 2**40),
+    *wrong(PDPCallback, "tau", *NO_NUMBERS, 0, -1e-4),
+    *wrong(PDPCallback, "rate", "0.1", True, [0.1], float("nan"), float("inf"), 0, -0.5, 1.5),
     *bad("seed", None, "3", True, 1.0, -1, float("nan"), 2**63),
 ]  # fmt: skip

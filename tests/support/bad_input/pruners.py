@@ -13,6 +13,7 @@ from lightning_cap.errors import CAPError, ConfigError, GradientError, PatternEr
 from lightning_cap.pruners import (
     CAP,
     MFAC,
+    PDP,
     DiagonalFisher,
     DropAndGrow,
     FastCAP,
@@ -42,7 +43,7 @@ PATHS: list[Pruner] = [
 ]  # fmt: skip
 BLOCKS: list[type[Any]] = [CAP, WoodFisher, MFAC, FastCAP, LayerwiseOBS]
 GRADIENTS: list[type[Any]] = [CAP, WoodFisher, MFAC, FastCAP, DiagonalFisher, GradientTimesWeight, Taylor, DropAndGrow]
-ALL: list[type[Any]] = [*GRADIENTS, LayerwiseOBS, Magnitude, Random]
+ALL: list[type[Any]] = [*GRADIENTS, LayerwiseOBS, Magnitude, PDP, Random]
 
 
 def targets() -> Targets:
