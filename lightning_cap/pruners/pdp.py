@@ -30,8 +30,8 @@ class PDP(Magnitude):
     """Remove the weights that soft masks have trained to be small (PDP, Cho et al. 2023, "Parameter-free differentiable pruning").
 
     Goes with `PDPCallback`, which fixes at its first epoch how many weights of each target the goal takes, by magnitude over all
-    targets (the paper's appendix), and trains with soft masks until the event. There, the masks become hard: of each target, those
-    below its threshold are pruned. Alone, as in `prune` and `compare`, which do not train, it is `Magnitude`.
+    targets, and trains with soft masks until the event. There, the masks become hard: of each target, the weights below its
+    threshold are pruned. Alone, as in `prune` and `compare`, which do not train, it is `Magnitude`.
 
     Args:
         allocation: How the goal is shared out over the targets at the first soft epoch.
@@ -140,7 +140,7 @@ def soft_threshold(weight: Tensor, zeros: int) -> Tensor:
         zeros: 1 or more; all of them at the most.
 
     Returns:
-        A scalar ``t`` without gradient: ``t = (max W_l + min W_h) / 2`` (Algorithm 1).
+        A scalar ``t`` without gradient: ``t = (max W_l + min W_h) / 2``.
     """
     magnitudes = weight.detach().abs().flatten()
     magnitudes = magnitudes.to(torch.promote_types(magnitudes.dtype, torch.float32))
@@ -150,7 +150,7 @@ def soft_threshold(weight: Tensor, zeros: int) -> Tensor:
 
 
 def soft_mask(weight: Tensor, threshold: Tensor, tau: float) -> Tensor:
-    """``m(w) = exp(w²/τ) / (exp(w²/τ) + exp(t²/τ))``, a half at the threshold; gradients flow through it (equation 3).
+    """``m(w) = exp(w²/τ) / (exp(w²/τ) + exp(t²/τ))``, a half at the threshold; gradients flow through it.
 
     Args:
         weight: ``(*shape)``.
