@@ -39,13 +39,12 @@ def relevance_rules(model: nn.Module, rule: Rule, epsilon: float, merged: Sequen
         epsilon: Of the ε rule.
         merged: Names of layers and of the batch norms that they are merged with.
     """
-    at_linear = _as_gradient(ZPlus() if rule == "alpha1_beta0" else Epsilon(epsilon))
-    at_convolution = _as_gradient(Epsilon(epsilon) if rule == "epsilon" else ZPlus())
 
     def hook_of(_: Any, name: str, module: nn.Module) -> Any:
         if not _takes_rule(module):
             return None
-        return (at_convolution if isinstance(module, _CONVS) else at_linear).copy()
+        positive = rule == "alpha1_beta0" or (rule == "epsilon_plus" and isinstance(module, _CONVS))
+        return _as_gradient(ZPlus() if positive else Epsilon(epsilon), module)
 
     composite = Composite(module_map=hook_of)
     with _unchanged(model), _merged(model, merged), PassedRelevance():
@@ -62,8 +61,19 @@ def _takes_rule(module: nn.Module) -> bool:
     return plain and not is_parametrized(module)
 
 
-def _as_gradient(rule: Any) -> Any:
-    """A rule that takes and gives relevances as one that takes and gives them divided by the values that have them."""
+def _as_gradient(rule: Any, module: Any) -> Any:
+    """A rule that takes and gives relevances as one that takes and gives them divided by the values that have them.
+
+    It computes in the type of the weights, whatever autocast has made of the values.
+    """
+    kind: list[torch.dtype] = []
+
+    def of_weights(modify: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        def modified(values: Tensor) -> Tensor:
+            kind[:] = [values.dtype]
+            return modify(values.to(module.weight.dtype))
+
+        return modified
 
     def divided(gradient: Tensor, outputs: Sequence[Tensor]) -> list[Tensor]:
         *parts, output = outputs
@@ -72,13 +82,13 @@ def _as_gradient(rule: Any) -> Any:
 
     def reduced(inputs: Sequence[Tensor], gradients: Sequence[Tensor]) -> Tensor:
         relevance, values = rule.reducer(inputs[:-1], gradients[:-1]), inputs[-1]
-        return torch.where(values == 0, 0.0, relevance / values)
+        return torch.where(values == 0, 0.0, relevance / values).to(kind[0])
 
     def itself(value: Tensor, name: str | None = None) -> Tensor:
         return value
 
     return BasicHook(
-        [*rule.input_modifiers, itself],
+        [of_weights(modify) for modify in (*rule.input_modifiers, itself)],
         [*rule.param_modifiers, NoMod()],
         [*rule.output_modifiers, itself],
         divided,

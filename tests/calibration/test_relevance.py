@@ -140,6 +140,25 @@ def test_batch_norms_are_merged_only_where_the_model_stays_the_same() -> None:
     assert bits(model) == before
 
 
+@pytest.mark.parametrize("half", ["autocast", "weights"])
+def test_lower_precision_gives_about_the_same(half: str) -> None:
+    model, (x, y) = small_net(), samples(2, torch.float32)
+    wanted = rows_of(model, small_units(), (x, y), 2)
+    if half == "weights":
+        model, x = model.bfloat16(), x.bfloat16()
+    collector = UnitRelevance(2).collector(
+        model,
+        small_units().targets(model),
+        cross_entropy,
+        [(x, y)],
+        context=lambda: torch.autocast("cpu", torch.bfloat16, enabled=half == "autocast"),
+    )
+    (rows,) = list(collector)
+    for name in ("fc1", "attn"):
+        assert rows[name].dtype == torch.float32
+        assert (rows[name] - wanted[name]).norm() < 0.1 * wanted[name].norm(), name
+
+
 def test_the_forward_pass_is_the_same_inside() -> None:
     from lightning_cap.calibration.relevance_rules import relevance_rules
 
