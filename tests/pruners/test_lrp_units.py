@@ -13,7 +13,9 @@ from lightning_cap.calibration.relevance import UnitRelevance
 from lightning_cap.errors import CAPError, ConfigError
 from lightning_cap.pruners import LRPUnits
 from lightning_cap.sparsity import Targets
+from lightning_cap.utilities import distributed
 from tests.references.relevance import relevance_of_small_net
+from tests.support.processes import on_ranks
 from tests.support.toy import Toy, loaders, trainer
 from tests.support.units import cross_entropy, small_net, small_units
 
@@ -77,6 +79,26 @@ def test_a_run_of_the_trainer_is_the_same_when_it_goes_on(tmp_path: Path) -> Non
     whole = run("whole").state_dict()
     again = run("again", str(tmp_path / "whole" / "parameters=0.30.ckpt")).state_dict()
     assert all(torch.equal(again[name], weight) for name, weight in whole.items())
+
+
+def relevance_of_share() -> Any:
+    """By the batches of this process, of all."""
+    model, batches = small_net(), [(torch.randn(4, 2, 5, 5, generator=torch.Generator().manual_seed(i)), torch.arange(4) % 3)
+                                   for i in range(4)]  # fmt: skip
+    targets, pruner = small_units().targets(model), LRPUnits(num_inputs=14)
+    source = pruner.statistic.collector(
+        model, targets, cross_entropy, batches[distributed.rank() :: distributed.world_size()]
+    )
+    result = pruner.path(targets, source).at(0.4)
+    return result.saliency, dict(result.masks)
+
+
+@pytest.mark.xdist_group("processes")
+def test_two_processes_find_what_one_does(tmp_path: Path) -> None:
+    saliency, masks = relevance_of_share()
+    for found, same in on_ranks(2, tmp_path, relevance_of_share):
+        assert found == pytest.approx(saliency, rel=1e-5)
+        assert all(torch.equal(mask, masks[name]) for name, mask in same.items())
 
 
 def test_without_zennit_one_error_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
