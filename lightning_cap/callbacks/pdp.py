@@ -75,7 +75,7 @@ class PDPCallback(pl.Callback):
                 f"{len(found)}. Put one into the Trainer's callbacks."
             )
         self._partner = found[0]
-        self._pruner.paired = True
+        self._pruner.paired, self._pruner.zeros = True, {}  # of an earlier fit; those of a checkpoint come after this
         if not is_dry(trainer):
             self._check_schedule(trainer, found[0])
 

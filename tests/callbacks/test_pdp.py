@@ -234,6 +234,15 @@ def test_attention_is_softened_too(tmp_path: Path) -> None:
     assert all(isinstance(p, nn.Parameter) for p in module.attention.parameters())
 
 
+def test_another_fit_fixes_its_zeros_anew(tmp_path: Path) -> None:
+    pruner = PDP()
+    pruner.load_state_dict({"zeros": {TARGET: 3}})
+    cb = callback({1: 0.75}, pruner=pruner, dirpath=str(tmp_path))
+    trainer(tmp_path, cb, PDPCallback(), max_epochs=2).fit(Toy(), **loaders())
+    assert cb.pruner.state_dict() == {"zeros": {TARGET: 192}}
+    assert int((~cb.masks[TARGET]).sum()) == 192
+
+
 def test_nothing_stays_on_a_module_whose_run_fails(tmp_path: Path) -> None:
     class Fail(pl.Callback):
         def on_after_backward(self, *_: Any) -> None:
