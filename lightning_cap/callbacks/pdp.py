@@ -16,7 +16,7 @@ from lightning_cap.errors import ConfigError, UnsupportedError
 from lightning_cap.pruners.pdp import PDP, soft_mask, soft_threshold, softened_zeros
 from lightning_cap.sparsity.masks import count_masked
 from lightning_cap.sparsity.targets import Targets
-from lightning_cap.utilities.arguments import require_real, require_whole
+from lightning_cap.utilities.arguments import require_real, require_whole, shown
 
 _RUN_UP = 1.25  # of the soft epochs there are more than it takes to the goal, as in the paper (84 epochs, 0.015)
 
@@ -82,10 +82,10 @@ class PDPCallback(pl.Callback):
     def _check_schedule(self, trainer: pl.Trainer, partner: CAPPruningCallback) -> None:
         steps = partner.num_recomputations
         events = checks.resolve_events(trainer, partner.schedule, partner.pruner, steps, partner.save_sparsities)
-        if len(events) != 1 or steps != 1:
+        if len(events) != 1 or steps != 1 or partner.schedule.adapts:
             raise ConfigError(
-                f"schedule={dict(events)}, num_recomputations={steps}: PDPCallback trains towards one goal, in one step. Give a "
-                "schedule with one event, such as {20: 0.9}."
+                f"schedule={shown(partner.schedule)}, num_recomputations={steps}: PDPCallback trains towards one goal that is "
+                "known before, in one step. Give a schedule with one event, such as {20: 0.9}."
             )
         (self._event,) = events
         if self.epoch >= self._event:

@@ -15,7 +15,7 @@ from lightning_cap import CAPPruningCallback, PDPCallback, QATCallback
 from lightning_cap.errors import CAPError, ConfigError, UnsupportedError
 from lightning_cap.pruners import PDP, Magnitude
 from lightning_cap.pruners.pdp import soft_mask, soft_threshold
-from lightning_cap.schedules import OneShot
+from lightning_cap.schedules import OneShot, PQAdaptive
 from tests.support.processes import as_by_torchrun
 from tests.support.stopping import StatefulLoader
 from tests.support.toy import TARGET, Toy, callback, loaders, trainer, zeros
@@ -261,12 +261,13 @@ def test_nothing_stays_on_a_module_whose_run_fails(tmp_path: Path) -> None:
     ("pdp", "given", "words"),
     [
         (PDPCallback(), {"pruner": Magnitude()}, ("PDPCallback", "there are 0")),
-        (PDPCallback(), {"schedule": {1: 0.5, 2: 0.7}}, ("schedule={1: 0.5, 2: 0.7}", "one goal")),
+        (PDPCallback(), {"schedule": {1: 0.5, 2: 0.7}}, ("schedule=SparsitySteps", "one goal")),
+        (PDPCallback(), {"schedule": PQAdaptive(2, 2)}, ("schedule=PQAdaptive", "known before")),
         (PDPCallback(), {"num_recomputations": 2}, ("num_recomputations=2", "in one step")),
         (PDPCallback(2), {}, ("epoch=2", "Give an earlier one")),
         (PDPCallback(0, rate=0.1), {}, ("rate=0.1", "0.2 of the goal", "give 0.5 or more")),
     ],
-    ids=["no PDP", "two goals", "two steps", "too late", "too slow"],
+    ids=["no PDP", "two goals", "an adapted goal", "two steps", "too late", "too slow"],
 )
 def test_what_does_not_fit_is_refused_before_training(tmp_path: Path, pdp: PDPCallback, given: Any, words: Any) -> None:
     settings = {"schedule": {2: 0.5}, "pruner": PDP(), **given}
