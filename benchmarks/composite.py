@@ -5,7 +5,8 @@
 
 Prints a Markdown table of each part and writes a JSON after every row; rows that are in it are not run again. Files are those of
 ``lightning-cap export``: ONNX of each model, with QuantizeLinear and DequantizeLinear for int8, and the smallest weights, a bit
-mask and the values that are left, or torchao's integers. Times are of the ONNX files in onnxruntime, all rows of a part in turns.
+mask and the values that are left, or torchao's integers. "static" is the same int8 model with constant scales
+(``--to.static true``), judged by its file. Times are of the ONNX files in onnxruntime, all rows of a part in turns.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from machine import machine
 from torch import Tensor, nn
 
 from lightning_cap.errors import ExportError
-from lightning_cap.export import ONNX, QDQ, Compressed, TorchAO
+from lightning_cap.export import ONNX, QDQ, Compressed, Exporter, TorchAO
 from lightning_cap.export.benchmark import benchmark
 from lightning_cap.quantization.layers import fake_quantized, plain_linears
 from lightning_cap.sparsity import model_flops
@@ -35,11 +36,11 @@ from lightning_cap.sparsity.layers import prunable_layers
 from lightning_cap.utilities.files import save_json
 
 EVAL_BATCH = 50
-VERIFIED = 8  # images that a file is compared with torch on
+VERIFIED = 32  # images that a file is compared with torch on, and that constant scales are taken from
 
 
 @torch.inference_mode()
-def right(model: nn.Module, part: Part) -> Tensor:
+def right(model: Callable[[Tensor], Tensor], part: Part) -> Tensor:
     """Which images the model names rightly."""
     found = torch.cat([model(images).argmax(1) for images in part.images.split(EVAL_BATCH)])
     return found == part.labels
@@ -72,29 +73,55 @@ def counted(model: nn.Module, image: Tensor) -> dict[str, float]:
     }
 
 
-def exported(model: nn.Module, part: Part, row: str) -> dict[str, Any]:
-    """Bytes of the files, which are compared with torch and read back as they are written."""
-    formats = (QDQ(), TorchAO()) if fake_quantized(model) else (ONNX(), Compressed())
-    sizes: dict[str, int] = {}
-    refused: dict[str, str] = {}
-    for exporter in formats:
-        path = part.work / "files" / f"{row.replace(' ', '')}{exporter.suffix}"
+def static(row: str) -> str:
+    """The row of the same model with constant scales."""
+    return f"{row}, static"
+
+
+def file_of(part: Part, row: str, suffix: str) -> Path:
+    """Where a row is exported to."""
+    return part.work / "files" / f"{row.replace(' ', '')}{suffix}"
+
+
+def exported(model: nn.Module, part: Part, row: str, formats: Mapping[str, Exporter]) -> dict[str, Any]:
+    """Bytes of the files, which are compared with torch and read back as they are written; why one could not be."""
+    out: dict[str, Any] = {"files": {}, "refused": {}}
+    for name, exporter in formats.items():
         try:
-            sizes[exporter.format] = exporter.export(model, path, part.images[:VERIFIED]).bytes
+            path = file_of(part, row, exporter.suffix)
+            out["files"][name] = exporter.export(model, path, part.images[:VERIFIED]).bytes
         except ExportError as error:
-            refused[exporter.format] = str(error)
-    return {"files": sizes, **({"refused": refused} if refused else {})}
+            out["refused"][name] = str(error)
+    return out
+
+
+def rows_of(model: nn.Module, part: Part, row: str, seed: int) -> dict[str, dict[str, Any]]:
+    """The row of a model and, if it has int8, that of its file with constant scales."""
+    known, int8 = counted(model, part.images[:1]), bool(fake_quantized(model))
+    formats: dict[str, Exporter] = {"onnx": ONNX(), "compressed": Compressed()}
+    if int8:
+        formats = {"qdq": QDQ(), "torchao": TorchAO()}
+    found = {row: {**known, **exported(model, part, row, formats), **judged(right(model, part), part, row, seed)}}
+    if int8:
+        name, exporter = static(row), QDQ(static=True)
+        held = exported(model, part, name, {"qdq": exporter})
+        if held["files"]:
+            run = exporter.runner(file_of(part, name, exporter.suffix), threads=torch.get_num_threads())
+            found[name] = {**known, **held, **judged(right(run, part), part, name, seed)}
+        else:
+            found[row]["refused"]["static"] = held["refused"]["qdq"]
+    return found
 
 
 def measured(part: Part, rows: Sequence[str], seconds: float, threads: int) -> dict[str, Any]:
     """Times of the ONNX files, each beside the first one's."""
     found: dict[str, Any] = {row: {} for row in rows}
-    models = {}
-    for row in rows:
-        kind = QDQ() if "int8" in row else ONNX()
-        path = part.work / "files" / f"{row.replace(' ', '')}{kind.suffix}"
-        if path.is_file():
-            models[row] = kind.runner(path, threads=threads)
+    models = {
+        row: ONNX().runner(path, threads=threads)
+        for row in rows
+        for path in (file_of(part, row, ONNX.suffix), file_of(part, row, QDQ.suffix))
+        if path.is_file()
+    }
     example = part.images[: max(part.batch_sizes)]
     for record in benchmark(
         models, example, batch_sizes=part.batch_sizes, threads=threads, seconds=seconds * len(models)
@@ -160,7 +187,8 @@ class Results:
     def save(self, name: str) -> None:
         """With the rows of a part in their order."""
         held = self.rows(name)
-        self.parts[name]["rows"] = {row: held[row] for row in PARTS[name].rows if row in held}
+        names = [own for row in PARTS[name].rows for own in (row, static(row))]
+        self.parts[name]["rows"] = {row: held[row] for row in names if row in held}
         self.parts[name]["machine"] = machine()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         save_json(self.path, {"parts": self.parts})
@@ -181,14 +209,12 @@ def run(name: str, results: Results, options: argparse.Namespace) -> None:
         started = time.perf_counter()
         model = part.make(row, seed)
         spent = time.perf_counter() - started
-        known = dict(held.get(row, {"seeds": {}}))
-        if "files" not in known:
-            known |= {**counted(model, part.images[:1]), **exported(model, part, row)}
-        known["seeds"][str(seed)] = {**judged(right(model, part), part, row, seed), "seconds": spent}
-        held[row] = known
+        for own, found in rows_of(model, part, row, seed).items():
+            told = {key: found.pop(key) for key in ("top1", "int8") if key in found}
+            held.setdefault(own, {"seeds": {}, **found})["seeds"][str(seed)] = {**told, "seconds": spent}
+            print(f"{part.title}, {own}, seed {seed}: {told}", file=sys.stderr, flush=True)
         results.save(name)
         held = results.rows(name)
-        print(f"{part.title}, {row}, seed {seed}: {known['seeds'][str(seed)]}", file=sys.stderr, flush=True)
     if untimed and len(held) > 1:
         for row, times in measured(part, list(held), options.seconds, options.threads).items():
             held[row]["times"] = times

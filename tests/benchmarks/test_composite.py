@@ -33,7 +33,14 @@ def command(tmp_path: Path, *more: str) -> list[str]:
 
 def row(seeds: dict[str, float], **more: Any) -> dict[str, Any]:
     held = {seed: {"top1": top1, "int8": {"points": -0.5, "error": 0.3}} for seed, top1 in seeds.items()}
-    return {"seeds": held, "zeros": 0.5, "flops": 50, "effective": 25.0, "files": {"qdq": 10**6}, **more}
+    return {
+        "seeds": held,
+        "zeros": 0.5,
+        "flops": 50,
+        "effective": 25.0,
+        "files": {"qdq": 10**6},
+        **more,
+    }
 
 
 def test_rows_that_are_known_are_not_run_again(
@@ -60,7 +67,7 @@ def test_rows_that_are_known_are_not_run_again(
 
 def test_names_of_rows(script: Any) -> None:
     without = script.PARTS["digits_configs"].make.__globals__["without_int8"]
-    assert [without(name) for name in ("int8", "75 % + int8", "tokens")] == ["dense", "75 %", "tokens"]
+    assert [without(name) for name in ("int8", "75 % + int8, static", "tokens")] == ["dense", "75 %", "tokens"]
     assert script.PARTS["vit_tiny"].rows[:4] == ("dense", "int8", "tokens", "tokens + int8")
     with pytest.raises(SystemExit):
         script.parse(["--parts", "cifar10"])
@@ -72,8 +79,12 @@ def test_digits_are_trained_exported_and_timed(script: Any, tmp_path: Path) -> N
     found = script.main(command(tmp_path, "--parts", "digits", "--rows", *names, "--seconds", "0.01"))
     assert json.loads((tmp_path / "out.json").read_text())["parts"] == found
     rows = found["digits"]["rows"]
-    assert list(rows) == names
-    assert [set(held["files"]) for held in rows.values()] == [{"onnx", "compressed"}] * 2 + [{"qdq", "torchao"}]
+    assert list(rows) == [*names, f"{names[-1]}, static"]
+    assert [set(held["files"]) for held in rows.values()] == [
+        *[{"onnx", "compressed"}] * 2,
+        {"qdq", "torchao"},
+        {"qdq"},
+    ]
     assert rows["dense"]["zeros"] == 0
     assert rows["75 % + tokens"]["zeros"] == rows["75 % + tokens + int8"]["zeros"] > 0.6
     assert rows["75 % + tokens"]["effective"] < rows["75 % + tokens"]["flops"] < rows["dense"]["flops"]
@@ -103,6 +114,6 @@ def test_a_pretrained_model_is_pruned_once_for_all_rows(
     data = ["--data", str(tmp_path / "data"), "--limit", "10"]
     given = command(tmp_path, "--parts", "vit_tiny", "--rows", *names, "--seconds", "0", *data)
     rows = script.main(given)["vit_tiny"]["rows"]
-    assert list(rows) == names
+    assert list(rows) == [*names, f"{names[-1]}, static"]
     assert rows["50 %"]["zeros"] == rows["50 % + tokens + int8"]["zeros"] > 0.02
     assert list((tmp_path / "work/vit_tiny").glob("*.pt")) == [tmp_path / "work/vit_tiny/50 %, seed 0.pt"]
