@@ -73,18 +73,20 @@ def test_names_of_rows(script: Any) -> None:
         script.parse(["--parts", "cifar10"])
 
 
+def check_names(rows: dict[str, Any], names: list[str]) -> None:
+    """The last has int8 and fewer tokens: its file with constant scales may keep others, and is refused then."""
+    assert [name for name in rows if not name.endswith(", static")] == names
+    assert (f"{names[-1]}, static" in rows) != ("static" in rows[names[-1]]["refused"])
+
+
 @pytest.mark.slow
 def test_digits_are_trained_exported_and_timed(script: Any, tmp_path: Path) -> None:
     names = ["dense", "75 % + tokens", "75 % + tokens + int8"]
     found = script.main(command(tmp_path, "--parts", "digits", "--rows", *names, "--seconds", "0.01"))
     assert json.loads((tmp_path / "out.json").read_text())["parts"] == found
     rows = found["digits"]["rows"]
-    assert list(rows) == [*names, f"{names[-1]}, static"]
-    assert [set(held["files"]) for held in rows.values()] == [
-        *[{"onnx", "compressed"}] * 2,
-        {"qdq", "torchao"},
-        {"qdq"},
-    ]
+    check_names(rows, names)
+    assert [set(rows[name]["files"]) for name in names] == [*[{"onnx", "compressed"}] * 2, {"qdq", "torchao"}]
     assert rows["dense"]["zeros"] == 0
     assert rows["75 % + tokens"]["zeros"] == rows["75 % + tokens + int8"]["zeros"] > 0.6
     assert rows["75 % + tokens"]["effective"] < rows["75 % + tokens"]["flops"] < rows["dense"]["flops"]
@@ -114,6 +116,6 @@ def test_a_pretrained_model_is_pruned_once_for_all_rows(
     data = ["--data", str(tmp_path / "data"), "--limit", "10"]
     given = command(tmp_path, "--parts", "vit_tiny", "--rows", *names, "--seconds", "0", *data)
     rows = script.main(given)["vit_tiny"]["rows"]
-    assert list(rows) == [*names, f"{names[-1]}, static"]
+    check_names(rows, names)
     assert rows["50 %"]["zeros"] == rows["50 % + tokens + int8"]["zeros"] > 0.02
     assert list((tmp_path / "work/vit_tiny").glob("*.pt")) == [tmp_path / "work/vit_tiny/50 %, seed 0.pt"]
