@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from rich.text import Text
 from torch import Tensor, nn
 
 from lightning_cap.errors import ConfigError
+from lightning_cap.export.batches import Inputs, arguments, call, checked_inputs, device_of, head, repeated
 from lightning_cap.export.records import BENCHMARKS, BenchmarkRecord
 from lightning_cap.utilities.arguments import (
     require_callable,
@@ -34,12 +36,12 @@ from lightning_cap.utilities.timing import Clock, quartiles, ratios, time_in_tur
 #: What is called a speed-up.
 LEAST_SPEEDUP = 1.05
 
-Models = Mapping[str, Callable[[Tensor], Any]]
+Models = Mapping[str, Callable[..., Any]]
 
 
 def benchmark(
     models: Models,
-    example_input: Tensor,
+    example_input: Inputs,
     *,
     batch_sizes: Sequence[int] = (1, 32),
     threads: int | None = None,
@@ -56,9 +58,10 @@ def benchmark(
     machine does meets all models alike.
 
     Args:
-        models: ``{name: model}``, the dense one first: torch modules in eval mode, or functions of a tensor that wait for their
+        models: ``{name: model}``, the dense one first: torch modules in eval mode, or functions of the batch that wait for their
             result. Functions of another runtime are to use ``threads`` threads by themselves.
-        example_input: ``(n, ...)``; samples are repeated to each batch size. Its device is what is measured.
+        example_input: A tensor ``(n, ...)``, a tuple of arguments, or a dict of named ones; samples are repeated to each batch
+            size. Modules get the arguments, functions the tuple or dict itself. Its device is what is measured.
         batch_sizes: Samples in one call.
         threads: Of torch on the CPU. Default: as they are set.
         files: ``{name: file}`` of those models that have one, for its size.
@@ -74,10 +77,12 @@ def benchmark(
     Raises:
         ConfigError: An argument is something else, or a model cannot take a batch of that size.
     """
+    example_input = checked_inputs("example_input", example_input)
     _check(models, example_input, batch_sizes, seconds, files, flops, sparse_kernels)
     known = {**_counted(models, example_input), **(flops or {})}
     sizes = {name: path.stat().st_size for name, path in (files or {}).items()}
-    machine, dense = this_machine(example_input.device), next(iter(models))
+    device = device_of(example_input)
+    machine, dense = this_machine(device), next(iter(models))
     records = []
     with torch_threads(threads) as used, torch.inference_mode():
         for done, batch_size in enumerate(batch_sizes):
@@ -89,7 +94,7 @@ def benchmark(
                 record = BenchmarkRecord(
                     model=name, dense=dense, batch_size=batch_size, milliseconds=quartiles(own)[1], speedup=middle,
                     speedup_low=low, speedup_high=high, runs=len(own), flops=known.get(name), bytes=sizes.get(name),
-                    threads=used, device=str(example_input.device), machine=machine,
+                    threads=used, device=str(device), machine=machine,
                     remark="",
                 )  # fmt: skip
                 records.append(record)
@@ -154,27 +159,42 @@ def _measured_on(record: BenchmarkRecord) -> str:
     return f"Measured on {machine.name}: {chip}, {record.device}, {threads}, torch {machine.torch}."
 
 
-def _counted(models: Models, example_input: Tensor) -> dict[str, int]:
+def _counted(models: Models, example_input: Inputs) -> dict[str, int]:
     """FLOPs of those that are torch modules."""
-    one = example_input[:1]
-    return {name: count_flops(model, one) for name, model in models.items() if isinstance(model, nn.Module)}
+    one, flops = head(example_input, 1), {}
+    for name, model in models.items():
+        if isinstance(model, nn.Module):
+            with _telling(name, 1):
+                flops[name] = count_flops(call, model, one)
+    return flops
 
 
 def _times(
-    models: Models, example_input: Tensor, batch_size: int, seconds: float, clock: Clock
+    models: Models, example_input: Inputs, batch_size: int, seconds: float, clock: Clock
 ) -> dict[str, list[float]]:
-    batch = example_input[torch.arange(batch_size, device=example_input.device) % len(example_input)]
-    for name, model in models.items():
-        try:
-            model(batch)
-        except Exception as error:
-            told = " ".join(str(error).split())[:200]
-            raise ConfigError(
-                f"batch_sizes: {name!r} cannot take a batch of {batch_size} ({type(error).__name__}: {told}). Give sizes that it "
-                "was exported for."
-            ) from error
-    calls = {name: lambda model=model: model(batch) for name, model in models.items()}
-    return time_in_turns(calls, device=example_input.device, seconds=seconds, clock=clock)
+    batch = repeated(example_input, batch_size)
+    args, kwargs = arguments(batch)
+    calls = {
+        name: partial(model, *args, **kwargs) if isinstance(model, nn.Module) else partial(model, batch)
+        for name, model in models.items()
+    }
+    for name, run in calls.items():
+        with _telling(name, batch_size):
+            run()
+    return time_in_turns(calls, device=device_of(batch), seconds=seconds, clock=clock)
+
+
+@contextmanager
+def _telling(name: str, batch_size: int) -> Iterator[None]:
+    """What a model raises, as one line of ours."""
+    try:
+        yield
+    except Exception as error:
+        told = " ".join(str(error).split())[:200]
+        raise ConfigError(
+            f"batch_sizes: {name!r} cannot take a batch of {batch_size} ({type(error).__name__}: {told}). Give an "
+            "example_input and sizes that it takes."
+        ) from error
 
 
 def _remarked(record: BenchmarkRecord, records: Sequence[BenchmarkRecord], skips_zeros: bool) -> BenchmarkRecord:
@@ -236,12 +256,12 @@ def _check(
     if len(models) < 2:
         raise ConfigError(f"models={shown(models)}: give the dense model first, and one or more to compare it with.")
     for name, model in models.items():
-        require_callable(f"models[{name!r}]", model, "a torch model in eval mode", num_arguments=1)
+        of_several = isinstance(model, nn.Module) and not isinstance(example_input, Tensor)
+        require_callable(
+            f"models[{name!r}]", model, "a torch model in eval mode", num_arguments=None if of_several else 1
+        )
         if isinstance(model, nn.Module) and any(part.training for part in model.modules()):
             raise ConfigError(f"models[{name!r}]={type(model).__name__}: it is in training mode. Call eval() on it.")
-    require_instance("example_input", example_input, Tensor, "torch.randn(1, 3, 224, 224)")
-    if isinstance(example_input, Tensor) and (example_input.dim() < 2 or not len(example_input)):
-        raise ConfigError(f"example_input of shape {tuple(example_input.shape)}: give a batch, (samples, ...).")
     require_list("batch_sizes", batch_sizes, "[1, 32]")
     if not batch_sizes:
         raise ConfigError(f"batch_sizes={shown(batch_sizes)}: give at least one, such as [1, 32].")

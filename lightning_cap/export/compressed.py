@@ -7,6 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
+from lightning_cap.export.batches import Inputs
 from lightning_cap.export.compressed_files import load_compressed, save_compressed
 from lightning_cap.export.exporter import WeightsExporter
 from lightning_cap.export.shrunk_files import write_weights
@@ -23,7 +24,7 @@ class Compressed(WeightsExporter):
     suffix = ".compressed.safetensors"
     beside = ".json"
 
-    def write(self, model: nn.Module, path: Path, inputs: Tensor, metadata: Mapping[str, str]) -> None:
+    def write(self, model: nn.Module, path: Path, inputs: Inputs, metadata: Mapping[str, str]) -> None:
         """Write the state dict."""
         write_weights(model, path, metadata, save_compressed)
 

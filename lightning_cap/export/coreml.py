@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cap.errors import ExportError
-from lightning_cap.export.exporter import Exporter, Runner, dynamic_batch
+from lightning_cap.export.batches import Inputs
+from lightning_cap.export.exporter import Exporter, Runner
+from lightning_cap.export.tracing import dynamic_batch
 from lightning_cap.utilities.arguments import require_choice, require_path
 from lightning_cap.utilities.bits import unpack_bits
 
@@ -47,9 +49,14 @@ class CoreML(Exporter):
         require_choice("precision", precision, ("float16", "float32"))
         self.precision = precision
 
-    def write(self, model: nn.Module, path: Path, inputs: Tensor, metadata: Mapping[str, str]) -> None:
+    def write(self, model: nn.Module, path: Path, inputs: Inputs, metadata: Mapping[str, str]) -> None:
         """Convert the program of `torch.export`, then prune what is zero in it."""
-        program = dynamic_batch(model, inputs, _LARGEST_BATCH).run_decompositions({})
+        if not isinstance(inputs, Tensor) or not inputs.is_floating_point() or not isinstance(model(inputs), Tensor):
+            raise ExportError(
+                "to='coreml': only a model from one float tensor to one tensor is written. Choose onnx, openvino, pt2, or a format "
+                "of weights, such as safetensors."
+            )
+        program = dynamic_batch(model, inputs, _LARGEST_BATCH).traced.run_decompositions({})
         with _quiet() as tools:
             converted = tools.convert(
                 program,

@@ -16,6 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from lightning_cap.errors import CAPError, ConfigError, ExportError
+from lightning_cap.export.batches import (
+    Inputs,
+    call,
+    checked_inputs,
+    checked_outputs,
+    head,
+    moved,
+    num_rows,
+    one_or_list,
+    output_tensors,
+    repeated,
+)
 from lightning_cap.export.records import EXPORTS, ExportRecord
 from lightning_cap.export.verification import check_outputs, check_zeros, share_of_zeros
 from lightning_cap.utilities.arguments import (
@@ -31,8 +43,9 @@ from lightning_cap.utilities.files import atomic, require_writable
 from lightning_cap.utilities.precision import full_float32
 from lightning_cap.utilities.records import append_record, known_records
 
-#: Takes inputs ``(n, ...)`` and gives outputs ``(n, ...)``, as the file computes them.
-Runner = Callable[[Tensor], Tensor]
+#: Takes inputs like those that were exported, with any number of rows, and gives what the file computes: one tensor where the model
+#: gives one, in whatever structure, else a list of all its tensors.
+Runner = Callable[[Inputs], Any]
 
 #: In ``metadata``: what timm's `create_model` makes the dense model of, beside its name, as JSON.
 MODEL_ARGS = "model_args"
@@ -72,13 +85,13 @@ class Exporter(ABC):
         self.tolerance = tolerance
 
     @abstractmethod
-    def write(self, model: nn.Module, path: Path, inputs: Tensor, metadata: Mapping[str, str]) -> None:
+    def write(self, model: nn.Module, path: Path, inputs: Inputs, metadata: Mapping[str, str]) -> None:
         """Write the file.
 
         Args:
             model: In evaluation mode, a copy, as `prepare` gives it.
             path: A new file, or folder, with the suffix.
-            inputs: ``(n, ...)``, n at least 2; the file must take any number of rows.
+            inputs: As of `export`, with 2 rows or more; the file must take any number of rows.
             metadata: Strings that the file may hold besides.
         """
 
@@ -93,18 +106,19 @@ class Exporter(ABC):
                 ``torch.get_num_threads()``.
 
         Returns:
-            Takes inputs ``(n, ...)``, float32 on the CPU, and gives outputs ``(n, ...)`` like them.
+            Takes inputs like those of `export`, on the CPU, with any number of rows. It gives one tensor where the model gives one,
+            else a list of all its tensors, in the order of its tuple or dict.
         """
 
     @abstractmethod
     def stored(self, path: Path | str) -> dict[str, Tensor]:
         """The arrays in the file, read back, by their names there."""
 
-    def prepare(self, model: nn.Module, inputs: Tensor) -> tuple[nn.Module, Tensor]:
+    def prepare(self, model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
         """The model and its inputs in the type and on the device that the format is made from and compared with."""
         return model, inputs
 
-    def dense_runner(self, model: nn.Module, folder: Path, inputs: Tensor, threads: int | None = None) -> Runner:
+    def dense_runner(self, model: nn.Module, folder: Path, inputs: Inputs, threads: int | None = None) -> Runner:
         """What `runner` gives of a dense model in the same format, to compare times with; nothing is verified.
 
         Args:
@@ -116,7 +130,7 @@ class Exporter(ABC):
         path = folder / f"dense{self.suffix}"
         model = copy.deepcopy(plain_module(model)).cpu().eval().requires_grad_(False)
         with full_float32(), torch.no_grad(), _telling(f"to={self.format!r}: the dense model cannot be written"):
-            self.write(model, path, inputs if len(inputs) > 1 else torch.cat([inputs, inputs]), {})
+            self.write(model, path, _two_or_more(inputs), {})
         return self.runner(path, model, threads)
 
     def runs_here(self) -> bool:
@@ -127,7 +141,7 @@ class Exporter(ABC):
         self,
         model: nn.Module,
         path: Path | str,
-        example_input: Tensor,
+        example_input: Inputs,
         *,
         goal: float | None = None,
         dense_bytes: int | None = None,
@@ -140,9 +154,10 @@ class Exporter(ABC):
         `tolerance`, and each zero of a weight zero in the file. What was at ``path`` before stays there until then.
 
         Args:
-            model: From one tensor to one tensor. It is not changed.
+            model: Gives tensors with a row for each input: one, or several in tuples, dicts, or classes that torch takes apart like
+                those. It is not changed.
             path: The file; its folder is made.
-            example_input: Real inputs ``(n, ...)``.
+            example_input: Real inputs: a tensor ``(n, ...)``, a tuple of positional arguments, or a dict of named ones.
             goal: For the record: the sparsity that was asked for.
             dense_bytes: For the record: the size before the model was shrunk. Default: that of its weights now.
             shrunk: For the record.
@@ -155,7 +170,9 @@ class Exporter(ABC):
             ConfigError: An argument cannot be used, a package is missing, or the file cannot be written there.
             ExportError: The format cannot hold the model, or the file does not do what the model does. No file is left.
         """
-        self._check(model, example_input, goal, dense_bytes, shrunk, metadata)
+        require_instance("model", model, nn.Module, "the pruned model")
+        example = checked_inputs("example_input", example_input)
+        self._check(goal, dense_bytes, shrunk, metadata)
         self.require_packages()
         path = self._file(path)
         known_records(path.with_name(EXPORTS), ExportRecord)
@@ -165,7 +182,7 @@ class Exporter(ABC):
         try:
             with atomic(path) as temporary, full_float32(), torch.no_grad():
                 written = temporary.with_name(f"part{self.suffix}")
-                verified = self._write_verified(own, written, example_input.detach().cpu(), given)
+                verified = self._write_verified(own, written, moved(example, "cpu"), given)
                 if self.beside and written.with_suffix(self.beside).exists():
                     with atomic(path.with_suffix(self.beside)) as second:
                         os.replace(written.with_suffix(self.beside), second)
@@ -201,39 +218,29 @@ class Exporter(ABC):
                 )
 
     def _write_verified(
-        self, model: nn.Module, path: Path, example: Tensor, metadata: Mapping[str, str]
+        self, model: nn.Module, path: Path, example: Inputs, metadata: Mapping[str, str]
     ) -> dict[str, Any]:
         """Write, run and read back; what the record says of it."""
         model, inputs = self.prepare(model, example)
         expected = _run_torch(model, inputs)
         refused = f"to={self.format!r}: the model cannot be written in this format"
         with _telling(refused), _finding_full_disk(path, num_bytes(model)):
-            self.write(model, path, inputs if len(inputs) > 1 else torch.cat([inputs, inputs]), metadata)
+            self.write(model, path, _two_or_more(inputs), metadata)
         with _telling(f"to={self.format!r}: the file that was written cannot be read"):
             weights, equal = check_zeros(self.format, model, self.stored(path))
         verified: dict[str, Any] = {"weights": weights, "zeros_equal": equal}
         if self.runs_here():
             with _telling(f"to={self.format!r}: the file that was written cannot be run"):
                 run = self.runner(path, model)
-                outputs, alone = run(inputs), run(inputs[:1])
+                outputs, alone = output_tensors(run(inputs)), output_tensors(run(head(inputs, 1)))
             difference = max(
                 check_outputs(self.format, outputs, expected, self.tolerance),
-                check_outputs(self.format, alone, expected[:1], self.tolerance),
+                check_outputs(self.format, alone, [value[:1] for value in expected], self.tolerance),
             )
-            verified |= {"inputs": len(inputs), "difference": difference, "tolerance": self.tolerance}
+            verified |= {"inputs": num_rows(inputs), "difference": difference, "tolerance": self.tolerance}
         return verified
 
-    def _check(
-        self, model: object, example: object, goal: object, dense_bytes: object, shrunk: object, metadata: object
-    ) -> None:
-        require_instance("model", model, nn.Module, "the pruned model")
-        require_instance("example_input", example, Tensor, "torch.randn(8, 3, 224, 224)")
-        example = cast(Tensor, example)
-        if example.ndim < 2 or not len(example) or not example.is_floating_point() or not example.isfinite().all():
-            raise ConfigError(
-                f"example_input: a tensor of shape {tuple(example.shape)} and type {example.dtype}, or with values that are not "
-                "finite. Give real inputs (n, ...), such as float images (8, 3, 224, 224)."
-            )
+    def _check(self, goal: object, dense_bytes: object, shrunk: object, metadata: object) -> None:
         if goal is not None:
             require_real("goal", goal, "[0, 1]", example=0.5)
         if dense_bytes is not None:
@@ -263,27 +270,14 @@ class WeightsExporter(Exporter):
         return torch_runner(own)
 
 
-def torch_runner(module: Callable[[Tensor], Any]) -> Runner:
-    """A module as a function from tensor to tensor, without gradients."""
+def torch_runner(module: Callable[..., Any]) -> Runner:
+    """A module as a `Runner`, without gradients."""
 
-    def run(inputs: Tensor) -> Tensor:
+    def run(inputs: Inputs) -> Any:
         with torch.no_grad():
-            outputs: Tensor = module(inputs)
-        return outputs
+            return one_or_list(output_tensors(call(module, inputs)))
 
     return run
-
-
-def dynamic_batch(model: nn.Module, inputs: Tensor, largest: int | None = None) -> torch.export.ExportedProgram:
-    """The program of a model that takes any number of rows.
-
-    Args:
-        model: In evaluation mode.
-        inputs: ``(n, ...)``, n at least 2.
-        largest: Number of rows, None for no limit.
-    """
-    batch = torch.export.Dim("batch", min=1, max=largest)
-    return torch.export.export(model, (inputs,), dynamic_shapes=({0: batch},), strict=False)
 
 
 def architecture(model: nn.Module) -> str:
@@ -302,17 +296,16 @@ def num_bytes(model: nn.Module) -> int:
     return sum(value.nbytes for value in tensors.values())
 
 
-def _run_torch(model: nn.Module, inputs: Tensor) -> Tensor:
+def _run_torch(model: nn.Module, inputs: Inputs) -> list[Tensor]:
     """Outputs of the model itself, to compare with."""
     with _telling("example_input: the model cannot be run on it"):
-        outputs = model(inputs)
-    if not isinstance(outputs, Tensor) or outputs.ndim < 1 or len(outputs) != len(inputs):
-        raise ExportError(
-            f"model: it gives {shown(type(outputs))}. Only one tensor with a row for each input is exported."
-        )
-    if not outputs.isfinite().all():
-        raise ExportError("model: its outputs are not finite on these inputs. Give a model that works, and its inputs.")
-    return outputs
+        outputs = call(model, inputs)
+    return checked_outputs(outputs, num_rows(inputs))
+
+
+def _two_or_more(inputs: Inputs) -> Inputs:
+    """Twice the row where there is only one: torch.export takes 1 for a number that never changes."""
+    return inputs if num_rows(inputs) > 1 else repeated(inputs, 2)
 
 
 @contextmanager

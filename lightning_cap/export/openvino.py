@@ -10,8 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from lightning_cap.export.exporter import Exporter, Runner, dynamic_batch
+from lightning_cap.export.batches import Inputs, by_name, one_or_list
+from lightning_cap.export.exporter import Exporter, Runner
+from lightning_cap.export.tracing import dynamic_batch
 from lightning_cap.utilities.arguments import require_path, require_whole
 
 _XML = "openvino_model.xml"
@@ -31,11 +34,19 @@ class OpenVINO(Exporter):
     extra = "openvino"
     is_folder = True
 
-    def write(self, model: nn.Module, path: Path, inputs: Tensor, metadata: Mapping[str, str]) -> None:
+    def write(self, model: nn.Module, path: Path, inputs: Inputs, metadata: Mapping[str, str]) -> None:
         """Convert the program of `torch.export`."""
         import openvino
 
-        converted = openvino.convert_model(dynamic_batch(model, inputs))
+        program = dynamic_batch(model, inputs)
+        converted = openvino.convert_model(program.traced)
+        tensors = [isinstance(leaf, Tensor) for leaf in pytree.tree_leaves(inputs)]
+        for parameter, is_tensor in zip(converted.get_parameters(), tensors, strict=True):
+            if not is_tensor:
+                converted.remove_parameter(parameter)
+        for values, names in ((converted.inputs, program.inputs), (converted.outputs, program.outputs)):
+            for value, name in zip(values, names, strict=True):
+                value.get_tensor().set_names({name})
         for operation in converted.get_ops():
             if operation.get_type_name() == "Constant":
                 _store_sparse(operation)
@@ -55,7 +66,13 @@ class OpenVINO(Exporter):
             require_whole("threads", threads)
             settings["INFERENCE_NUM_THREADS"] = threads
         compiled = openvino.Core().compile_model(str(Path(path) / _XML), "CPU", settings)
-        return lambda inputs: torch.from_numpy(compiled(inputs.numpy())[0].copy())
+        names = [value.any_name for value in compiled.inputs]
+
+        def run(inputs: Inputs) -> Any:
+            made = compiled({name: tensor.numpy() for name, tensor in by_name(inputs, names).items()})
+            return one_or_list([torch.from_numpy(made[place].copy()) for place in range(len(compiled.outputs))])
+
+        return run
 
     def stored(self, path: Path | str) -> dict[str, Tensor]:
         """The constants, those that are stored sparse put together."""

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from lightning_cap.errors import DataError
+from lightning_cap.export.batches import Inputs
 from lightning_cap.export.exporter import WeightsExporter
 from lightning_cap.export.safetensors import save_plain_weights
 from lightning_cap.export.shrunk_files import write_weights
@@ -26,7 +27,7 @@ class Safetensors(WeightsExporter):
     suffix = ".safetensors"
     beside = ".json"
 
-    def write(self, model: nn.Module, path: Path, inputs: Tensor, metadata: Mapping[str, str]) -> None:
+    def write(self, model: nn.Module, path: Path, inputs: Inputs, metadata: Mapping[str, str]) -> None:
         """Write the state dict."""
         write_weights(model, path, metadata, save_plain_weights)
 

@@ -9,7 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from lightning_cap.export.exporter import Exporter, Runner, dynamic_batch, torch_runner
+from lightning_cap.export.batches import Inputs
+from lightning_cap.export.exporter import Exporter, Runner, torch_runner
+from lightning_cap.export.tracing import dynamic_batch
 from lightning_cap.utilities.arguments import require_path
 
 
@@ -19,9 +21,9 @@ class PT2(Exporter):
     format = "pt2"
     suffix = ".pt2"
 
-    def write(self, model: nn.Module, path: Path, inputs: Tensor, metadata: Mapping[str, str]) -> None:
+    def write(self, model: nn.Module, path: Path, inputs: Inputs, metadata: Mapping[str, str]) -> None:
         """Trace the model by `torch.export` and save the program."""
-        program = dynamic_batch(model, inputs)
+        program = dynamic_batch(model, inputs).traced
         held = io.BytesIO()  # torch's writer of files ends the process where the disk is full
         torch.export.save(program, held, extra_files=dict(metadata))
         path.write_bytes(held.getbuffer())

@@ -13,12 +13,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_cap.errors import ConfigError
+from lightning_cap.export.batches import Inputs, call, num_rows, output_tensors
 from lightning_cap.export.exporter import Exporter, Runner, torch_runner
 from lightning_cap.export.onnx import ONNX
 from lightning_cap.quantization.layers import base_config, fake_quantized
 from lightning_cap.utilities.arguments import require_flag, require_instance, require_path
 
 _LOW, _HIGH = -128, 127
+_TINY = torch.finfo(torch.float32).smallest_normal
 
 
 class IntegerExporter(Exporter):
@@ -38,7 +40,7 @@ class IntegerExporter(Exporter):
     def __init__(self, tolerance: float = 0.05) -> None:
         super().__init__(tolerance)
 
-    def prepare(self, model: nn.Module, inputs: Tensor) -> tuple[nn.Module, Tensor]:
+    def prepare(self, model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
         """The fake quantized model itself.
 
         Raises:
@@ -64,7 +66,7 @@ class TorchAO(IntegerExporter):
     packages = ("torchao",)
     extra = "quantization"
 
-    def write(self, model: nn.Module, path: Path, inputs: Tensor, metadata: Mapping[str, str]) -> None:
+    def write(self, model: nn.Module, path: Path, inputs: Inputs, metadata: Mapping[str, str]) -> None:
         """Convert the model and save its state dict."""
         torch.save(_converted(model).state_dict(), path)
 
@@ -116,12 +118,12 @@ class QDQ(IntegerExporter, ONNX):
         require_flag("static", static)
         self.static = static
 
-    def prepare(self, model: nn.Module, inputs: Tensor) -> tuple[nn.Module, Tensor]:
+    def prepare(self, model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
         """The fake quantized model, with constant scales where they are to be."""
         model, inputs = super().prepare(model, inputs)
         return (_with_constant_scales(model, inputs) if self.static else model), inputs
 
-    def write(self, model: nn.Module, path: Path, inputs: Tensor, metadata: Mapping[str, str]) -> None:
+    def write(self, model: nn.Module, path: Path, inputs: Inputs, metadata: Mapping[str, str]) -> None:
         """Trace the model with its integers and translate the program."""
         rounding = {name: layer.activation_fake_quantizer for name, layer in fake_quantized(model).items()}
         integers = _converted(model)
@@ -146,7 +148,7 @@ class _QDQLinear(nn.Module):
         """As `FakeQuantizedLinear` of torchao computes it."""
         rows = x.flatten(0, -2)
         low, high = rows.amin(1).clamp(max=0.0), rows.amax(1).clamp(min=0.0)
-        scale = ((high - low) / (_HIGH - _LOW)).clamp(min=torch.finfo(torch.float32).smallest_normal)
+        scale = ((high - low) / (_HIGH - _LOW)).clamp(min=_TINY)
         zero = (_LOW - torch.round(low / scale)).clamp(_LOW, _HIGH).to(torch.int8)
         integers = _onnx("QuantizeLinear", (rows, scale, zero), torch.int8, rows, axis=0)
         rounded = _onnx("DequantizeLinear", (integers, scale, zero), torch.float32, rows, axis=0)
@@ -185,7 +187,7 @@ class _ConstantScale(nn.Module):
     def __init__(self, low: Tensor, high: Tensor) -> None:
         super().__init__()
         low, high = low.float().clamp(max=0.0), high.float().clamp(min=0.0)
-        self.register_buffer("scale", ((high - low) / 255).clamp(min=torch.finfo(torch.float32).smallest_normal))
+        self.register_buffer("scale", ((high - low) / 255).clamp(min=_TINY))
         self.register_buffer("zero", torch.round(-low / self.scale).clamp(0, 255))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -193,7 +195,7 @@ class _ConstantScale(nn.Module):
         return ((torch.round(x / self.scale) + self.zero).clamp(0, 255) - self.zero) * self.scale
 
 
-def _with_constant_scales(model: nn.Module, inputs: Tensor) -> nn.Module:
+def _with_constant_scales(model: nn.Module, inputs: Inputs) -> nn.Module:
     """A copy whose layers round their inputs by the range that these have here."""
     own = copy.deepcopy(model)
     ranges: dict[str, tuple[Tensor, Tensor]] = {}
@@ -208,14 +210,15 @@ def _with_constant_scales(model: nn.Module, inputs: Tensor) -> nn.Module:
         layer.register_forward_pre_hook(lambda _layer, given, name=name: look(name, given[0]))
         for name, layer in layers.items()
     ]
-    trained = own(inputs)
+    trained = output_tensors(call(own, inputs))
     for handle in handles:
         handle.remove()
     for name, (low, high) in ranges.items():
         layers[name].activation_fake_quantizer = _ConstantScale(low, high)
-    apart = float((own(inputs) - trained).abs().max() / trained.abs().max().clamp(min=torch.finfo(torch.float32).tiny))
+    pairs = zip(output_tensors(call(own, inputs)), trained, strict=True)
+    apart = max(float((new - old).abs().max() / old.abs().max().clamp(min=_TINY)) for new, old in pairs)
     rank_zero_info(
-        f"Constant scales from {len(inputs)} inputs move the outputs by {apart:.1%} of the largest one at the most."
+        f"Constant scales from {num_rows(inputs)} inputs move the outputs by {apart:.1%} of the largest one at the most."
     )
     return own
 

@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Literal, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_cap.errors import ConfigError, ExportError
+from lightning_cap.export.batches import Inputs, moved
 from lightning_cap.export.compressed import Compressed
 from lightning_cap.export.compressed_files import read_header
-from lightning_cap.export.exporter import Runner
+from lightning_cap.export.exporter import Runner, torch_runner
 from lightning_cap.sparsity.patterns import NofM
 from lightning_cap.utilities.arguments import require_choice, require_instance, require_path, shown
 
@@ -59,16 +60,16 @@ class SemiStructured(Compressed):
                 f"to='semi_structured' needs an NVIDIA GPU from Ampere on; here is {torch.cuda.get_device_name()!r}."
             )
 
-    def prepare(self, model: nn.Module, inputs: Tensor) -> tuple[nn.Module, Tensor]:
+    def prepare(self, model: nn.Module, inputs: Inputs) -> tuple[nn.Module, Inputs]:
         """Both in 16 bits, on the GPU."""
         dtype = getattr(torch, self.dtype)
-        return model.to("cuda", dtype), inputs.to("cuda", dtype)
+        return model.to("cuda", dtype), moved(inputs, "cuda", dtype)
 
-    def dense_runner(self, model: nn.Module, folder: Path, inputs: Tensor, threads: int | None = None) -> Runner:
+    def dense_runner(self, model: nn.Module, folder: Path, inputs: Inputs, threads: int | None = None) -> Runner:
         """The dense model on the GPU, in the same type."""
         return _on_gpu(self.prepare(copy.deepcopy(model).eval(), inputs)[0])
 
-    def write(self, model: nn.Module, path: Path, inputs: Tensor, metadata: Mapping[str, str]) -> None:
+    def write(self, model: nn.Module, path: Path, inputs: Inputs, metadata: Mapping[str, str]) -> None:
         """Write the compressed weights, and the names of those in 2:4."""
         super().write(model, path, inputs, {**metadata, _HEADER: json.dumps(sparse_layers(model))})
 
@@ -112,12 +113,8 @@ def _on_gpu(model: nn.Module) -> Runner:
     """A model there, as a function of inputs from elsewhere."""
     dtype = next(model.parameters()).dtype
 
-    def run(inputs: Tensor) -> Tensor:
-        with torch.no_grad():
-            outputs: Tensor = model(inputs.to("cuda", dtype))
-        return outputs.float().cpu()
-
-    return run
+    run = torch_runner(model)
+    return lambda inputs: moved(run(moved(inputs, "cuda", dtype)), "cpu", torch.float32)
 
 
 def sparse_layers(model: nn.Module) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -12,26 +12,36 @@ from lightning_cap.errors import ExportError
 _CLOSE = 2e-3  # of the largest value: the same weight, perhaps stored in 16 bits
 
 
-def check_outputs(name: str, outputs: Tensor, expected: Tensor, tolerance: float) -> float:
+def check_outputs(name: str, outputs: Sequence[Tensor], expected: Sequence[Tensor], tolerance: float) -> float:
     """Compare outputs of a file with those of torch.
 
     Args:
         name: Of the format, to be named.
-        outputs: Of the file, ``(n, ...)``.
+        outputs: Of the file, each ``(n, ...)``.
         expected: Of torch.
-        tolerance: Largest difference, as a share of the largest of ``expected``.
+        tolerance: Largest difference, as a share of the largest value of each output.
 
     Returns:
         The largest difference, as such a share.
 
     Raises:
-        ExportError: It is more, or the shape is another.
+        ExportError: It is more, or a shape is another.
     """
+    if len(outputs) != len(expected):
+        raise ExportError(
+            f"to={name!r}: the file gives {len(outputs)} outputs, and torch {len(expected)}. It was removed."
+        )
+    return max(_difference(name, *pair, tolerance) for pair in zip(outputs, expected, strict=True))
+
+
+def _difference(name: str, outputs: Tensor, expected: Tensor, tolerance: float) -> float:
     if outputs.shape != expected.shape:
         raise ExportError(
             f"to={name!r}: the file gives outputs of shape {tuple(outputs.shape)} for {len(expected)} inputs, and torch "
             f"{tuple(expected.shape)}. It was removed."
         )
+    if not expected.numel():
+        return 0.0
     largest = expected.double().abs().max().clamp(min=torch.finfo(torch.float32).tiny)
     difference = float((outputs.double().cpu() - expected.double().cpu()).abs().max() / largest.cpu())
     if not difference <= tolerance:  # nor NaN

@@ -10,9 +10,12 @@ from rich.console import Console
 from torch import nn
 
 from lightning_cap.errors import ConfigError
+from lightning_cap.export.batches import call, head, num_rows
 from lightning_cap.export.benchmark import benchmark, print_benchmark, save_benchmark
 from lightning_cap.export.records import BENCHMARKS, BenchmarkRecord
+from lightning_cap.utilities.flops import count_flops
 from lightning_cap.utilities.records import read_records
+from tests.support.anything import INPUTS, made
 from tests.support.clocks import FakeClock
 
 EXAMPLE = torch.ones(2, 4)
@@ -100,6 +103,21 @@ def test_flops_of_torch_modules_are_counted():
     records = benchmark({"dense": dense, "small": small}, EXAMPLE, clock=clock, batch_sizes=[3])
     assert [record.flops for record in records] == [2 * 4 * 6, 2 * 4 * 3]
     assert records[1].speedup == pytest.approx(2.0)
+
+
+@pytest.mark.parametrize("name", INPUTS)
+def test_models_that_take_or_give_more_than_one_tensor(name):
+    """A module gets the arguments, and a function, such as what runs a file, the batch itself."""
+    model, example, sizes = made(name), INPUTS[name](2), []
+
+    def other(batch):
+        sizes.append(num_rows(batch))
+        return call(model, batch)
+
+    records = benchmark({"dense": model, "other": other}, example, batch_sizes=[5], clock=FakeClock(), seconds=0.01)
+    assert set(sizes) == {5}
+    assert [record.flops for record in records] == [count_flops(call, model, head(example, 1)), None]
+    assert records[0].flops > 0
 
 
 def test_the_table_tells_times_files_threads_and_the_machine(tmp_path):

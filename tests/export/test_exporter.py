@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,8 +14,11 @@ from torch import Tensor, nn
 
 from lightning_cap.errors import ConfigError, ExportError
 from lightning_cap.export import ONNX, PT2, Compressed, Exporter, ExportRecord, OpenVINO, Safetensors
+from lightning_cap.export.batches import call, output_tensors
 from lightning_cap.export.exporter import size_on_disk
 from lightning_cap.utilities.records import read_records
+from tests.support.anything import INPUTS
+from tests.support.anything import made as model_of
 from tests.support.exporting import images, small_convnet
 
 EXPORTERS = [Safetensors, Compressed, PT2, ONNX, OpenVINO]
@@ -40,6 +45,61 @@ def test_the_file_does_what_the_model_does(kind: type[Exporter], tmp_path: Path)
     run = exporter.runner(path, model, threads=1)
     for number in (1, 2, 7):  # any batch
         torch.testing.assert_close(run(images(number)), model(images(number)), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", EXPORTERS)
+@pytest.mark.parametrize("name", INPUTS)
+def test_models_that_take_or_give_more_than_one_tensor(kind: type[Exporter], name: str, tmp_path: Path) -> None:
+    exporter, model, inputs = made(kind), model_of(name), INPUTS[name]
+    path = tmp_path / f"model{exporter.suffix}"
+    record = exporter.export(model, path, inputs(5))
+    assert record.inputs == 5
+    assert record.weights == record.zeros_equal > 0
+    assert not model._forward_hooks
+    run = exporter.runner(path, model)
+    if name == "words":  # in any order
+        turned = {key: inputs(2)[key] for key in reversed(inputs(2))}
+        assert all(torch.equal(one, other) for one, other in zip(run(inputs(2)), run(turned), strict=True))
+    for number in (1, 2, 7):
+        outputs, expected = run(inputs(number)), output_tensors(call(model, inputs(number)))
+        assert isinstance(outputs, Tensor) == (len(expected) == 1)
+        torch.testing.assert_close(output_tensors(outputs), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "taken", "given"),
+    [
+        ("words", ["attention_mask", "input_ids"], ["logits", "linear", "first"]),
+        ("pair", ["left", "right"], ["output_0", "output_1_0", "output_1_1"]),
+        ("named", ["input"], ["out"]),
+    ],
+)
+def test_names_in_onnx(name: str, taken: list[str], given: list[str], tmp_path: Path) -> None:
+    """Those of the arguments and keys, though operators inside are called by some of them."""
+    made(ONNX).export(model_of(name), tmp_path / "m.onnx", INPUTS[name](2))
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    assert [[value.name for value in side] for side in (session.get_inputs(), session.get_outputs())] == [taken, given]
+
+
+def test_a_program_needs_no_class_of_the_model(tmp_path: Path) -> None:
+    """Outputs of classes that `transformers` registers with torch are lists in the file."""
+
+    @dataclass
+    class Found:
+        boxes: Tensor
+        scores: Tensor
+
+    class Detector(nn.Module):
+        def forward(self, x: Tensor) -> Found:
+            return Found(boxes=x * 2, scores=x + 1)
+
+    torch.export.register_dataclass(Found, serialized_type_name=f"{__name__}.Found")
+    PT2().export(Detector(), tmp_path / "m.pt2", torch.randn(3, 2))
+    assert torch.export.load(tmp_path / "m.pt2").call_spec.out_spec.type is list
+    boxes, scores = PT2().runner(tmp_path / "m.pt2")(torch.ones(1, 2))
+    assert (boxes.tolist(), scores.tolist()) == ([[2.0, 2.0]], [[2.0, 2.0]])
 
 
 @pytest.mark.parametrize("kind", EXPORTERS)
@@ -136,14 +196,36 @@ def test_zeros_that_are_not_zero_in_the_file(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_outputs_that_are_no_tensor(tmp_path: Path) -> None:
-    class Two(nn.Module):
-        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
-            return x, x
+class _Giving(nn.Module):
+    def __init__(self, give: Callable[[Tensor], Any]) -> None:
+        super().__init__()
+        self.give = give
 
-    for model, words in ((Two(), "it gives tuple"), (nn.Linear(3, 2), "cannot be run on it")):
-        with pytest.raises(ExportError, match=words):
-            Safetensors().export(model, tmp_path / "model.safetensors", images())
+    def forward(self, x: Tensor) -> Any:
+        return self.give(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        (nn.Linear(3, 2), "cannot be run on it"),
+        (
+            _Giving(lambda x: {"loss": x.mean(), "logits": x}),
+            "output 'loss' is a single number.*labels, out of example_input",
+        ),
+        (_Giving(lambda x: (x, x[0])), r"output 'output_1' has shape \(3, 8, 8\) for 4 inputs"),
+        (_Giving(lambda x: {"x": x, "size": len(x)}), "output 'size' is a int. Only tensors with a row for each input"),
+        (_Giving(lambda x: {"x": None}), "it gives dict without a tensor"),
+        (_Giving(lambda x: [x, x / 0]), "not finite"),
+    ],
+)
+def test_outputs_that_cannot_be_exported(model: nn.Module, words: str, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match=words):
+        Safetensors().export(model, tmp_path / "model.safetensors", images())
+    assert not list(tmp_path.iterdir())
+
+
+def test_outputs_that_are_not_finite(tmp_path: Path) -> None:
     broken = small_convnet()
     next(broken.parameters()).data.fill_(torch.nan)
     with pytest.raises(ExportError, match="not finite"):

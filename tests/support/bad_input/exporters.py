@@ -79,14 +79,24 @@ LINES = [
     *wrong(export, "model", None, "model", nn.Linear, {"weight": torch.ones(2)}),
     *wrong(export, "path", *NO_PATHS),
     *wrong(export, "path", "m", "m.onnx", ".safetensors", words=("ends with .safetensors",)),
-    *wrong(export, "example_input", None, 3, "x", [[1.0]], (INPUTS,), {"x": INPUTS}),
+    *wrong(export, "example_input", None, 3, "x", [[1.0]], (), {}, (torch.tensor(1.0),), {"x": torch.ones(0, 4)}),
     *wrong(export, "goal", "0.5", True, float("nan"), 1.5, [0.5]),
     *wrong(export, "dense_bytes", "3", True, 0, 1.5, float("inf")),
     *wrong(export, "shrunk", None, 1, "yes"),
     *wrong(export, "metadata", 3, "a", [("a", "b")]),
     *(Line(f"export: inputs {i}", lambda _, x=x: export(example_input=x), ConfigError, ("example_input:", "Give real inputs"))
-      for i, x in enumerate((torch.ones(3), torch.ones(0, 4), torch.ones(3, 4, dtype=torch.int64), INPUTS * torch.nan))),
-    Line("export: inputs of another model", lambda _: export(example_input=torch.ones(3, 5)), ExportError, ("cannot be run",)),
+      for i, x in enumerate((torch.ones(3), torch.ones(0, 4), INPUTS.to_sparse(), INPUTS * torch.nan))),
+    *(Line(f"export: inputs in a structure {i}", lambda _, x=x: export(example_input=x), ConfigError, ("example_input: ", word))
+      for i, (x, word) in enumerate((
+          ({"input": INPUTS * torch.nan}, "'input' has values that are not finite"),
+          ((INPUTS, [INPUTS / 0]), "'1_0' has values that are not finite"),
+          ({3: INPUTS}, "3 is no name of an argument"),
+          ({"input": INPUTS, "mask": INPUTS.numpy()}, "'mask' is a ndarray. Give tensors"),
+      ))),
+    *(Line(f"export: inputs of another model {i}", lambda _, x=x: export(example_input=x), ExportError, ("cannot be run on it",))
+      for i, x in enumerate((torch.ones(3, 5), INPUTS.long(), (INPUTS, INPUTS), {"x": INPUTS}))),
+    Line("export: two inputs to Core ML", lambda _: CoreML().write(MODEL, Path("m"), (INPUTS,), {}), ExportError,
+         ("to='coreml': only a model from one float tensor to one tensor", "onnx, openvino, pt2")),
     Line("export: a folder for a file", lambda _: export(path="old.safetensors"), ConfigError, ("this is a folder",),
          lambda folder: (folder / "old.safetensors").mkdir()),
     Line("export: where nothing can be", lambda _: export(path="/dev/null/x.safetensors"), ConfigError, ("cannot be written",)),

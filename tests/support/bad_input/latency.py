@@ -88,9 +88,17 @@ LINES = [
         "models['other']=Linear: it is in training mode",
         models={"dense": MODEL, "other": nn.Linear(2, 2)},
     ),
-    *wrong(benchmark, "example_input", None, 3, "image", [1.0], {"x": 1}, given=MEASURED),
-    measure("no batch", "example_input of shape (2,)", example_input=torch.ones(2)),
-    measure("an empty batch", "example_input of shape (0, 2)", example_input=torch.ones(0, 2)),
+    *wrong(benchmark, "example_input", None, 3, "image", [1.0], {"x": 1}, (), given=MEASURED),
+    measure("no batch", "example_input: a tensor of shape (2,)", example_input=torch.ones(2)),
+    measure("an empty batch", "example_input: a tensor of shape (0, 2)", example_input=torch.ones(0, 2)),
+    measure(
+        "a named argument of another model", "'dense' cannot take a batch of 1", example_input={"x": torch.ones(1, 2)}
+    ),
+    measure(
+        "an argument without values",
+        "'input' has values that are not finite",
+        example_input={"input": torch.ones(1, 2) / 0},
+    ),
     *wrong(benchmark, "batch_sizes", None, 3, "1", {"a": 1}, [], given=MEASURED),
     *[measure(f"a batch of {value!r:.20}", "batch_sizes=", batch_sizes=[value]) for value in NO_COUNTS[:6]],
     *[measure(f"{value!r:.20} in a batch", "batch_sizes=", batch_sizes=[value]) for value in (32.0, 0, -1)],
