@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_cap.callbacks.qat import quantized_layers
 from lightning_cap.callbacks.state import pruned_units
@@ -21,6 +21,7 @@ from lightning_cap.cli.messages import near
 from lightning_cap.cli.parsing import CAPParser
 from lightning_cap.errors import CAPError, ConfigError
 from lightning_cap.export import Exporter, ExportRecord
+from lightning_cap.export.batches import Inputs, call, head
 from lightning_cap.export.benchmark import benchmark, print_benchmark, save_benchmark
 from lightning_cap.export.exporter import MODEL_ARGS, num_bytes
 from lightning_cap.export.safetensors import plain_model
@@ -77,7 +78,10 @@ def export_parser(**kwargs: Any) -> CAPParser:
     for name, told in (
         ("--output", "Folder of the file. Default: export, beside the checkpoint."),
         ("--data", "Images to verify on: a folder of class folders, a .tar of them, or the folder of such splits."),
-        ("--input", "A tensor (n, ...) to verify on, in a .pt or .npy file."),
+        (
+            "--input",
+            "A tensor (n, ...) to verify on, in a .pt or .npy file; or a .pt of the arguments in a tuple or dict.",
+        ),
         ("--config", "The config.yaml of the run, for the model and its data."),
         ("--module", "Class path of the LightningModule, where the checkpoint does not tell the model."),
     ):
@@ -161,7 +165,7 @@ def _size(number: int) -> str:
     return f"{number / 1e6:.2f} MB" if number >= 1e5 else f"{number / 1e3:.2f} kB"
 
 
-def _shrunk(checkpoint: Path, loaded: CheckpointModel, inputs: Tensor) -> nn.Module:
+def _shrunk(checkpoint: Path, loaded: CheckpointModel, inputs: Inputs) -> nn.Module:
     """The model without its pruned units."""
     found = pruned_units(loaded.callbacks)
     if found is None or loaded.module is None:
@@ -170,7 +174,7 @@ def _shrunk(checkpoint: Path, loaded: CheckpointModel, inputs: Tensor) -> nn.Mod
             "CAPUnits, or leave --shrink out."
         )
     units, masks = found
-    return shrink(loaded.module, masks, units, inputs[:2]).eval()
+    return shrink(loaded.module, masks, units, head(inputs, 2)).eval()
 
 
 def _quantized_layers(loaded: CheckpointModel) -> list[str]:
@@ -207,16 +211,18 @@ def _leaving_no_empty_folder(folder: Path) -> Iterator[None]:
 
 
 def _benchmark(
-    exporter: Exporter, dense: nn.Module, model: nn.Module, path: Path, inputs: Tensor, threads: int | None
+    exporter: Exporter, dense: nn.Module, model: nn.Module, path: Path, inputs: Inputs, threads: int | None
 ) -> None:
     """Measure the dense model in the same format, and the file."""
     with tempfile.TemporaryDirectory() as folder:
         name = path.name
-        models: dict[str, Callable[[Tensor], Any]] = {
+        models: dict[str, Callable[..., Any]] = {
             f"dense, {exporter.format}": exporter.dense_runner(dense, Path(folder), inputs, threads),
             name: exporter.runner(path, model, threads),
         }
-        flops = {label: count_flops(m, inputs[:1]) for label, m in ((next(iter(models)), dense), (name, model))}
+        flops = {
+            label: count_flops(call, m, head(inputs, 1)) for label, m in ((next(iter(models)), dense), (name, model))
+        }
         sparse = [name] if exporter.skips_zeros else []
         files = {name: path} if path.is_file() else {}  # of a folder no size is told
         records = benchmark(models, inputs, threads=threads, files=files, flops=flops, sparse_kernels=sparse)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,21 +11,33 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from lightning_cap.classifier.agreement import input_shape, normalization_of
 from lightning_cap.cli.checkpoint_model import CheckpointModel
 from lightning_cap.data import ImageNetDataModule
 from lightning_cap.errors import CAPError, ConfigError, DataError
+from lightning_cap.export.batches import (
+    Inputs,
+    batched_tensors,
+    checked_inputs,
+    concatenated,
+    head,
+    moved,
+    num_rows,
+)
 from lightning_cap.utilities.arguments import shown
 
 _NUMBER = 32  # of inputs
+_ARGUMENTS = "the arguments of the model in a tuple or dict"
+_OF = f"of a tensor, or of {_ARGUMENTS}"
 _SPLITS = ("val", "validation", "val.tar", "validation.tar")
 
 
 def real_inputs(
     loaded: CheckpointModel, config_given: bool, data: Path | None, file: Path | None
-) -> tuple[Tensor, str]:
-    """Inputs ``(n, ...)``, at most 32, and what they are, for the user.
+) -> tuple[Inputs, str]:
+    """Inputs of the model, at most 32 rows, and what they are, for the user.
 
     Taken are, of these, the first that there is: the file, the images, the data of the run's configuration, noise.
 
@@ -32,7 +45,7 @@ def real_inputs(
         loaded: The model.
         config_given: Whether the user has named the configuration: then its data must be there.
         data: A folder of class folders or a .tar of them, or a folder that has a split ``val`` or ``validation``.
-        file: ``.pt`` or ``.npy`` of a float tensor ``(n, ...)``.
+        file: ``.pt`` or ``.npy`` of a tensor ``(n, ...)``, or ``.pt`` of the arguments in a tuple or a dict.
 
     Raises:
         ConfigError: There is nothing to take, or it is nothing for this model.
@@ -41,11 +54,11 @@ def real_inputs(
     if file is not None:
         return _of_file(file), f"inputs of {file}"
     if data is not None:
-        return _of_module(_images(loaded.model, data)), f"images of {data}"
+        return _of_module(_images(loaded.model, data), loaded.model), f"images of {data}"
     failed = ""
     if loaded.config is not None and loaded.config.has_data:
         try:
-            return _of_module(loaded.config.make_data()), f"validation data of {loaded.config.path}"
+            return _of_module(loaded.config.make_data(), loaded.model), f"validation data of {loaded.config.path}"
         except (CAPError, OSError) as error:
             if config_given:
                 raise
@@ -53,13 +66,13 @@ def real_inputs(
     shape = input_shape(loaded.model)
     if shape is None:
         raise ConfigError(
-            f"CKPT: nothing tells the inputs of the model{failed}. Give --data FOLDER of images, or --input FILE of a tensor."
+            f"CKPT: nothing tells the inputs of the model{failed}. Give --data FOLDER of images, or --input FILE {_OF}."
         )
     noise = torch.randn(_NUMBER, *shape, generator=torch.Generator().manual_seed(0))
     return noise, f"noise, as no data is known{failed}; for real inputs give --data FOLDER or --input FILE"
 
 
-def _of_file(path: Path) -> Tensor:
+def _of_file(path: Path) -> Inputs:
     named = f"--input={shown(str(path))}"
     try:
         if path.suffix == ".npy":
@@ -73,21 +86,19 @@ def _of_file(path: Path) -> Tensor:
         raise DataError(
             f"{named}: it cannot be read ({told}). Give a .pt or .npy file of a tensor (n, ...)."
         ) from error
-    if not isinstance(held, Tensor):
-        raise DataError(f"{named}: it holds a {type(held).__name__}. Give a tensor (n, ...), such as float images.")
-    if held.ndim < 2 or not len(held) or not held.is_floating_point() or not bool(held.isfinite().all()):
-        raise DataError(
-            f"{named}: a tensor of shape {tuple(held.shape)} and type {held.dtype}, or with values that are not finite. Give real "
-            "inputs (n, ...), such as float images (8, 3, 224, 224)."
-        )
-    return held[:_NUMBER].float()
+    if not isinstance(held, (Tensor, tuple, list, dict)):
+        raise DataError(f"{named}: it holds a {type(held).__name__}. Give a tensor (n, ...), or {_ARGUMENTS}.")
+    try:
+        return head(moved(checked_inputs(named, held), "cpu", torch.float32), _NUMBER)
+    except ConfigError as error:
+        raise DataError(str(error)) from error
 
 
 def _images(model: nn.Module, path: Path) -> pl.LightningDataModule:
     """Images as the model takes them in evaluation."""
     shape = input_shape(model)
     if shape is None:
-        raise ConfigError("--data: the model does not tell the size of its images. Give --input FILE of a tensor.")
+        raise ConfigError(f"--data: the model does not tell the size of its images. Give --input FILE {_OF}.")
     if not path.exists():
         raise DataError(f"--data={shown(str(path))}: there is no such folder or file.")
     mean, std = normalization_of(model) or (None, None)
@@ -106,20 +117,49 @@ def _images(model: nn.Module, path: Path) -> pl.LightningDataModule:
     )
 
 
-def _of_module(data: pl.LightningDataModule) -> Tensor:
+def _of_module(data: pl.LightningDataModule, model: nn.Module) -> Inputs:
     """The first inputs of the validation data."""
     data.prepare_data()
     data.setup("validate")
-    taken: list[Tensor] = []
+    taken: list[Inputs] = []
     loaders = data.val_dataloader()
     for batch in loaders[0] if isinstance(loaders, (list, tuple)) else loaders:
-        inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
-        if not isinstance(inputs, Tensor):
-            kind = f"mapping with {shown(list(batch))}" if isinstance(batch, Mapping) else type(batch).__name__
-            raise ConfigError(f"data: a batch is a {kind}, not (inputs, labels). Give --input FILE of a tensor.")
+        inputs = checked_inputs("data", _inputs_of(batch, model))
+        if taken and not _same_shapes(taken[0], inputs):  # padded to another length
+            break
         taken.append(inputs)
-        if sum(map(len, taken)) >= _NUMBER:
+        if sum(map(num_rows, taken)) >= _NUMBER:
             break
     if not taken:
-        raise DataError("data: there is no validation data. Give --data FOLDER of images, or --input FILE of a tensor.")
-    return torch.cat(taken)[:_NUMBER]
+        raise DataError(f"data: there is no validation data. Give --data FOLDER of images, or --input FILE {_OF}.")
+    return head(concatenated(taken), _NUMBER)
+
+
+def _inputs_of(batch: Any, model: nn.Module) -> Any:
+    """Of a pair the first; of a mapping, what the forward method takes by these names, without labels."""
+    if isinstance(batch, Mapping):
+        takes = inspect.signature(model.forward).parameters
+        inputs = {name: value for name, value in batch.items() if name in takes and not _is_label(name)}
+        needs = {name for name, p in takes.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD}
+        if not inputs or not needs <= inputs.keys():
+            raise ConfigError(
+                f"data: a batch is a mapping with {shown(list(batch))}, not (inputs, labels), and {type(model).__name__} takes "
+                f"{shown(list(takes))}. Give --input FILE {_OF}."
+            )
+        return inputs
+    inputs = batch[0] if isinstance(batch, (tuple, list)) and batch else batch
+    if not isinstance(inputs, (Tensor, Mapping)):
+        raise ConfigError(f"data: a batch is a {type(batch).__name__}, not (inputs, labels). Give --input FILE {_OF}.")
+    return inputs
+
+
+def _is_label(name: str) -> bool:
+    """Whether it is what a loss is computed of, by the names that transformers has for it."""
+    return "label" in name or name in ("start_positions", "end_positions")
+
+
+def _same_shapes(inputs: Inputs, others: Inputs) -> bool:
+    """But for the number of rows."""
+    structures = [pytree.tree_structure(batch) for batch in (inputs, others)]
+    shapes = [[tensor.shape[1:] for tensor in batched_tensors(batch)] for batch in (inputs, others)]
+    return structures[0] == structures[1] and shapes[0] == shapes[1]

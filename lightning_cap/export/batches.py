@@ -21,23 +21,20 @@ _IMAGES = "torch.randn(8, 3, 224, 224)"
 _CONSTANTS = (bool, int, float, str, type(None))
 
 
-def checked_inputs(name: str, value: object, error: type[ConfigError] = ConfigError) -> Inputs:
+def checked_inputs(name: str, value: object) -> Inputs:
     """Refuse what is no batch; a list becomes a tuple, and a mapping a dict.
 
     Args:
         name: Of the argument.
         value: Of the argument.
-        error: What to raise.
 
     Raises:
-        ConfigError: Or ``error``.
+        ConfigError: It is something else, or has values that are not finite.
     """
-    require_instance(
-        name, value, (Tensor, tuple, list, Mapping), f"{_IMAGES}, or the arguments in a tuple or dict", error=error
-    )
+    require_instance(name, value, (Tensor, tuple, list, Mapping), f"{_IMAGES}, or the arguments in a tuple or dict")
     if isinstance(value, Tensor):
         if value.ndim < 2 or not len(value) or not _has_real_values(value):
-            raise error(
+            raise ConfigError(
                 f"{name}: a tensor of shape {tuple(value.shape)} and type {value.dtype}, or with values that are not finite. Give "
                 "real inputs (n, ...), such as float images (8, 3, 224, 224)."
             )
@@ -45,15 +42,17 @@ def checked_inputs(name: str, value: object, error: type[ConfigError] = ConfigEr
     inputs: Inputs = dict(value) if isinstance(value, Mapping) else tuple(value)  # type: ignore[arg-type]
     for key in inputs if isinstance(inputs, dict) else ():
         if not isinstance(key, str):
-            raise error(f"{name}: {shown(key)} is no name of an argument. Give {{'input_ids': ..., ...}}, or a tuple.")
+            raise ConfigError(
+                f"{name}: {shown(key)} is no name of an argument. Give {{'input_ids': ..., ...}}, or a tuple."
+            )
     leaves = _named_leaves(inputs)
     if not any(isinstance(leaf, Tensor) and leaf.ndim and len(leaf) for _, leaf in leaves) or not num_rows(inputs):
-        raise error(f"{name}={shown(value)}: there is no tensor (n, ...) in it. Give a batch, such as {_IMAGES}.")
+        raise ConfigError(f"{name}: there is no tensor (n, ...) in {shown(value)}. Give a batch, such as {_IMAGES}.")
     for key, leaf in leaves:
         if isinstance(leaf, Tensor) and not _has_real_values(leaf):
-            raise error(f"{name}: {key!r} has values that are not finite, or none. Give real inputs.")
+            raise ConfigError(f"{name}: {key!r} has values that are not finite, or none. Give real inputs.")
         if not isinstance(leaf, (Tensor, *_CONSTANTS)):
-            raise error(f"{name}: {key!r} is a {type(leaf).__name__}. Give tensors, in tuples, lists and dicts.")
+            raise ConfigError(f"{name}: {key!r} is a {type(leaf).__name__}. Give tensors, in tuples, lists and dicts.")
     return inputs
 
 

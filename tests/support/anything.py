@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
+from collections import OrderedDict, UserDict
 from typing import Any
 
+import lightning.pytorch as pl
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 WORDS, LENGTH = 20, 6
 
@@ -83,3 +85,33 @@ def made(name: str) -> nn.Module:
 
 #: What a model is given, so many at once.
 INPUTS = {"words": words, "pair": pair, "named": pictures}
+
+
+class Sentences(pl.LightningModule):
+    """A module of a user's own around the first model."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = made("words")
+
+
+class SentencesData(pl.LightningDataModule):
+    """Batches as those of transformers: mappings with labels, padded to the longest sentence of each.
+
+    Args:
+        left_out: What a batch has not.
+        last: Length of the last batch.
+    """
+
+    def __init__(self, left_out: str = "", last: int = LENGTH) -> None:
+        super().__init__()
+        self.left_out, self.last = left_out, last
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Three batches of 8."""
+        batches = []
+        for length in (LENGTH, LENGTH, self.last):
+            batch = {**words(8), "labels": torch.zeros(8), "text": ["a"] * 8}
+            batch |= {key: batch[key][:, :length] for key in ("attention_mask", "input_ids")}
+            batches.append(UserDict({key: value for key, value in batch.items() if key != self.left_out}))
+        return DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch)  # type: ignore[arg-type]

@@ -79,7 +79,7 @@ LINES = [
     *wrong(export, "model", None, "model", nn.Linear, {"weight": torch.ones(2)}),
     *wrong(export, "path", *NO_PATHS),
     *wrong(export, "path", "m", "m.onnx", ".safetensors", words=("ends with .safetensors",)),
-    *wrong(export, "example_input", None, 3, "x", [[1.0]], (), {}, (torch.tensor(1.0),), {"x": torch.ones(0, 4)}),
+    *wrong(export, "example_input", None, 3, "x", True, Path("x.pt")),
     *wrong(export, "goal", "0.5", True, float("nan"), 1.5, [0.5]),
     *wrong(export, "dense_bytes", "3", True, 0, 1.5, float("inf")),
     *wrong(export, "shrunk", None, 1, "yes"),
@@ -88,6 +88,11 @@ LINES = [
       for i, x in enumerate((torch.ones(3), torch.ones(0, 4), INPUTS.to_sparse(), INPUTS * torch.nan))),
     *(Line(f"export: inputs in a structure {i}", lambda _, x=x: export(example_input=x), ConfigError, ("example_input: ", word))
       for i, (x, word) in enumerate((
+          ((), "there is no tensor (n, ...) in ()"),
+          ({}, "there is no tensor (n, ...) in {}"),
+          ([[1.0]], "there is no tensor (n, ...) in [[1.0]]"),
+          ((torch.tensor(1.0),), "there is no tensor (n, ...) in"),
+          ({"input": torch.ones(0, 4)}, "there is no tensor (n, ...) in"),
           ({"input": INPUTS * torch.nan}, "'input' has values that are not finite"),
           ((INPUTS, [INPUTS / 0]), "'1_0' has values that are not finite"),
           ({3: INPUTS}, "3 is no name of an argument"),

@@ -88,9 +88,10 @@ LINES = [
         "models['other']=Linear: it is in training mode",
         models={"dense": MODEL, "other": nn.Linear(2, 2)},
     ),
-    *wrong(benchmark, "example_input", None, 3, "image", [1.0], {"x": 1}, (), given=MEASURED),
+    *wrong(benchmark, "example_input", None, 3, "image", given=MEASURED),
     measure("no batch", "example_input: a tensor of shape (2,)", example_input=torch.ones(2)),
     measure("an empty batch", "example_input: a tensor of shape (0, 2)", example_input=torch.ones(0, 2)),
+    measure("no tensor", "example_input: there is no tensor (n, ...) in {'x': 1}", example_input={"x": 1}),
     measure(
         "a named argument of another model", "'dense' cannot take a batch of 1", example_input={"x": torch.ones(1, 2)}
     ),
