@@ -40,7 +40,7 @@ class LayerwiseHeal(Heal):
     same order. A layer that is called several times in a pass is healed by its first call.
 
     Memory: while passes wait, each keeps its batch and what the rest of it needs (in a network without long skips the input of
-    the layer, in a transformer that and the residual stream; 0.6 MB per image in a ViT-Tiny, 310 MB for 512), beside the peak of
+    the layer, in a transformer that and the residual stream; 0.6 MB per sample in a ViT-Tiny, 310 MB for 512), beside the peak of
     one forward pass. ``G`` takes ``12·I²`` bytes for the layer with the longest rows of ``I`` inputs, and solving about
     ``16·I²`` more. With several processes each keeps its own batches only.
 

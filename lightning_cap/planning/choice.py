@@ -6,9 +6,10 @@ from collections.abc import Mapping
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_cap.errors import CAPError
+from lightning_cap.export.batches import Inputs, call
 from lightning_cap.planning.run_plan import ChoicePlan
 from lightning_cap.sparsity.flops import model_flops
 from lightning_cap.sparsity.targets import Targets
@@ -41,14 +42,14 @@ def choice_of(module: nn.Module, targets: Targets, flops: Mapping[str, int]) -> 
     )
 
 
-def layer_flops(module: pl.LightningModule, images: Tensor) -> dict[str, int]:
+def layer_flops(module: pl.LightningModule, inputs: Inputs) -> dict[str, int]:
     """FLOPs of each parameter's layer on one example; nothing where the model cannot be run so.
 
     Args:
-        module: Takes images.
-        images: ``(1, *shape)``.
+        module: Takes them.
+        inputs: Of one sample: a tensor, or a dict of named ones.
     """
     try:
-        return dict(model_flops(module, lambda: module(images)).layers)
+        return dict(model_flops(module, lambda: call(module, inputs)).layers)
     except CAPError:
         return {}

@@ -104,7 +104,7 @@ class _Probe(pl.Callback):
         masks.mask_zeros()
         check_targets(request.variants, targets, masks, request.sparsities)
         batch = to_device(trainer, module, next(iter(self._data.train_dataloader())))
-        flops = layer_flops(module, batch[0][:1])
+        flops = layer_flops(module, self._data.one(batch))
         work = _Work(trainer, module, request, targets, masks, machine, self._settings, self._data)
         plans = work.plans(calibration_of(trainer, module, batch))
         on = measured_on(module) if self._settings.measure else ""

@@ -126,7 +126,7 @@ class _Probe(pl.Callback):
             refuse_foreign_records(configured, callback.run.files)
         batch = next(iter(self._data.train_dataloader()))
         batch = to_device(trainer, module, batch)
-        flops = layer_flops(module, batch[0][:1]) if callbacks else {}
+        flops = layer_flops(module, self._data.one(batch)) if callbacks else {}
         calibration = calibration_of(trainer, module, batch)
         checkpoint, weights = checkpoint_bytes(trainer, module, callbacks), weight_bytes(module)
         files, plans = [], []

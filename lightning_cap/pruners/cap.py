@@ -32,7 +32,7 @@ class CAP(FisherBlockwise):
         num_gradients: Gradient samples, ``N`` of equation 3.
         samples_per_gradient: Inputs ``m`` whose mean loss gives one gradient sample. The scale of the Fisher against
             ``damp`` changes with it, since a gradient is that of the mean loss: noise in it shrinks as ``1/m``.
-            ``m = 1`` (per-sample gradients) makes the most of each image.
+            ``m = 1`` (per-sample gradients) makes the most of each sample.
         damp: ``λ`` of equation 3, the same for all blocks; or one that follows their gradients, a `RelativeDamp` or ``"auto"``.
         ranking: How blocks are merged: ``"marginal"`` (least predicted loss in all), the paper's ``"cumulative"``, or ``"auto"``:
             the one of both with the lower measured loss, where `PruningPath.candidates` are measured; else the first.

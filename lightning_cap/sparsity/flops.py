@@ -82,14 +82,14 @@ def model_flops(model: nn.Module, run: Callable[[], Any], examples: int = 1) -> 
 
     Args:
         model: Whose parameters are looked for.
-        run: Does one forward pass, such as ``lambda: model(images)``.
+        run: Does one forward pass, such as ``lambda: model(inputs)``.
         examples: In that pass. With one the count is exact; of several, what is computed once for all of them is shared out.
 
     Raises:
         ConfigError: The forward pass fails or has nothing to count, or the model has no values yet.
     """
     require_instance("model", model, nn.Module, "a torch model")
-    require_callable("run", run, "lambda: model(images)", num_arguments=0)
+    require_callable("run", run, "lambda: model(inputs)", num_arguments=0)
     require_whole("examples", examples)
     named = f"model={type(model).__name__}"
     for path, parameter in model.named_parameters():
