@@ -46,7 +46,7 @@ class Detection(pl.LightningModule):
         self.head_class, self.head_box = nn.Linear(width, CLASSES + 1), nn.Linear(width, 4)
 
     def forward(self, images):
-        found = self.queries.expand(len(images), -1, -1)
+        found = self.queries.expand(images.shape[0], -1, -1)  # len(images) would be a constant in ONNX
         features = self.neck(self.backbone(images)[0]).flatten(2).mT + self.places
         for layer in self.layers:
             found = layer(found, features)

@@ -1,6 +1,6 @@
 """A text classifier by transformers' BERT, pruned while it trains: `python text.py [epochs]`. It makes its own sentences.
 
-It needs `pip install "lightning-cap[text]"`, and downloads nothing.
+It needs `pip install "lightning-cap[text,onnx]"`, downloads nothing, and leaves `text.onnx`.
 """
 
 import sys
@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import BertConfig, BertForSequenceClassification
 
 from lightning_cap import CAPPruningCallback
+from lightning_cap.export import ONNX
 from lightning_cap.pruners import CAP
 
 WORDS, LENGTH = 50, 16
@@ -58,5 +59,8 @@ epochs = int(sys.argv[1]) if len(sys.argv) > 1 else 12
 pruner = CAP(block_size=128, num_gradients=512)
 cap = CAPPruningCallback({epochs // 2: 0.5, 3 * epochs // 4: 0.75}, pruner)
 trainer = pl.Trainer(max_epochs=epochs, callbacks=[cap])
-trainer.fit(TextClassifier(), DataLoader(Sentences(2048, 1), 32, shuffle=True), DataLoader(Sentences(512, 2), 128))
+model, val = TextClassifier(), DataLoader(Sentences(512, 2), 128)
+trainer.fit(model, DataLoader(Sentences(2048, 1), 32, shuffle=True), val)
 print(f"{trainer.callback_metrics['val_acc']:.1%} right with {cap.masks.global_sparsity:.1%} of the weights at zero")
+batch = next(iter(val))
+ONNX().export(model.bert, "text.onnx", {name: batch[name] for name in ("input_ids", "attention_mask")})

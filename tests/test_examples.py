@@ -4,10 +4,17 @@ import ast
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+from torch.utils.data import default_collate
 
+from lightning_cap.export import ONNX
 from tests.support import ROOT
 
 EXAMPLE = ROOT / "examples" / "existing_trainer.py"
@@ -54,11 +61,62 @@ TASKS = {  # example -> epochs, what it prints, and the least that it must reach
 }
 
 
+def _model(name: str) -> tuple[nn.Module, Callable[[int], Any]]:
+    """The model of an example, of which half is zero, and what makes inputs for it."""
+    made: dict[str, Any] = {"__name__": name}
+    exec((EXAMPLE.parent / f"{name}.py").read_text().split("pl.seed_everything")[0], made)
+    torch.manual_seed(0)
+    if name == "text":
+        model = made["TextClassifier"]().bert
+
+        def inputs(number: int) -> Any:
+            sentences = made["Sentences"](number, number)
+            batch = default_collate([sentences[i] for i in range(number)])
+            return {name: batch[name] for name in ("input_ids", "attention_mask")}
+    else:
+        model = made["Detection"]() if name == "detection" else made["Segmentation"]().net
+        inputs = lambda number: made["draw"](number, number)[0]  # noqa: E731
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim >= 2:
+                parameter.mul_(torch.rand_like(parameter) < 0.5)
+    return model.eval(), inputs
+
+
+@pytest.mark.parametrize(
+    ("name", "taken", "given"),
+    [
+        ("text", ["input_ids", "attention_mask"], ["logits"]),
+        pytest.param("detection", ["input"], ["output_0", "output_1"], marks=pytest.mark.slow),
+        pytest.param("segmentation", ["input"], ["out"], marks=pytest.mark.slow),
+    ],
+)
+def test_models_of_other_tasks_in_onnxruntime(name: str, taken: list[str], given: list[str], tmp_path: Path) -> None:
+    """With other numbers of samples than they were exported with."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("transformers" if name == "text" else "scipy")
+    model, inputs = _model(name)
+    record = ONNX().export(model, tmp_path / "m.onnx", inputs(4))
+    assert record.zeros_equal == record.weights > 0
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    assert [[value.name for value in side] for side in (session.get_inputs(), session.get_outputs())] == [taken, given]
+    for number in (1, 7):
+        batch = inputs(number)
+        feed = batch if isinstance(batch, dict) else {"input": batch}
+        outputs = session.run(None, {key: value.numpy() for key, value in feed.items()})
+        with torch.no_grad():
+            expected = tree_leaves(model(**batch) if isinstance(batch, dict) else model(batch))
+        assert len(outputs) == len(expected)
+        for one, other in zip(outputs, expected, strict=True):
+            torch.testing.assert_close(torch.from_numpy(one), other, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TASKS)
 def test_other_tasks_run(name: str, tmp_path: Path) -> None:
     if name == "text.py":
         pytest.importorskip("transformers")
+        pytest.importorskip("onnxruntime")
     epochs, pattern, least = TASKS[name]
     script = [sys.executable, str(EXAMPLE.parent / name), str(epochs)]
     run = subprocess.run(script, cwd=tmp_path, capture_output=True, text=True, timeout=900, check=False)
@@ -66,4 +124,5 @@ def test_other_tasks_run(name: str, tmp_path: Path) -> None:
     result = re.search(pattern, run.stdout)
     assert result is not None, run.stdout
     assert float(result.group(1)) > least
+    assert (name == "text.py") == (tmp_path / "text.onnx").is_file()
     assert re.search(r"\n│ +75 % │ +[\d.]+ │|\n│ +95 % │ +[\d.]+ │", run.stdout), "the table has the metric"

@@ -225,6 +225,13 @@ def test_outputs_that_cannot_be_exported(model: nn.Module, words: str, tmp_path:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_number_of_rows_that_is_a_constant(tmp_path: Path) -> None:
+    model = _Giving(lambda x: x + torch.zeros(1, 3, 8, 8).expand(len(x), -1, -1, -1))
+    with pytest.raises(ExportError, match=r"Write x\.shape\[0\] in place of len\(x\)"):
+        PT2().export(model, tmp_path / "model.pt2", images())
+    assert not list(tmp_path.iterdir())
+
+
 def test_outputs_that_are_not_finite(tmp_path: Path) -> None:
     broken = small_convnet()
     next(broken.parameters()).data.fill_(torch.nan)
