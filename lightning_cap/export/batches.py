@@ -141,7 +141,10 @@ def checked_outputs(outputs: Any, rows: int) -> list[Tensor]:
     leaves = [(name, leaf) for name, leaf in _named_leaves(outputs, "output") if leaf is not None]
     for name, leaf in leaves:
         if not isinstance(leaf, Tensor):
-            raise ExportError(f"model: its output {name!r} is a {type(leaf).__name__}. {only}")
+            raise ExportError(
+                f"model: its output {name!r} is a {type(leaf).__name__}. {only} Let the model leave it out, as transformers do by "
+                "'use_cache': False among the arguments."
+            )
         if leaf.ndim < 1:
             raise ExportError(
                 f"model: its output {name!r} is a single number. {only} If it is a loss, leave what it is computed of, such as "

@@ -12,8 +12,10 @@ from torch import nn
 
 from lightning_cap.errors import ConfigError
 from lightning_cap.export import ONNX, QDQ, Exporter, ExportRecord, Safetensors, TorchAO
+from lightning_cap.export.batches import call, output_tensors
 from lightning_cap.quantization.layers import fake_quantized, prepare
 from lightning_cap.utilities.records import read_records
+from tests.support import anything
 from tests.support.quantizing import features, quantized_net, sparse_net
 
 pytest.importorskip("torchao")
@@ -175,3 +177,14 @@ def test_formats_of_floats_hold_what_it_was_trained_to(kind: type[Exporter], tmp
     exporter = made(kind)
     record = exporter.export(quantized_net(), tmp_path / f"m{exporter.suffix}", features())
     assert record.zeros_equal == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_model_of_named_inputs(kind: type[Exporter], tmp_path: Path) -> None:
+    exporter, model = made(kind), anything.made("words")
+    prepare(model, ["first", "head"])
+    path = tmp_path / f"m{exporter.suffix}"
+    record = exporter.export(model, path, anything.words(5))
+    assert record.weights == record.zeros_equal == 3
+    outputs, expected = exporter.runner(path, model)(anything.words(2)), call(model, anything.words(2))
+    torch.testing.assert_close(outputs, output_tensors(expected), rtol=1e-3, atol=1e-4)
