@@ -66,7 +66,7 @@ def _add_options(parser: argparse.ArgumentParser) -> None:
             "--host_memory",
             "Main memory of a machine, as 512GB. Default: what is free here, unless the GPUs are not here.",
         ),
-        ("--train_images", "Training images, where the data module does not tell how many there are."),
+        ("--train_images", "Training samples, where the data module does not tell how many there are."),
     ):
         parser.add_argument(name, default=None, help=told)
     parser.add_argument("--no_measure", action="store_true", help="Do not measure seconds.")

@@ -91,12 +91,12 @@ def random_data(
     Args:
         module: Of the run.
         data: Its data module; not asked for anything that would open files. None for none.
-        processes: That share the training images.
+        processes: That share the training samples.
         train_images: How many there are in all. Default: as the data module tells by ``known_images``, else as many as in
             ImageNet-1k for 1000 classes, else 10,000.
 
     Returns:
-        The data module, and whether the number of images is known.
+        The data module, and whether the number of samples is known.
 
     Raises:
         ConfigError: Nothing tells the inputs, or a process would have no batch.
@@ -118,7 +118,7 @@ def random_data(
     batch = int(batch) if is_whole(batch) else _BATCH_SIZE
     if images // processes < batch:
         raise ConfigError(
-            f"batch_size={batch} leaves no complete training batch of {images} images on {processes} process(es): use a "
+            f"batch_size={batch} leaves no complete training batch of {images} samples on {processes} process(es): use a "
             "smaller one."
         )
     kind: type[RandomData] = (

@@ -203,7 +203,7 @@ class _Probe(pl.Callback):
         if not self._known:
             images = self._data.images * max(1, self._configured.world_size)
             notes.append(
-                f"{images} training images are assumed, as the data is not looked at; else give --train_images"
+                f"{images} training samples are assumed, as the data is not looked at; else give --train_images"
             )
         if not callbacks:
             notes.append("no callback prunes: this run has no pruning events")

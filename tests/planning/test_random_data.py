@@ -46,7 +46,7 @@ def test_what_tells_no_shape_is_refused() -> None:
         random_data(model, None, 1)
     model.example_input_array = torch.zeros(2, 3, 2, 2)
     assert random_data(model, None, 1)[0].example.shape[1:] == (3, 2, 2)
-    with pytest.raises(ConfigError, match="batch_size=32 leaves no complete training batch of 40 images on 2"):
+    with pytest.raises(ConfigError, match="batch_size=32 leaves no complete training batch of 40 samples on 2"):
         random_data(model, None, 2, train_images=40)
 
 
