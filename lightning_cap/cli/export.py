@@ -152,7 +152,7 @@ def describe(record: ExportRecord, path: Path, origin: str) -> list[str]:
         ran = "not run, as that needs another machine; its stored weights were compared"
     else:
         ran = (
-            f"largest difference from torch {record.difference:.1e} of the largest output, tolerance {record.tolerance:g}, on "
+            f"largest difference from torch {record.difference:.1e} of the largest output, tolerance {record.tolerance:.3g}, on "
             f"{record.inputs} inputs ({origin})"
         )
     zeros = f"zeros equal in all {record.weights} weights that have some" if record.weights else "no weight has zeros"

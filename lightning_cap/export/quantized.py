@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
@@ -16,10 +16,12 @@ from lightning_cap.errors import ConfigError
 from lightning_cap.export.batches import Inputs, call, num_rows, output_tensors
 from lightning_cap.export.exporter import Exporter, Runner, torch_runner
 from lightning_cap.export.onnx import ONNX
-from lightning_cap.quantization.layers import base_config, fake_quantized
+from lightning_cap.export.verification import largest_difference
+from lightning_cap.quantization.layers import base_config, fake_quantized, plain_linears
 from lightning_cap.utilities.arguments import require_flag, require_instance, require_path
 
 _LOW, _HIGH = -128, 127
+_OTHERWISE_ROUNDED, _MOST = 1.5, 0.5  # see the tolerance; two roundings that have nothing in common differ by 1.41
 _TINY = torch.finfo(torch.float32).smallest_normal
 
 
@@ -27,9 +29,10 @@ class IntegerExporter(Exporter):
     """Of a format that holds int8 weights of fake quantized Linear layers.
 
     Args:
-        tolerance: Largest difference between an output of the file and of torch, as a share of torch's largest output. Where sums
-            are added up in another order, an input on the edge between two integers is rounded to the other one, 1/255 of its
-            range away.
+        tolerance: Largest difference between an output of the file and of torch, as a share of torch's largest output, unless int8
+            itself moves the outputs by more: then one and a half times as much as that, and half of the largest output at the most.
+            The two add sums up in another order, so an input on the edge between two integers is rounded to the other one, and many
+            layers on this makes as much of a difference as rounding does.
 
     Raises:
         ConfigError: The tolerance is no number in (0, 1).
@@ -52,6 +55,13 @@ class IntegerExporter(Exporter):
                 "with QATCallback."
             )
         return super().prepare(model, inputs)
+
+    def allowed(self, model: nn.Module, inputs: Inputs, expected: Sequence[Tensor]) -> float:
+        """See the tolerance."""
+        with plain_linears(model):
+            plain = output_tensors(call(model, inputs))
+        moved = max(largest_difference(*pair) for pair in zip(plain, expected, strict=True))
+        return max(self.tolerance, min(_OTHERWISE_ROUNDED * moved, _MOST))
 
 
 class TorchAO(IntegerExporter):

@@ -40,16 +40,21 @@ def _difference(name: str, outputs: Tensor, expected: Tensor, tolerance: float) 
             f"to={name!r}: the file gives outputs of shape {tuple(outputs.shape)} for {len(expected)} inputs, and torch "
             f"{tuple(expected.shape)}. It was removed."
         )
-    if not expected.numel():
-        return 0.0
-    largest = expected.double().abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-    difference = float((outputs.double().cpu() - expected.double().cpu()).abs().max() / largest.cpu())
+    difference = largest_difference(outputs, expected)
     if not difference <= tolerance:  # nor NaN
         raise ExportError(
             f"to={name!r}: outputs of the file differ from torch's by {difference:.1e} of the largest output, more than "
-            f"tolerance={tolerance:g}. The file was removed."
+            f"tolerance={tolerance:.3g}. The file was removed."
         )
     return difference
+
+
+def largest_difference(outputs: Tensor, expected: Tensor) -> float:
+    """Between two tensors of a shape, as a share of the largest value of the second."""
+    if not expected.numel():
+        return 0.0
+    largest = expected.double().abs().max().clamp(min=torch.finfo(torch.float32).tiny)
+    return float((outputs.double().cpu() - expected.double().cpu()).abs().max() / largest.cpu())
 
 
 def check_zeros(name: str, model: nn.Module, stored: Mapping[str, Tensor]) -> tuple[int, int]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_cap.errors import ConfigError
+from lightning_cap.errors import ConfigError, ExportError
 from lightning_cap.export import ONNX, QDQ, Exporter, ExportRecord, Safetensors, TorchAO
 from lightning_cap.export.batches import call, output_tensors
 from lightning_cap.quantization.layers import fake_quantized, prepare
@@ -37,7 +37,7 @@ def test_the_file_does_what_the_fake_quantized_model_does(kind: type[Exporter], 
     assert read_records(path.with_name("exports.jsonl"), ExportRecord) == [record]
     assert (record.format, record.weights, record.zeros_equal) == (kind.format, 3, 3)
     assert record.difference is not None
-    assert record.difference <= exporter.tolerance == 0.05
+    assert record.difference <= exporter.tolerance == 0.05 == record.tolerance
     run = exporter.runner(path, net, threads=1)
     for number in (1, 2, 7):  # any batch
         torch.testing.assert_close(run(features(number)), net(features(number)), rtol=1e-3, atol=1e-3)
@@ -170,6 +170,26 @@ def test_constant_scales_say_how_far_they_move_the_outputs(tmp_path: Path, monke
     assert re.fullmatch(
         r"Constant scales from 6 inputs move the outputs by \d\.\d% of the largest one at the most\.", line
     )
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_where_rounding_moves_the_outputs_more_the_file_may_differ_more(
+    kind: type[Exporter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(kind)
+    exporter, net = kind(1e-9), quantized_net()
+    expected, plain = net(features()), sparse_net()(features())
+    moved = float(((expected - plain).abs().max() / expected.abs().max()).detach())
+    path = tmp_path / f"m{exporter.suffix}"
+    assert exporter.export(net, path, features()).tolerance == pytest.approx(1.5 * moved, rel=1e-4)
+    assert kind(0.4).allowed(net, features(), [expected]) == 0.4
+    assert exporter.allowed(net, features(), [expected * 100]) == pytest.approx(0.5)  # rounding breaks such a model
+    run = exporter.runner
+    monkeypatch.setattr(
+        exporter, "runner", lambda *a, **k: lambda x: run(*a, **k)(x) + 1.6 * moved * expected.abs().max()
+    )
+    with pytest.raises(ExportError, match=f"more than tolerance={1.5 * moved:.3g}"):
+        exporter.export(net, path, features())
 
 
 @pytest.mark.parametrize("kind", [Safetensors, ONNX])
