@@ -53,8 +53,8 @@ def largest_difference(outputs: Tensor, expected: Tensor) -> float:
     """Between two tensors of a shape, as a share of the largest value of the second."""
     if not expected.numel():
         return 0.0
-    largest = expected.double().abs().max().clamp(min=torch.finfo(torch.float32).tiny)
-    return float((outputs.double().cpu() - expected.double().cpu()).abs().max() / largest.cpu())
+    found, wanted = (tensor.detach().cpu().double() for tensor in (outputs, expected))
+    return float((found - wanted).abs().max() / wanted.abs().max().clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def check_zeros(name: str, model: nn.Module, stored: Mapping[str, Tensor]) -> tuple[int, int]:

@@ -16,6 +16,7 @@ from lightning_cap.pruners import Pruner
 from lightning_cap.schedules import SparsitySchedule
 
 GIVEN: dict[str, dict[str, Any]] = {
+    "PQAdaptive": {"start_epoch": 0, "end_epoch": 40},
     "PolynomialSchedule": {"final": 0.5, "start_epoch": 0, "end_epoch": 40},
     "ExponentialSchedule": {"final": 0.5, "start_epoch": 0, "end_epoch": 40},
     "OneShot": {"sparsity": 0.5},

@@ -53,6 +53,7 @@ TORCHS = {  # private names of torch's and argparse's, which this is not about
     "_saved_dim",
     "_saved_pad",
     "_saved_self_sym_sizes",
+    "_step_supports_amp_scaling",  # of fused optimizers
     "_scaled_dot_product_flash_attention_for_cpu",
 }
 ALLOWED = {

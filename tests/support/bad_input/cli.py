@@ -146,7 +146,7 @@ LINES += [
     planned("an amount of memory", ["--device_memory=much"], "device_memory='much'"),
     planned("no amount of main memory", ["--host_memory=-1"], "host_memory='-1'"),
     planned("no number of images", ["--train_images=0"], "train_images=0"),
-    planned("too few images", ["--train_images=4"], "batch_size=128", "4 images"),
+    planned("too few images", ["--train_images=4"], "batch_size=128", "4 samples"),
     planned("an option with a typo", ["--device_memry=80GB"], "--device_memry; did you mean '--device_memory'?"),
     planned("no devices", ["--trainer.accelerator=gpu", "--trainer.devices=0"], "trainer.devices=0"),
     planned("a strategy that shards", ["--trainer.accelerator=gpu", "--trainer.strategy=fsdp"], "shards parameters"),
