@@ -16,7 +16,9 @@ from lightning_cap.errors import ConfigError, UnsupportedError
 from lightning_cap.pruners.pdp import PDP, soft_mask, soft_threshold, softened_zeros
 from lightning_cap.sparsity.masks import count_masked
 from lightning_cap.sparsity.targets import Targets
+from lightning_cap.trainer import compat
 from lightning_cap.utilities.arguments import require_real, require_whole, shown
+from lightning_cap.utilities.compiled import is_compiled, plain_name
 
 _RUN_UP = 1.25  # of the soft epochs there are more than it takes to the goal, as in the paper (84 epochs, 0.015)
 
@@ -54,6 +56,7 @@ class PDPCallback(pl.Callback):
         self._handles: list[Any] = []
         self._thresholds: dict[tuple[int, str], tuple[int, int, Tensor]] = {}
         self._used: set[str] = set()
+        self._told = False
 
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Find the callback that prunes, and refuse what cannot work.
@@ -104,6 +107,14 @@ class PDPCallback(pl.Callback):
         rate = min(1.0, _RUN_UP / (self._event - self.epoch)) if self.rate is None else self.rate
         return min(1.0, rate * (epoch - self.epoch + 1) + 1e-9)
 
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Refuse a compiled module.
+
+        Raises:
+            UnsupportedError: Names what is compiled.
+        """
+        _refuse_compiled(pl_module)
+
     def on_train_batch_start(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
     ) -> None:
@@ -117,8 +128,6 @@ class PDPCallback(pl.Callback):
             return
         assert self._partner is not None
         pruner, targets = self._pruner, self._partner.run.targets
-        if self._planned is None:
-            _refuse_compiled(targets)
         self._planned = epoch
         if not self.epoch <= epoch < self._event:
             self._take_off()
@@ -134,11 +143,11 @@ class PDPCallback(pl.Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Tell, once in each epoch, of targets that are computed with in another way, so that their masks were not used."""
-        if not self._handles or "" in self._used:
+        if not self._handles or self._told:
             return
         assert self._partner is not None
         unused = [name for name in self._partner.run.targets if name not in self._used]
-        self._used.add("")
+        self._told = True
         if unused:
             rank_zero_warn(
                 f"PDPCallback: {len(unused)} targets, first {unused[0]!r}, were not read by the forward pass of their layer, so "
@@ -162,7 +171,7 @@ class PDPCallback(pl.Callback):
     def _remove_hooks(self) -> None:
         for handle in self._handles:
             handle.remove()
-        self._handles, self._thresholds, self._used = [], {}, set()
+        self._handles, self._thresholds, self._used, self._told = [], {}, set(), False
 
     def _take_off(self) -> None:
         self._remove_hooks()
@@ -215,10 +224,12 @@ class PDPCallback(pl.Callback):
         return threshold
 
 
-def _refuse_compiled(targets: Targets) -> None:
-    compiled = [name for name, path in targets.paths.items() if "_orig_mod" in path]
-    if compiled:
+def _refuse_compiled(module: pl.LightningModule) -> None:
+    """Hooks that are put on after compiling are not seen."""
+    names = [plain_name(name) for name, part in module.named_modules() if is_compiled(part)]
+    if names or compat.is_compiled(module):
+        part = (names or [""])[0] or type(module).__name__
         raise UnsupportedError(
-            f"model: the layer of {compiled[0]!r} is compiled, and soft masks are put on by hooks. Train it without "
-            "torch.compile, or use CAPPruningCallback(pruner=Magnitude())."
+            f"model: {part!r} is compiled, and soft masks are put on by hooks. Train it without torch.compile, or use "
+            "CAPPruningCallback(pruner=Magnitude())."
         )

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import lightning.pytorch as pl
-from lightning.pytorch.utilities.rank_zero import rank_zero_info
+from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 
 from lightning_cap.callbacks import checks
 from lightning_cap.callbacks.run import is_dry
 from lightning_cap.errors import ConfigError, DataError, UnsupportedError
-from lightning_cap.quantization.layers import choose_layers, prepare, require_torchao
+from lightning_cap.quantization.layers import choose_layers, make_plain, prepare, require_torchao
 from lightning_cap.utilities.arguments import require_choice, require_names, require_whole, shown
 
 _VERSION = 1  # of the state
@@ -92,7 +92,9 @@ class QATCallback(pl.Callback):
         """Quantize what was when the checkpoint was saved, also to validate, test and predict."""
         held = (checkpoint.get("callbacks") or {}).get(self.state_key)
         if held is not None:
-            prepare(pl_module, _decode(held))
+            names = _decode(held)
+            make_plain(pl_module, keep=names)
+            prepare(pl_module, names)
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Choose the layers; name those that cannot be quantized, or refuse them.
@@ -102,7 +104,14 @@ class QATCallback(pl.Callback):
             UnsupportedError: ``unsupported="refuse"``, and some cannot.
         """
         if self._begun:
+            chosen = choose_layers(pl_module, self.include, self.exclude)[0]
+            if set(chosen) != set(self._layers):
+                rank_zero_warn(
+                    f"include, exclude: the checkpoint has {len(self._layers)} layers quantized, and these choose {len(chosen)}. "
+                    "Those of the checkpoint stay."
+                )
             return
+        make_plain(pl_module)  # of an earlier fit: it begins at its epoch
         self._layers, left = choose_layers(pl_module, self.include, self.exclude)
         told = "; ".join(f"{name}: {why}" for name, why in left.items())
         if left and self.unsupported == "refuse":
@@ -128,8 +137,8 @@ def quantized_layers(states: Any) -> list[str]:
     Raises:
         DataError: They are damaged.
     """
-    for held in states.values() if isinstance(states, Mapping) else ():
-        if isinstance(held, Mapping) and "quantized" in held:
+    for key, held in states.items() if isinstance(states, Mapping) else ():
+        if isinstance(held, Mapping) and "quantized" in held and (key == QATCallback.__name__ or "version" in held):
             return _decode(held)
     return []
 

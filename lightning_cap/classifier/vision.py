@@ -122,6 +122,8 @@ class VisionClassifier(LightningModule):
             load_weights(self.model, checkpoint)
         self.pretrained = pretrained
         self.distillation = distillation
+        if distillation is not None:
+            distillation.check(self.model)
         if distillation is not None and distillation.num_classes not in (None, self.num_classes):
             raise ConfigError(
                 f"distillation={distillation}: its teacher has {distillation.num_classes} classes, the model {self.num_classes}. "

@@ -133,6 +133,14 @@ class Exporter(ABC):
             self.write(model, path, _two_or_more(inputs), {})
         return self.runner(path, model, threads)
 
+    def check_stored(self, model: nn.Module, stored: Mapping[str, Tensor]) -> None:
+        """What else must be true of the arrays in the file, beside zeros.
+
+        Raises:
+            ExportError: It is not.
+        """
+        return
+
     def allowed(self, model: nn.Module, inputs: Inputs, expected: Sequence[Tensor]) -> float:
         """Largest difference of the file's outputs from ``expected``, those of the model for these inputs: the tolerance."""
         return self.tolerance
@@ -231,7 +239,9 @@ class Exporter(ABC):
         with _telling(refused), _finding_full_disk(path, num_bytes(model)):
             self.write(model, path, _two_or_more(inputs), metadata)
         with _telling(f"to={self.format!r}: the file that was written cannot be read"):
-            weights, equal = check_zeros(self.format, model, self.stored(path))
+            stored = self.stored(path)
+            weights, equal = check_zeros(self.format, model, stored)
+            self.check_stored(model, stored)
         verified: dict[str, Any] = {"weights": weights, "zeros_equal": equal}
         if self.runs_here():
             with _telling(f"to={self.format!r}: the file that was written cannot be run"):

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
-from lightning_cap.errors import ConfigError
+from lightning_cap.errors import ConfigError, ExportError
 from lightning_cap.export.batches import Inputs, call, num_rows, output_tensors
 from lightning_cap.export.exporter import Exporter, Runner, torch_runner
 from lightning_cap.export.onnx import ONNX
@@ -29,10 +29,7 @@ class IntegerExporter(Exporter):
     """Of a format that holds int8 weights of fake quantized Linear layers.
 
     Args:
-        tolerance: Largest difference between an output of the file and of torch, as a share of torch's largest output, unless int8
-            itself moves the outputs by more: then one and a half times as much as that, and half of the largest output at the most.
-            The two add sums up in another order, so an input on the edge between two integers is rounded to the other one, and many
-            layers on this makes as much of a difference as rounding does.
+        tolerance: Largest difference between an output of the file and of torch, as a share of torch's largest output.
 
     Raises:
         ConfigError: The tolerance is no number in (0, 1).
@@ -56,12 +53,21 @@ class IntegerExporter(Exporter):
             )
         return super().prepare(model, inputs)
 
-    def allowed(self, model: nn.Module, inputs: Inputs, expected: Sequence[Tensor]) -> float:
-        """See the tolerance."""
-        with plain_linears(model):
-            plain = output_tensors(call(model, inputs))
-        moved = max(largest_difference(*pair) for pair in zip(plain, expected, strict=True))
-        return max(self.tolerance, min(_OTHERWISE_ROUNDED * moved, _MOST))
+    def check_stored(self, model: nn.Module, stored: Mapping[str, Tensor]) -> None:
+        """Integers, multiplied by their scales, are the weights that fake quantization gives; so zeros are zero.
+
+        Raises:
+            ExportError: A weight is another one.
+        """
+        for name, layer in fake_quantized(model).items():
+            rounding: Any = layer.weight_fake_quantizer
+            rounded = rounding(layer.weight).detach()
+            held = stored.get(f"{name}.weight", rounded.new_empty(0))
+            if held.shape != rounded.shape or not torch.allclose(held, rounded, rtol=1e-5, atol=0.0):
+                raise ExportError(
+                    f"to={self.format!r}: the integers of {name!r} in the file are not those it was trained with. The file was "
+                    "removed."
+                )
 
 
 class TorchAO(IntegerExporter):
@@ -111,7 +117,10 @@ class QDQ(IntegerExporter, ONNX):
     CPU, against torch with the same scales.
 
     Args:
-        tolerance: See `IntegerExporter`.
+        tolerance: Largest difference between an output of the file and of torch, as a share of torch's largest output, unless int8
+            itself moves the outputs by more: then one and a half times as much as that, and half of the largest output at the most.
+            The two add sums up in another order, so an input on the edge between two integers is rounded to the other one, and many
+            layers on this makes as much of a difference as rounding does.
         static: Constant scales: of the range that the inputs of each layer have on the example input, which is to be real.
 
     Raises:
@@ -132,6 +141,22 @@ class QDQ(IntegerExporter, ONNX):
         """The fake quantized model, with constant scales where they are to be."""
         model, inputs = super().prepare(model, inputs)
         return (_with_constant_scales(model, inputs) if self.static else model), inputs
+
+    def allowed(self, model: nn.Module, inputs: Inputs, expected: Sequence[Tensor]) -> float:
+        """See the tolerance."""
+        with plain_linears(model):
+            plain = output_tensors(call(model, inputs))
+        moved = max(largest_difference(*pair) for pair in zip(plain, expected, strict=True))
+        return max(self.tolerance, min(_OTHERWISE_ROUNDED * moved, _MOST))
+
+    def stored(self, path: Path | str) -> dict[str, Tensor]:
+        """The initializers, integers multiplied by their scales, in the shape ``(out, in)`` of weights."""
+        held = super().stored(path)
+        for name in [name for name, value in held.items() if name.endswith(".weight") and value.dtype == torch.int8]:
+            layer = name.removesuffix(".weight")
+            integers = held[name].t() if f"{layer}.input_scale" in held else held[name]
+            held[name] = integers.float() * held[f"{layer}.scale"].unsqueeze(1)
+        return held
 
     def write(self, model: nn.Module, path: Path, inputs: Inputs, metadata: Mapping[str, str]) -> None:
         """Trace the model with its integers and translate the program."""
@@ -215,9 +240,9 @@ def _with_constant_scales(model: nn.Module, inputs: Inputs) -> nn.Module:
         before = ranges.get(name, (low, high))
         ranges[name] = torch.minimum(low, before[0]), torch.maximum(high, before[1])
 
-    layers = fake_quantized(own)
+    layers: dict[str, Any] = dict(fake_quantized(own))
     handles = [
-        layer.register_forward_pre_hook(lambda _layer, given, name=name: look(name, given[0]))
+        layer.activation_fake_quantizer.register_forward_pre_hook(lambda _, given, name=name: look(name, given[0]))
         for name, layer in layers.items()
     ]
     trained = output_tensors(call(own, inputs))

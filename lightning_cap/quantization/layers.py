@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -102,8 +102,34 @@ def prepare(model: nn.Module, names: Collection[str]) -> None:
     modes = {name: layers[name].training for name in wanted}
     with rng.preserved():  # torchao initialises a layer before it gets the old one's parameters
         quantize_(model, QATConfig(base_config(), step="prepare"), lambda _, name: plain_name(name) in wanted)
+    found = {plain_name(name): layer for name, layer in model.named_modules(remove_duplicate=False)}
+    swapped = {id(layers[name]): found[name] for name in wanted if found[name] is not layers[name]}
+    _put(model, swapped)  # torchao finds a layer of two names by one of them
     for name, layer in fake_quantized(model).items():
         layer.train(modes.get(name, layer.training))
+
+
+def make_plain(model: nn.Module, keep: Collection[str] = ()) -> None:
+    """Swap layers that `prepare` has made back for Linear layers, in place; their Parameter objects stay.
+
+    Args:
+        model: Of which the layers are.
+        keep: Names of those to leave.
+    """
+    plain: dict[int, nn.Module] = {}
+    for name, layer in fake_quantized(model).items():
+        if name not in keep and id(layer) not in plain:
+            with rng.preserved():  # as it is initialised before it gets the parameters
+                plain[id(layer)] = cast(Any, layer).to_linear().train(layer.training)
+    _put(model, plain)
+
+
+def _put(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
+    """In the place of modules of these ids, under all their names."""
+    for parent in list(model.modules()):
+        for name, child in list(parent._modules.items()):  # with those that have two names
+            if id(child) in new:
+                setattr(parent, name, new[id(child)])
 
 
 def fake_quantized(model: nn.Module) -> dict[str, nn.Linear]:

@@ -21,7 +21,8 @@ class KeptTokenDistillation(DistillationLoss):
     """``(1 - α) · loss + α · (KL + token_weight · distance of the kept tokens)``, section 3.3 of DynamicViT.
 
     The distance is the mean squared difference from the teacher's last norm, over the patch tokens that the model keeps. The
-    defaults have DynamicViT's weights 1, 0.5 and 0.5, up to a common factor. The teacher is kept apart as `DistillationLoss` does.
+    defaults have DynamicViT's weights 1, 0.5 and 0.5, up to a factor of 2/3, which ``ratio_weight`` of `DynamicViT` has not. The
+    teacher is kept apart as `DistillationLoss` does.
 
     Args:
         teacher: A timm `VisionTransformer` with as many tokens and channels, or the name of one; the dense model.
@@ -53,6 +54,25 @@ class KeptTokenDistillation(DistillationLoss):
         require_tokens("teacher", self.teacher)
         self.token_weight = token_weight
 
+    def check(self, model: nn.Module) -> None:
+        """See `DistillationLoss.check`."""
+        super().check(model)
+        student = plain_module(model)
+        if not isinstance(student, TokenPruning):
+            raise ConfigError(
+                f"model={type(student).__name__}: it leaves no tokens out. Give a DynamicViT or ZeroTPrune, or use "
+                "DistillationLoss(teacher, kind='token')."
+            )
+        if any(module is self.teacher for module in model.modules()):
+            raise ConfigError("teacher: it is the model itself. Give a copy, as copy.deepcopy(model), before pruning.")
+        both: list[Any] = [self.teacher, student.vit]
+        found = [(int(vit.patch_embed.num_patches), int(vit.embed_dim)) for vit in both]
+        if found[0] != found[1]:
+            raise ConfigError(
+                "teacher: it has {} patches of {} channels, and the model {} of {}. Give the dense model of the same size and "
+                "classes.".format(*found[0], *found[1])
+            )
+
     def __call__(self, model: nn.Module, inputs: Any, loss: Callable[[Any], Tensor]) -> Tensor:
         """The loss of a batch: ``model(inputs)`` is computed once, ``loss(logits)`` is the loss without a teacher.
 
@@ -64,21 +84,8 @@ class KeptTokenDistillation(DistillationLoss):
         Raises:
             ConfigError: The model leaves no tokens out, or the teacher has other tokens or classes.
         """
-        student = plain_module(model)
-        if not isinstance(student, TokenPruning):
-            raise ConfigError(
-                f"model={type(student).__name__}: it leaves no tokens out. Give a DynamicViT or ZeroTPrune, or use "
-                "DistillationLoss(teacher, kind='token')."
-            )
-        if any(module is self.teacher for module in model.modules()):
-            raise ConfigError("teacher: it is the model itself. Give a copy, as copy.deepcopy(model), before pruning.")
-        both: list[Any] = [self.teacher, student.vit]
-        patches = [int(vit.patch_embed.num_patches) for vit in both]
-        if patches[0] != patches[1]:
-            raise ConfigError(
-                f"teacher: it has {patches[0]} patches, and the model {patches[1]}. Give the dense model of the same size and "
-                "classes."
-            )
+        self.check(model)
+        student: Any = plain_module(model)
         output: TokenOutput = model(inputs, return_tokens=True)
         tokens = self._taught(inputs)
         with torch.no_grad():

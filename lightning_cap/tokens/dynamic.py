@@ -16,6 +16,7 @@ from lightning_cap.tokens.vision_transformer import Attended, require_mask
 from lightning_cap.utilities.arguments import require_real
 
 _MASKED = 1e-10  # what is left of a masked token in the attention: its gradient needs a finite logarithm
+_MASKED_IN_HALF = 2**-10  # float16 would round its share of the attention to zero, and with it the gradient
 
 
 class DynamicViT(TokenPruning):
@@ -32,9 +33,10 @@ class DynamicViT(TokenPruning):
     Args:
         model: See `TokenPruning`, as for the next two and the last three. It pools by its class token.
         blocks: A predictor is before each.
-        keep_ratio: Of each stage. With 1 there are no predictors.
+        keep_ratio: Of each stage. One that keeps all has no predictor.
         temperature: Of the Gumbel-softmax.
-        ratio_weight: Factor of `auxiliary_loss`.
+        ratio_weight: Factor of `auxiliary_loss`, which is added beside all other losses. It is 2 in the paper, where the loss of
+            the labels has the factor 1; `KeptTokenDistillation` gives that ``1 - alpha``.
         pretrained: Of a timm name.
         checkpoint: A local file of weights of the transformer, without predictors.
         model_kwargs: Of a timm name.
@@ -66,7 +68,7 @@ class DynamicViT(TokenPruning):
         for number, block in enumerate(vit.blocks):
             require_mask(number, block, "tokens cannot be masked in training")
         self.temperature, self.ratio_weight = temperature, ratio_weight
-        pruning = [share < 1 for share in self.kept_shares]
+        pruning = [share < before for share, before in zip(self.kept_shares, (1.0, *self.kept_shares), strict=False)]
         like = vit.cls_token
         self.predictors = nn.ModuleDict(
             {
@@ -103,7 +105,7 @@ class DynamicViT(TokenPruning):
                 policy = policy * self.decide(scores).to(policy.dtype)
                 wanted = self.kept_shares[self.blocks.index(number)]
                 distances.append((policy.mean(1) - wanted).square().mean())
-                mask = attention_mask(policy, prefix)
+                mask = attention_mask(policy, prefix, _MASKED_IN_HALF if _in_half(tokens) else _MASKED)
             tokens = self.run_block(block, tokens, mask)
         self._ratio_loss = torch.stack(distances).mean()
         return tokens, policy
@@ -118,17 +120,25 @@ class DynamicViT(TokenPruning):
         return highest(scores[..., 1], count)
 
 
-def attention_mask(policy: Tensor, prefix: int) -> Tensor:
+def _in_half(tokens: Tensor) -> bool:
+    """Whether attention is computed in float16."""
+    kind = tokens.device.type
+    by_autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) == torch.float16
+    return tokens.dtype == torch.float16 or by_autocast
+
+
+def attention_mask(policy: Tensor, prefix: int, floor: float = _MASKED) -> Tensor:
     """What is added to attention scores so that no token attends to one that is out, but each to itself (equation 10).
 
     Args:
         policy: 1 for patch tokens that stay, 0 for others, ``(b, P)``.
         prefix: Tokens before them, which stay.
+        floor: What is left of a token that is out.
 
     Returns:
         ``(b, 1, N, N)``, N = prefix + P. The softmax then has the factor that DynamicViT puts into it, and its gradient.
     """
-    columns = F.pad((policy + _MASKED).log(), (prefix, 0))
+    columns = F.pad((policy + floor).log(), (prefix, 0))
     number = columns.shape[1]
     others = 1 - torch.eye(number, dtype=columns.dtype, device=columns.device)
     return columns[:, None, None, :] * others

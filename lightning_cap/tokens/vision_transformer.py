@@ -80,7 +80,7 @@ def require_tokens(argument: str, model: object) -> VisionTransformer:
         )
     if not hasattr(model, _EMBED):
         raise UnsupportedError(
-            f"timm {timm.__version__} has no VisionTransformer.{_EMBED}, which token pruning needs. pip install 'timm<=1.0.27'"
+            f"timm {timm.__version__} has no VisionTransformer.{_EMBED}, which token pruning needs. pip install 'timm<=1.0.31'"
         )
     return model
 

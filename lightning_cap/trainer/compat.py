@@ -361,3 +361,8 @@ def _renamed(owner: str, name: str) -> UnsupportedError:
         f"lightning-cap needs here. It was tested with lightning {oldest} to {newest}. Install one of those, "
         f"pip install 'lightning>={oldest},<={newest},!=2.6.2,!=2.6.3', or a newer lightning-cap."
     )
+
+
+def is_compiled(module: pl.LightningModule) -> bool:
+    """Whether ``fit`` was given ``torch.compile(module)``."""
+    return getattr(module, "_compiler_ctx", None) is not None

@@ -18,3 +18,8 @@ def plain_name(name: str) -> str:
 def plain_module(module: nn.Module) -> Any:
     """The module inside a compiled one; any other as it is."""
     return getattr(module, COMPILED_PREFIX.rstrip("."), module)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether calls of a module go to a compiled program, by ``torch.compile`` or ``module.compile()``."""
+    return any(getattr(module, mark, None) is not None for mark in ("_compiled_call_impl", "_orig_mod"))

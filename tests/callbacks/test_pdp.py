@@ -276,11 +276,19 @@ def test_what_does_not_fit_is_refused_before_training(tmp_path: Path, pdp: PDPCa
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-def test_a_compiled_layer_is_refused(tmp_path: Path) -> None:
-    module = Toy()
-    module.net[4] = torch.compile(module.net[4], backend="eager")  # type: ignore[assignment]
-    with pytest.raises(UnsupportedError, match=r"without torch\.compile"):
-        trainer(tmp_path, callback({1: 0.5}, pruner=PDP()), PDPCallback(), max_epochs=2).fit(module, **loaders())
+@pytest.mark.parametrize("what", ["a layer", "in place", "the module"])
+def test_a_compiled_model_is_refused_before_training(tmp_path: Path, what: str) -> None:
+    module: Any = Toy()
+    if what == "a layer":
+        module.net[4] = torch.compile(module.net[4], backend="eager")
+    elif what == "in place":
+        module.net.compile(backend="eager")
+    else:
+        module = torch.compile(module, backend="eager")
+    t = trainer(tmp_path, callback({2: 0.5}, pruner=PDP()), PDPCallback(1), max_epochs=3)
+    with pytest.raises(UnsupportedError, match=r"is compiled.*without torch\.compile"):
+        t.fit(module, **loaders())
+    assert t.global_step == 0
 
 
 def test_a_dry_run_passes_and_validate_needs_no_partner(tmp_path: Path) -> None:

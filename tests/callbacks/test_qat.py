@@ -109,12 +109,25 @@ def test_a_checkpoint_is_validated_as_it_was_trained(tmp_path: Path) -> None:
     assert list(fake_quantized(module)) == LAYERS
 
 
-def test_a_second_fit_goes_on(tmp_path: Path) -> None:
-    """With the masks of the first, and the layers as they are."""
+class Seen(pl.Callback):
+    """How many layers are quantized in each epoch."""
+
+    def __init__(self) -> None:
+        self.counts: list[int] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *_: Any) -> None:
+        self.counts.append(len(fake_quantized(pl_module)))
+
+
+def test_a_second_fit_begins_at_its_epoch(tmp_path: Path) -> None:
+    """With the masks of the first, and plain layers until then."""
     module, qat, cb = quantizing_run(tmp_path)
-    t = trainer(tmp_path, cb, qat, limit_train_batches=1)
+    parameters, seen = list(map(id, module.parameters())), Seen()
+    t = trainer(tmp_path, cb, qat, seen, limit_train_batches=1, max_epochs=4)
     with pytest.warns(UserWarning, match="already at 0.75"):
         t.fit(module, **loaders())
+    assert seen.counts == [0, 0, len(LAYERS), len(LAYERS)]
+    assert list(map(id, module.parameters())) == parameters
     assert qat.layers == LAYERS
     assert zeros(module).float().mean() == 0.75
 
@@ -131,6 +144,28 @@ def test_the_fisher_is_that_of_plain_layers(tmp_path: Path, pruner: Any) -> None
         t.fit(module, **loaders())
         kept.append(zeros(module))
     assert torch.equal(*kept)
+
+
+def test_a_quantized_module_resumes_from_before_it_was(tmp_path: Path) -> None:
+    """Bit for bit as a new one does."""
+    module, _, _ = quantizing_run(tmp_path / "whole")
+    early = str(tmp_path / "whole" / "step=2.ckpt")
+    ends = []
+    for again in (Toy(), module):
+        t = trainer(tmp_path / "again", callback({1: 0.5, 3: 0.75}), QATCallback(2), max_epochs=5)
+        t.fit(again, **loaders(), ckpt_path=early)
+        ends.append(again.state_dict())
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_other_layers_than_those_of_a_checkpoint_are_told(tmp_path: Path) -> None:
+    quantizing_run(tmp_path)
+    late = str(max(tmp_path.glob("step=*.ckpt"), key=lambda path: int(path.stem.split("=")[1])))
+    qat = QATCallback(2, exclude=["net.0.*"])
+    t = trainer(tmp_path / "again", callback({1: 0.5, 3: 0.75}), qat, max_epochs=6)
+    with pytest.warns(UserWarning, match=f"has {len(LAYERS)} layers quantized, and these choose {len(LAYERS) - 1}"):
+        t.fit(Toy(), **loaders(), ckpt_path=late)
+    assert qat.layers == LAYERS
 
 
 def fit_on_ranks(folder: Path, first: bool) -> tuple[dict[str, torch.Tensor], list[str]]:

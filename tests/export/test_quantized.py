@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from lightning_cap.errors import ConfigError, ExportError
-from lightning_cap.export import ONNX, QDQ, Exporter, ExportRecord, Safetensors, TorchAO
+from lightning_cap.export import ONNX, QDQ, Exporter, ExportRecord, Safetensors, TorchAO, quantized
 from lightning_cap.export.batches import call, output_tensors
 from lightning_cap.quantization.layers import fake_quantized, prepare
 from lightning_cap.utilities.records import read_records
@@ -172,23 +172,47 @@ def test_constant_scales_say_how_far_they_move_the_outputs(tmp_path: Path, monke
     )
 
 
-@pytest.mark.parametrize("kind", KINDS)
 def test_where_rounding_moves_the_outputs_more_the_file_may_differ_more(
-    kind: type[Exporter], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    made(kind)
-    exporter, net = kind(1e-9), quantized_net()
-    expected, plain = net(features()), sparse_net()(features())
-    moved = float(((expected - plain).abs().max() / expected.abs().max()).detach())
-    path = tmp_path / f"m{exporter.suffix}"
+    made(QDQ)
+    exporter, net = QDQ(1e-9), quantized_net()
+    with torch.no_grad():
+        expected, plain = net(features()), sparse_net()(features())
+    moved = float((expected - plain).abs().max() / expected.abs().max())
+    path = tmp_path / "m.qdq.onnx"
     assert exporter.export(net, path, features()).tolerance == pytest.approx(1.5 * moved, rel=1e-4)
-    assert kind(0.4).allowed(net, features(), [expected]) == 0.4
+    assert QDQ(0.4).allowed(net, features(), [expected]) == 0.4
     assert exporter.allowed(net, features(), [expected * 100]) == pytest.approx(0.5)  # rounding breaks such a model
+    assert TorchAO(1e-3).allowed(net, features(), [expected * 100]) == 1e-3  # torch rounds as torch does
     run = exporter.runner
     monkeypatch.setattr(
         exporter, "runner", lambda *a, **k: lambda x: run(*a, **k)(x) + 1.6 * moved * expected.abs().max()
     )
     with pytest.raises(ExportError, match=f"more than tolerance={1.5 * moved:.3g}"):
+        exporter.export(net, path, features())
+
+
+@pytest.mark.parametrize("make", [TorchAO, QDQ, lambda: QDQ(static=True)])
+def test_a_pruned_weight_that_is_no_zero_in_the_file_is_found(
+    make: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made(QDQ)
+    exporter, net, path = make(), quantized_net(), tmp_path / f"m{make().suffix}"
+    record = exporter.export(net, path, features())
+    assert (record.weights, record.zeros_equal) == (3, 3)
+    convert = quantized._converted
+
+    def broken(model: nn.Module) -> nn.Module:
+        own: Any = convert(model)
+        zero = (own[0].weight.qdata == 0).nonzero()[0]
+        own[0].weight.qdata[tuple(zero)] = 1
+        return own  # type: ignore[no-any-return]
+
+    monkeypatch.setattr(quantized, "_converted", broken)
+    with pytest.raises(
+        ExportError, match=r"integers of '0' in the file are not those|zeros of '0.weight' are not zero"
+    ):
         exporter.export(net, path, features())
 
 

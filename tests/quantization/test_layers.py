@@ -13,6 +13,7 @@ from lightning_cap.quantization.layers import (
     base_config,
     choose_layers,
     fake_quantized,
+    make_plain,
     plain_linears,
     prepare,
     require_torchao,
@@ -142,3 +143,21 @@ def test_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
         ConfigError, match=r"X needs the package torchao, not installed here: pip install 'lightning-cap\[quant"
     ):
         require_torchao("X")
+
+
+def test_a_layer_of_two_names_is_swapped_under_both_and_back() -> None:
+    net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    net.append(net[0])
+    parameters, x = list(map(id, net.parameters())), torch.randn(3, 4)
+    before = net(x)
+    prepare(net, choose_layers(net, None, None)[0])
+    assert net[3] is net[0]
+    assert list(fake_quantized(net)) == ["0", "2", "3"]
+    assert not torch.equal(net(x), before)
+    make_plain(net, keep=["2"])
+    assert list(fake_quantized(net)) == ["2"]
+    make_plain(net)
+    assert net[3] is net[0]
+    assert type(net[0]) is nn.Linear
+    assert torch.equal(net(x), before)
+    assert list(map(id, net.parameters())) == parameters

@@ -82,3 +82,11 @@ def test_models_that_do_not_go_together() -> None:
             run(model, vit(**changes))
     with pytest.raises(ConfigError, match="teacher=Linear: it has no tokens"):
         run(model, torch.nn.Linear(3, 4))
+
+
+def test_what_cannot_be_taught_is_refused_before_training() -> None:
+    with pytest.raises(ConfigError, match="VisionTransformer: it leaves no tokens out"):
+        VisionClassifier(vit(), distillation=KeptTokenDistillation(vit()))
+    for changes in ({"img_size": 24}, {"embed_dim": 48}):
+        with pytest.raises(ConfigError, match=r"teacher: it has \d+ patches of \d+ channels, and the model 25 of 24"):
+            VisionClassifier(pruned(DynamicViT), distillation=KeptTokenDistillation(vit(**changes)))

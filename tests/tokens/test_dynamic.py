@@ -65,6 +65,40 @@ def test_the_mask_has_the_attention_of_the_paper_and_its_gradient() -> None:
     assert bool((gradients[0] != 0).all())  # of tokens that are out, too
 
 
+@pytest.mark.parametrize("how", ["autocast", "half"])
+def test_float16_has_the_gradient_of_decisions_too(how: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of tokens that are out, about that of float32."""
+    torch.manual_seed(0)
+    drawn = (torch.rand(len(BLOCKS), 3, 25) < 0.7).float()
+
+    def gradients(half: bool) -> list[torch.Tensor]:
+        model, decisions = pruned(DynamicViT).train(), []
+
+        def decide(scores: torch.Tensor) -> torch.Tensor:
+            decisions.append(drawn[len(decisions)].clone().requires_grad_())
+            return decisions[-1]
+
+        monkeypatch.setattr(model, "decide", decide)
+        if half and how == "half":
+            loss = model.half()(images().half())[:, 1].float().sum()
+        else:
+            with torch.autocast("cpu", torch.float16, enabled=half):
+                loss = model(images())[:, 1].float().sum()
+        return list(torch.autograd.grad(loss, decisions))
+
+    for found, wanted, kept in zip(gradients(True), gradients(False), drawn.cumprod(0), strict=True):
+        out = (kept == 0) & (wanted.abs() > 0.02 * wanted.abs().max())
+        assert bool(out.any())
+        torch.testing.assert_close(found[out].float(), wanted[out], rtol=0.2, atol=0.02 * float(wanted.abs().max()))
+
+
+def test_a_stage_that_keeps_all_has_no_predictor() -> None:
+    model = pruned(DynamicViT, keep_ratio=[0.8, 1.0, 0.5])
+    assert list(model.predictors) == [str(BLOCKS[0]), str(BLOCKS[2])]
+    model.train()(images()).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
 def test_every_predictor_learns_from_the_labels_alone() -> None:
     model = pruned(DynamicViT).train()
     inputs, labels = batch()

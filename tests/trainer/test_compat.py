@@ -37,6 +37,7 @@ TORCHS = {  # private names of torch's and argparse's, which this is not about
     "_ConvNd",
     "_ConvTransposeNd",
     "_NormBase",
+    "_compiled_call_impl",
     "_foreach_mul_",
     "_foreach_zero_",
     "_forward_hooks",
