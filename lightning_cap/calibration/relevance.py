@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
 
@@ -14,17 +13,15 @@ from torch import Tensor, nn
 
 from lightning_cap.calibration.batches import batch_size, slice_batch
 from lightning_cap.calibration.gate_rows import UnsuitedError, find_spots, gradients_of_gates
-from lightning_cap.calibration.gradients import GradientCollector
 from lightning_cap.calibration.outputs import ModelOutputs
 from lightning_cap.calibration.rows import Loss, RowComputer
-from lightning_cap.calibration.sources import Trial
-from lightning_cap.calibration.unit_samples import UnitCollector, UnitSamples
-from lightning_cap.errors import ConfigError, GradientError, TargetError, UnsupportedError
+from lightning_cap.calibration.unit_samples import UnitSamples
+from lightning_cap.errors import GradientError, TargetError, UnsupportedError
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.sparsity.units import gates_of, units_of
 from lightning_cap.utilities import rng
 from lightning_cap.utilities.arguments import require_choice, require_real
-from lightning_cap.utilities.progress import Progress
+from lightning_cap.utilities.packages import require_package
 
 if TYPE_CHECKING:
     from lightning_cap.calibration.relevance_rules import Rule
@@ -36,21 +33,6 @@ RULES = ("epsilon_plus", "alpha1_beta0", "epsilon")
 Classes = Literal["labels", "predicted"]
 
 _NAMES = ("labels", "label", "targets", "target", "y")  # of labels in batches that are dicts
-
-
-def require_zennit(what: str) -> None:
-    """Refuse to go on without zennit.
-
-    Args:
-        what: Needs it, as the user names it.
-
-    Raises:
-        ConfigError: It is not installed.
-    """
-    if importlib.util.find_spec("zennit") is None:
-        raise ConfigError(
-            f"{what} needs the package zennit, not installed here: pip install 'lightning-cap[relevance]'."
-        )
 
 
 @dataclass(frozen=True)
@@ -78,34 +60,18 @@ class UnitRelevance(UnitSamples):
         require_choice("rule", self.rule, RULES)
         require_real("epsilon", self.epsilon, "(0, inf)", example=1e-6)
         require_choice("classes", self.classes, get_args(Classes))
-        require_zennit(type(self).__name__)
+        require_package("zennit", type(self).__name__, "relevance")
 
-    def collector(
+    def computer(
         self,
         model: nn.Module,
         targets: Targets,
         loss: Loss,
-        batches: Iterable[Any],
-        *,
-        context: Callable[[], AbstractContextManager[Any]] = nullcontext,
-        scale: float = 1.0,
-        progress: Progress | None = None,
-        trial: Trial | None = None,
-    ) -> UnitCollector:
-        """See `Statistic`. The loss is called for the outputs of the model that it calls."""
-        rows = GradientCollector(
-            model,
-            gates_of(targets),
-            loss,
-            batches,
-            self.n,
-            context=context,
-            scale=scale,
-            progress=progress,
-            trial=trial,
-            computer=RelevanceComputer(model, targets, loss, self, context, scale),
-        )
-        return UnitCollector(model, targets, loss, batches, rows, 0, context, progress)
+        context: Callable[[], AbstractContextManager[Any]],
+        scale: float,
+    ) -> RelevanceComputer:
+        """See `UnitSamples`. The loss is called for the outputs of the model that it calls."""
+        return RelevanceComputer(model, targets, loss, self, context, scale)
 
 
 class RelevanceComputer(RowComputer):

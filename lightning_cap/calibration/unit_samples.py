@@ -16,7 +16,7 @@ from lightning_cap.calibration.gate_rows import GateComputer
 from lightning_cap.calibration.gradients import GradientCollector, rows_at_once
 from lightning_cap.calibration.layer_inputs import InputCollector, LayerGrams, sum_up
 from lightning_cap.calibration.normalization import PlainNormalization
-from lightning_cap.calibration.rows import Loss
+from lightning_cap.calibration.rows import Loss, RowComputer
 from lightning_cap.calibration.sources import SourceMemory, Trial
 from lightning_cap.calibration.statistics import LayerInputs, Statistic
 from lightning_cap.errors import GradientError
@@ -88,9 +88,20 @@ class UnitSamples(Statistic):
             scale=scale,
             progress=progress,
             trial=trial,
-            computer=GateComputer(model, targets, loss, self.per_sample, context, scale),
+            computer=self.computer(model, targets, loss, context, scale),
         )
         return UnitCollector(model, targets, loss, batches, gradients, self.num_inputs, context, progress)
+
+    def computer(
+        self,
+        model: nn.Module,
+        targets: Targets,
+        loss: Loss,
+        context: Callable[[], AbstractContextManager[Any]],
+        scale: float,
+    ) -> RowComputer:
+        """What computes the rows of a batch. Arguments: see `GateComputer`."""
+        return GateComputer(model, targets, loss, self.per_sample, context, scale)
 
 
 @dataclass(frozen=True)

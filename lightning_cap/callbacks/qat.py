@@ -11,8 +11,9 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from lightning_cap.callbacks import checks
 from lightning_cap.callbacks.run import is_dry
 from lightning_cap.errors import ConfigError, DataError, UnsupportedError
-from lightning_cap.quantization.layers import choose_layers, make_plain, prepare, require_torchao
+from lightning_cap.quantization.layers import choose_layers, make_plain, prepare
 from lightning_cap.utilities.arguments import require_choice, require_names, require_whole, shown
+from lightning_cap.utilities.packages import require_package
 
 _VERSION = 1  # of the state
 
@@ -51,7 +52,7 @@ class QATCallback(pl.Callback):
         require_names("include", include)
         require_names("exclude", exclude, "*.head.weight")
         require_choice("unsupported", unsupported, ("skip", "refuse"))
-        require_torchao(type(self).__name__)
+        require_package("torchao", type(self).__name__, "quantization")
         self.epoch, self.include, self.exclude, self.unsupported = epoch, include, exclude, unsupported
         self._layers: list[str] = []
         self._begun = False

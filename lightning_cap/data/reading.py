@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import os
 import struct
@@ -22,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_cap.data.augment import Transform
 from lightning_cap.data.splits import check_folder, check_tar, find_split, some
 from lightning_cap.errors import ConfigError, DataError
+from lightning_cap.utilities.packages import require_package
 
 OnBadImage = Literal["error", "skip"]
 
@@ -50,9 +50,7 @@ def check_name(name: str) -> None:
             f"name={name!r} is not a supported data set: leave it empty for a folder tree or a .tar under `root`, or "
             f"start it with one of {', '.join(f'{known}/' for known in _PACKAGES)}."
         )
-    package = _PACKAGES[prefix]
-    if importlib.util.find_spec(package) is None:
-        raise DataError(f"name={name!r} needs the package {package}, not installed here: pip install {package}.")
+    require_package(_PACKAGES[prefix], f"name={name!r}", error=DataError)
 
 
 def is_stream(name: str) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import importlib.util
 import os
 import warnings
 from abc import ABC, abstractmethod
@@ -40,6 +39,7 @@ from lightning_cap.utilities.arguments import (
 )
 from lightning_cap.utilities.compiled import plain_module
 from lightning_cap.utilities.files import atomic, require_writable
+from lightning_cap.utilities.packages import require_package
 from lightning_cap.utilities.precision import full_float32
 from lightning_cap.utilities.records import append_record, known_records
 
@@ -223,11 +223,7 @@ class Exporter(ABC):
             ConfigError: Names the package and the extra that installs it.
         """
         for package in self.packages:
-            if importlib.util.find_spec(package) is None:
-                raise ConfigError(
-                    f"to={self.format!r} needs the package {package}, not installed here: "
-                    f"pip install 'lightning-cap[{self.extra}]'."
-                )
+            require_package(package, f"to={self.format!r}", self.extra)
 
     def _write_verified(
         self, model: nn.Module, path: Path, example: Inputs, metadata: Mapping[str, str]

@@ -7,12 +7,13 @@ from typing import Literal
 
 from torch import Tensor
 
-from lightning_cap.calibration.relevance import UnitRelevance, require_zennit
+from lightning_cap.calibration.relevance import UnitRelevance
 from lightning_cap.calibration.sources import GradientSource
 from lightning_cap.pruners.unit_scores import Normalize, ScoredUnits, mean_over_gates
 from lightning_cap.sparsity.targets import Targets
 from lightning_cap.sparsity.units import units_of
 from lightning_cap.utilities.arguments import require_counts
+from lightning_cap.utilities.packages import require_package
 
 
 @dataclass(kw_only=True, eq=False)
@@ -50,7 +51,7 @@ class LRPUnits(ScoredUnits):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_zennit(type(self).__name__)
+        require_package("zennit", type(self).__name__, "relevance")
         require_counts(num_inputs=self.num_inputs)
         _ = self.statistic  # checks the rest
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,24 +15,10 @@ from lightning_cap.sparsity.layers import computed_weights, prunable_layers
 from lightning_cap.sparsity.targets import matches
 from lightning_cap.utilities import rng
 from lightning_cap.utilities.compiled import plain_name
+from lightning_cap.utilities.packages import require_package
 
 #: Modules whose fast paths read the weights of their Linear layers past the layers' own forward.
 _READ_PAST = (nn.MultiheadAttention, nn.TransformerEncoderLayer)
-
-
-def require_torchao(what: str) -> None:
-    """Refuse to go on without torchao.
-
-    Args:
-        what: Needs it, as the user names it.
-
-    Raises:
-        ConfigError: It is not installed.
-    """
-    if importlib.util.find_spec("torchao") is None:
-        raise ConfigError(
-            f"{what} needs the package torchao, not installed here: pip install 'lightning-cap[quantization]'."
-        )
 
 
 def base_config() -> Any:
@@ -94,7 +79,7 @@ def prepare(model: nn.Module, names: Collection[str]) -> None:
     for name in names:
         if not isinstance(layers.get(name), nn.Linear):
             raise ConfigError(f"layers: the model has no Linear layer {name!r}. Give the model that was quantized.")
-    require_torchao("Quantization")
+    require_package("torchao", "Quantization", "quantization")
     from torchao.quantization import quantize_
     from torchao.quantization.qat import QATConfig
 

@@ -292,10 +292,10 @@ def test_a_compiled_model_is_refused_before_training(tmp_path: Path, what: str) 
 
 
 def test_a_dry_run_passes_and_validate_needs_no_partner(tmp_path: Path) -> None:
-    trainer(tmp_path, callback({20: 0.5}, pruner=PDP()), PDPCallback(10), max_epochs=30, fast_dev_run=True).fit(
-        Toy(), **loaders()
-    )
-    trainer(tmp_path, PDPCallback()).validate(Toy(), loaders()["val_dataloaders"], verbose=False)
+    t = trainer(tmp_path, callback({20: 0.5}, pruner=PDP()), PDPCallback(10), max_epochs=30, fast_dev_run=True)
+    t.fit(Toy(), **loaders())
+    assert t.global_step == 1
+    assert trainer(tmp_path, PDPCallback()).validate(Toy(), loaders()["val_dataloaders"], verbose=False)
 
 
 def test_errors_are_ours() -> None:

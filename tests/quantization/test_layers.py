@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.func import functional_call, grad, vmap
 
+from lightning_cap import QATCallback
 from lightning_cap.errors import ConfigError, TargetError
 from lightning_cap.quantization.layers import (
     base_config,
@@ -16,7 +17,6 @@ from lightning_cap.quantization.layers import (
     make_plain,
     plain_linears,
     prepare,
-    require_torchao,
 )
 from tests.support.quantizing import features, quantized_net, sparse_net
 
@@ -140,9 +140,10 @@ def test_without_torchao(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao", None)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(
-        ConfigError, match=r"X needs the package torchao, not installed here: pip install 'lightning-cap\[quant"
+        ConfigError,
+        match=r"QATCallback needs the package torchao, not installed here: pip install 'lightning-cap\[quant",
     ):
-        require_torchao("X")
+        QATCallback()
 
 
 def test_a_layer_of_two_names_is_swapped_under_both_and_back() -> None:
